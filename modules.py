@@ -1,0 +1,326 @@
+"""The networks: the VQ-VAE that turns a 256x256 slice into 64x64 codes and back, and the DCGAN of its latents.
+
+Sources: van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv 1711.00937 (VQ-VAE);
+Radford et al. 2015, "Unsupervised Representation Learning with Deep Convolutional GANs", arXiv 1511.06434 (DCGAN).
+B is the batch size throughout.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Rows whose distances to the codebook are held at once: 8192 x 512 float32 are 16 MB, near a CPU's cache.
+ROWS_AT_ONCE = 8192
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))) at constant resolution: (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        n_hiddens: channels in and out, C.
+        n_residual_hidden_layers: channels between the two convolutions.
+    """
+
+    def __init__(self, n_hiddens: int = 64, n_residual_hidden_layers: int = 32):
+        super().__init__()
+        self._residual_block = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(n_hiddens, n_residual_hidden_layers, (3, 3), (1, 1), (1, 1), bias=False),
+            nn.ReLU(),
+            nn.Conv2d(n_residual_hidden_layers, n_hiddens, (1, 1), (1, 1), bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._residual_block(x)
+
+
+class Encoder(nn.Module):
+    """Image (B, 1, H, W) in [0, 1] -> features (B, n_hiddens, H/4, W/4)."""
+
+    def __init__(self, n_hiddens: int = 64, n_residual_hidden_layers: int = 32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, n_hiddens // 2, (4, 4), (2, 2), (1, 1)),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(n_hiddens // 2, n_hiddens, (4, 4), (2, 2), (1, 1)),
+            ResidualBlock(n_hiddens, n_residual_hidden_layers),
+            ResidualBlock(n_hiddens, n_residual_hidden_layers),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Decoder(nn.Module):
+    """Latents (B, embeddings_dim, h, w) -> image (B, 1, 4h, 4w), not clamped to [0, 1]."""
+
+    def __init__(self, embeddings_dim: int = 64, n_hiddens: int = 64, n_residual_hidden_layers: int = 32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(embeddings_dim, n_hiddens, (3, 3), (1, 1), (1, 1)),
+            ResidualBlock(n_hiddens, n_residual_hidden_layers),
+            ResidualBlock(n_hiddens, n_residual_hidden_layers),
+            nn.ConvTranspose2d(n_hiddens, n_hiddens // 2, (4, 4), (2, 2), (1, 1)),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(n_hiddens // 2, 1, (4, 4), (2, 2), (1, 1)),
+        )
+
+    def forward(self, z_q: Tensor) -> Tensor:
+        return self.layers(z_q)
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each latent vector by the nearest vector of a learned codebook (arXiv 1711.00937, eq. 1 and 2).
+
+    The embeddings start uniform in ±1/n_embeddings. With that start alone nearly all of them stay unused, so
+    training calls `start_from`, `k_means_step` and `revive` when it wants them; nothing here does so by itself.
+
+    Args:
+        n_embeddings: size of the codebook.
+        embeddings_dim: length D of an embedding.
+        beta: weight of the commitment term, β of eq. 3.
+    """
+
+    def __init__(self, n_embeddings: int = 512, embeddings_dim: int = 64, beta: float = 0.25):
+        super().__init__()
+        self.beta = beta
+        self.embedding = nn.Embedding(n_embeddings, embeddings_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_embeddings, 1 / n_embeddings)
+
+    def forward(self, z_e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize z_e (B, D, H, W), always in float32.
+
+        Returns:
+            vq_loss: scalar, mse(sg[z_e], e) + β · mse(z_e, sg[e]): the last two terms of eq. 3.
+            z_q: (B, D, H, W), the embeddings chosen; its gradient passes to z_e unchanged (straight through).
+            codes: (B, H, W) int64 in [0, n_embeddings).
+        """
+        with torch.autocast(z_e.device.type, enabled=False):
+            z_e = z_e.float()
+            codes = self.nearest(z_e)
+            embeddings = self.look_up(codes)
+            vq_loss = F.mse_loss(embeddings, z_e.detach()) + self.beta * F.mse_loss(z_e, embeddings.detach())
+            z_q = z_e + (embeddings - z_e).detach()
+        return vq_loss, z_q, codes
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """Codes (B, H, W) int64 of the embeddings nearest in Euclidean distance to z (B, D, H, W) (eq. 1)."""
+        rows = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        codebook = self.embedding.weight.float()
+        # |z - e|² is least where z·e - |e|²/2 is greatest: one matrix product, and |z|² is never needed.
+        half_norms = codebook.square().sum(1) / -2
+        best = [torch.addmm(half_norms, part, codebook.T).argmax(1) for part in rows.split(ROWS_AT_ONCE)]
+        return torch.cat(best).view(z.shape[0], *z.shape[2:])
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        """Embeddings (B, D, H, W) of codes (B, H, W)."""
+        return self.embedding(codes).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def start_from(self, z_e: Tensor, generator: torch.Generator) -> None:
+        """Put every embedding on a random latent of z_e (B, D, H, W).
+
+        `generator` is a CPU generator here and below, so that every device draws the same.
+        """
+        rows = z_e.float().permute(0, 2, 3, 1).reshape(-1, z_e.shape[1])
+        pick = torch.randint(len(rows), (self.embedding.num_embeddings,), generator=generator)
+        self.embedding.weight.copy_(rows[pick.to(rows.device)])
+
+    @torch.no_grad()
+    def k_means_step(self, z_e: Tensor, generator: torch.Generator) -> None:
+        """Move each embedding to the mean of the latents z_e (B, D, H, W) nearest to it, and `revive` the others."""
+        rows = z_e.float().permute(0, 2, 3, 1).reshape(-1, z_e.shape[1])
+        codes = self.nearest(z_e)
+        counts = torch.bincount(codes.flatten(), minlength=self.embedding.num_embeddings)
+        sums = torch.zeros_like(self.embedding.weight).index_add_(0, codes.flatten(), rows)
+        used = counts > 0
+        self.embedding.weight[used] = sums[used] / counts[used, None]
+        self.revive(~used, z_e, codes, generator)
+
+    @torch.no_grad()
+    def revive(self, dead: Tensor, z_e: Tensor, codes: Tensor, generator: torch.Generator) -> None:
+        """Move the embeddings marked in `dead` (n_embeddings,) bool onto latents of z_e (B, D, H, W).
+
+        A cell (the positions that share a code) is drawn in proportion to its sum of squared quantization errors,
+        then one of its members uniformly. Drawing the cell by its cost puts codes where the loss is, as splitting
+        does in the LBG algorithm (Linde, Buzo and Gray 1980); drawing the member uniformly keeps single outliers,
+        which unsettle the decoder, from being favoured.
+        """
+        n_dead = int(dead.sum())
+        if n_dead == 0:
+            return
+        rows = z_e.float().permute(0, 2, 3, 1).reshape(-1, z_e.shape[1])
+        flat = codes.flatten()
+        errors = (rows - self.embedding.weight[flat]).square().sum(1)
+        n = self.embedding.num_embeddings
+        costs = torch.zeros(n, device=rows.device).index_add_(0, flat, errors).cpu().double()
+        if costs.sum() == 0:  # every latent lies on its embedding: nothing to gain anywhere
+            return
+        cells = torch.multinomial(costs, n_dead, replacement=True, generator=generator)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=n).cpu()
+        starts = counts.cumsum(0) - counts
+        members = (torch.rand(n_dead, generator=generator, dtype=torch.double) * counts[cells]).long()
+        self.embedding.weight[dead] = rows[order[(starts[cells] + members).to(rows.device)]]
+
+
+class VQVAE(nn.Module):
+    """Vector-quantized autoencoder of (B, 1, 256, 256) images in [0, 1] with (B, 64, 64) codes.
+
+    Args:
+        n_embeddings, embeddings_dim, beta: see `VectorQuantizer`.
+        n_hiddens: channels of the encoder's and decoder's hidden layers.
+        n_residual_hidden_layers: channels inside a residual block.
+
+    Example:
+        >>> vqvae = VQVAE()
+        >>> codes = vqvae.encode(torch.rand(2, 1, 256, 256))  # (2, 64, 64) int64 in [0, 512)
+        >>> images = vqvae.decode(codes)                      # (2, 1, 256, 256)
+    """
+
+    def __init__(
+        self,
+        n_embeddings: int = 512,
+        embeddings_dim: int = 64,
+        beta: float = 0.25,
+        n_hiddens: int = 64,
+        n_residual_hidden_layers: int = 32,
+    ):
+        super().__init__()
+        self.encoder = Encoder(n_hiddens, n_residual_hidden_layers)
+        self.conv1 = nn.Conv2d(n_hiddens, embeddings_dim, (1, 1), (1, 1))
+        self.vector_quantizer = VectorQuantizer(n_embeddings, embeddings_dim, beta)
+        self.decoder = Decoder(embeddings_dim, n_hiddens, n_residual_hidden_layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (B, 1, 256, 256) in [0, 1] -> (vq_loss, x_hat, z_q, codes), as `VectorQuantizer` and `Decoder` say."""
+        vq_loss, z_q, codes = self.vector_quantizer(self.latents(x))
+        return vq_loss, self.decoder(z_q), z_q, codes
+
+    def latents(self, x: Tensor) -> Tensor:
+        """z_e (B, D, 64, 64): the encoder's output before quantization."""
+        return self.conv1(self.encoder(x))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (B, 64, 64) int64 of images x (B, 1, 256, 256) in [0, 1]."""
+        return self.vector_quantizer.nearest(self.latents(x))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (B, 1, 256, 256), not clamped, of codes (B, 64, 64): what forward gives as x_hat."""
+        return self.decoder(self.vector_quantizer.look_up(codes))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "VQVAE":
+        """The network, in eval mode, whose sizes and weights a `state_dict` holds.
+
+        Raises:
+            ValueError: `state` is not one of this network, or holds values that are not finite.
+        """
+        codebook = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
+        shape = getattr(codebook, "shape", ())
+        if len(shape) != 2:
+            raise ValueError("it holds no VQ-VAE (no codebook 'vector_quantizer.embedding.weight')")
+        model = cls(n_embeddings=shape[0], embeddings_dim=shape[1])
+        load_checked(model, state)
+        return model.eval()
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's own; it prints as in the report, where versions from 2.15 on would add "bias=True"."""
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+
+
+def _block(convolution: nn.Module) -> nn.Sequential:
+    return nn.Sequential(convolution, BatchNorm2d(convolution.out_channels), nn.LeakyReLU(0.2, inplace=True))
+
+
+class Generator(nn.Module):
+    """DCGAN generator: noise (B, noise_dim, 1, 1) -> latents (B, embeddings_dim, 64, 64) in [-1, 1].
+
+    `prior.LatentScale` maps its range to and from the VQ-VAE's latents.
+    """
+
+    def __init__(self, noise_dim: int = 128, embeddings_dim: int = 64):
+        super().__init__()
+
+        def up(n_in: int, n_out: int) -> nn.Module:
+            return nn.ConvTranspose2d(n_in, n_out, (4, 4), (2, 2), (1, 1), bias=False)
+
+        self.net = nn.Sequential(
+            _block(nn.ConvTranspose2d(noise_dim, 512, (4, 4), (1, 1), bias=False)),  # 4 x 4
+            _block(up(512, 256)),  # 8 x 8
+            _block(up(256, 128)),  # 16 x 16
+            _block(up(128, 64)),  # 32 x 32
+            up(64, embeddings_dim),  # 64 x 64
+            nn.Tanh(),
+        )
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.net(noise)
+
+
+class Discriminator(nn.Module):
+    """DCGAN discriminator: latents (B, embeddings_dim, 64, 64) in [-1, 1] -> probability (B, 1) that they are real."""
+
+    def __init__(self, embeddings_dim: int = 64):
+        super().__init__()
+
+        def down(n_in: int, n_out: int) -> nn.Module:
+            return nn.Conv2d(n_in, n_out, (4, 4), (2, 2), (1, 1), bias=False)
+
+        self.net = nn.Sequential(
+            _block(down(embeddings_dim, 32)),  # 32 x 32
+            _block(down(32, 64)),  # 16 x 16
+            _block(down(64, 128)),  # 8 x 8
+            _block(down(128, 256)),  # 4 x 4
+            nn.Conv2d(256, 1, (4, 4), (1, 1), bias=False),
+            nn.Flatten(),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.net(latents)
+
+    def logits(self, latents: Tensor) -> Tensor:
+        """What the Sigmoid is applied to, (B, 1): the loss computed from it stays finite where D is certain."""
+        return self.net[:-1](latents)
+
+
+def dcgan_init(module: nn.Module) -> None:
+    """The start of arXiv 1511.06434, section 4, for `apply`: weights from N(0, 0.02²), BatchNorm's gains around 1."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state_dict as it is written to files: on the CPU, in standard layout."""
+    return {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+
+
+def load_checked(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """`load_state_dict` that says in one line what does not fit.
+
+    Raises:
+        ValueError: a key is missing or unknown, a shape differs, or a value is not finite.
+    """
+    name, wanted = type(model).__name__, model.state_dict()
+    for key in sorted(wanted.keys() | state.keys()):
+        if key not in state:
+            raise ValueError(f"it does not hold the weights of this {name} ('{key}' is missing)")
+        if key not in wanted:
+            raise ValueError(f"it holds more than the weights of this {name} ('{key}')")
+        if not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape:
+            raise ValueError(f"its '{key}' is not of the shape {tuple(wanted[key].shape)} that this {name} has")
+        if not state[key].isfinite().all():
+            raise ValueError(f"its '{key}' holds values that are not finite")
+    model.load_state_dict(state)

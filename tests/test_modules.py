@@ -1,0 +1,199 @@
+"""The networks against the report's printed structures, brute force, and the definitions of the losses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modules import VQVAE, Discriminator, Generator, ResidualBlock, VectorQuantizer, load_checked, plain_state
+
+STRUCTURES = Path(__file__).parent / "structures"  # as printed in the report
+
+
+@pytest.mark.parametrize("network", [VQVAE, Generator, Discriminator])
+def test_structure_is_the_reports(network):
+    assert str(network()) + "\n" == (STRUCTURES / f"{network.__name__}.txt").read_text()
+
+
+def test_state_dict_has_the_keys_of_the_structure_and_no_others():
+    layers = {
+        "encoder.layers": [(0, True), (2, True)],
+        "decoder.layers": [(0, True), (3, True), (5, True)],
+    }
+    blocks = {"encoder.layers": (3, 4), "decoder.layers": (1, 2)}
+    expected = {"conv1.weight", "conv1.bias", "vector_quantizer.embedding.weight"}
+    for part, numbers in layers.items():
+        expected |= {f"{part}.{i}.{kind}" for i, _ in numbers for kind in ("weight", "bias")}
+        expected |= {f"{part}.{i}._residual_block.{j}.weight" for i in blocks[part] for j in (1, 3)}
+    assert set(VQVAE().state_dict()) == expected
+
+
+def test_shapes_and_ranges(images):
+    vqvae, x = VQVAE(), images[:2]
+    vq_loss, x_hat, z_q, codes = vqvae(x)
+    assert vq_loss.shape == () and x_hat.shape == (2, 1, 256, 256) and z_q.shape == (2, 64, 64, 64)
+    assert codes.shape == (2, 64, 64) and codes.dtype == torch.int64
+    assert vqvae.latents(x).shape == (2, 64, 64, 64)
+    fake = Generator()(torch.randn(2, 128, 1, 1))
+    assert fake.shape == (2, 64, 64, 64) and fake.abs().max() <= 1
+    probability = Discriminator()(fake)
+    assert probability.shape == (2, 1) and (probability > 0).all() and (probability < 1).all()
+
+
+@pytest.mark.parametrize("n_embeddings, embeddings_dim", [(16, 8), (100, 64)])
+def test_other_sizes(images, n_embeddings, embeddings_dim):
+    vqvae = VQVAE(n_embeddings, embeddings_dim)
+    _, x_hat, z_q, codes = vqvae(images[:1])
+    assert x_hat.shape == (1, 1, 256, 256) and z_q.shape == (1, embeddings_dim, 64, 64) and codes.max() < n_embeddings
+    assert Discriminator(embeddings_dim)(Generator(embeddings_dim=embeddings_dim)(torch.randn(2, 128, 1, 1))).shape == (
+        2,
+        1,
+    )
+
+
+def test_residual_block_is_its_formula():
+    block, x = ResidualBlock(), torch.randn(2, 64, 8, 8)
+    first, second = block._residual_block[1].weight, block._residual_block[3].weight
+    expected = x + F.conv2d(F.relu(F.conv2d(F.relu(x), first, padding=1)), second)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_encode_and_decode_are_the_two_halves_of_forward(images):
+    vqvae = VQVAE().eval()
+    with torch.no_grad():
+        vqvae.vector_quantizer.start_from(vqvae.latents(images), torch.Generator().manual_seed(0))
+        _, x_hat, _, codes = vqvae(images)
+    assert torch.equal(vqvae.encode(images), codes)
+    assert codes.unique().numel() > 50  # else the comparison would show little
+    torch.testing.assert_close(vqvae.decode(codes), x_hat, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_nearest_against_brute_force(scale):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer()
+    z = torch.randn(3, 64, 20, 20) * scale
+    torch.nn.init.normal_(quantizer.embedding.weight, std=scale)
+    codes = quantizer.nearest(z)
+    rows, codebook = z.permute(0, 2, 3, 1).reshape(-1, 64).double(), quantizer.embedding.weight.detach().double()
+    distances = (rows[:, None] - codebook[None]).square().sum(2)
+    chosen = distances.gather(1, codes.view(-1, 1))[:, 0]
+    # by distance, since two embeddings may be equally near
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-5, atol=0)
+
+
+def test_vq_loss_is_its_definition():
+    torch.manual_seed(0)
+    quantizer, z_e = VectorQuantizer(32, 8, beta=0.7), torch.randn(2, 8, 6, 6)
+    vq_loss, z_q, codes = quantizer(z_e)
+    total = 0.0
+    for b in range(2):
+        for i in range(6):
+            for j in range(6):
+                e = quantizer.embedding.weight[codes[b, i, j]].double()
+                torch.testing.assert_close(z_q[b, :, i, j].double(), e, atol=1e-6, rtol=0)
+                total += (z_e[b, :, i, j].double() - e).square().sum().item()
+    assert vq_loss.item() == pytest.approx(1.7 * total / z_e.numel(), rel=1e-5)
+
+
+def test_gradient_of_each_loss_term():
+    torch.manual_seed(0)
+    quantizer, z_e = VectorQuantizer(32, 8, beta=0.25), torch.randn(2, 8, 6, 6, requires_grad=True)
+    codebook = quantizer.embedding.weight
+    vq_loss, z_q, codes = quantizer(z_e)
+    embeddings = codebook[codes].permute(0, 3, 1, 2)
+
+    # the reconstruction: straight through to the encoder, nothing to the codebook
+    upstream = torch.randn_like(z_q)
+    to_encoder, to_codebook = torch.autograd.grad(
+        (z_q * upstream).sum(), (z_e, codebook), retain_graph=True, allow_unused=True
+    )
+    assert torch.equal(to_encoder, upstream)
+    assert to_codebook is None or not to_codebook.any()
+
+    # the vq loss: to the encoder from the commitment alone, to the codebook from the codebook term alone
+    to_encoder, to_codebook = torch.autograd.grad(vq_loss, (z_e, codebook))
+    torch.testing.assert_close(to_encoder, 0.25 * 2 * (z_e - embeddings).detach() / z_e.numel())
+    expected = torch.zeros_like(codebook)
+    pulls = 2 * (embeddings - z_e).detach().permute(0, 2, 3, 1) / z_e.numel()
+    for k in range(32):
+        expected[k] = pulls[codes == k].sum(0)
+    torch.testing.assert_close(to_codebook, expected)
+
+
+def test_quantizer_stays_float32_under_autocast():
+    torch.manual_seed(0)
+    quantizer, z_e = VectorQuantizer(), torch.randn(1, 64, 16, 16)
+    plain = quantizer(z_e)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = quantizer(z_e)
+    assert mixed[0].dtype == mixed[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
+def test_start_from_takes_latents(random):
+    quantizer, z_e = VectorQuantizer(20, 4), torch.randn(2, 4, 8, 8)
+    quantizer.start_from(z_e, random)
+    rows = {tuple(row.tolist()) for row in z_e.permute(0, 2, 3, 1).reshape(-1, 4)}
+    assert all(tuple(row.tolist()) in rows for row in quantizer.embedding.weight)
+
+
+def test_k_means_steps_find_separate_clusters(random):
+    centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
+    rows = centres.repeat(64, 1) + 0.1 * torch.randn(256, 2, generator=random)
+    z_e = rows.T.reshape(1, 2, 16, 16)
+    quantizer = VectorQuantizer(4, 2)  # starts at ±1/4, near none of them: all latents fall into few cells
+    for _ in range(6):
+        quantizer.k_means_step(z_e, random)
+    expected = torch.stack([rows[i::4].mean(0) for i in range(4)])
+    found = quantizer.embedding.weight[quantizer.nearest(expected.T.reshape(1, 2, 2, 2)).flatten()]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_revive_moves_only_the_dead_and_prefers_the_costly_cell(random):
+    quantizer = VectorQuantizer(4, 2)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[0.0, 0.0], [10.0, 0.0], [99.0, 99.0], [99.0, 98.0]]))
+    z_e = torch.zeros(1, 2, 4, 4)
+    z_e[0, 0, 2:] = 10  # half the latents on each of the first two embeddings ...
+    z_e[0, 1, 2:] = torch.linspace(0.5, 1, 8).view(2, 4)  # ... but only the second half deviates
+    codes = quantizer.nearest(z_e)
+    quantizer.revive(torch.tensor([False, False, True, True]), z_e, codes, random)
+    weight = quantizer.embedding.weight
+    assert weight[:2].tolist() == [[0.0, 0.0], [10.0, 0.0]]
+    assert (weight[2:, 0] == 10).all() and (weight[2:, 1] >= 0.5).all()
+
+
+def test_discriminator_logits_are_what_the_sigmoid_gets():
+    discriminator, x = Discriminator().eval(), torch.rand(3, 64, 64, 64)
+    assert torch.equal(discriminator.logits(x).sigmoid(), discriminator(x))
+
+
+def test_from_state_dict_restores_sizes_and_weights():
+    model = VQVAE(20, 8)
+    again = VQVAE.from_state_dict(plain_state(model))
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not again.training
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda state: state.pop("conv1.bias"), "'conv1.bias' is missing"),
+        (lambda state: state.update(extra=torch.zeros(1)), "more than the weights"),
+        (lambda state: state.update({"conv1.bias": torch.zeros(3)}), "shape"),
+        (lambda state: state.update({"conv1.bias": torch.full((64,), torch.nan)}), "not finite"),
+        (lambda state: state.pop("vector_quantizer.embedding.weight"), "no codebook"),
+    ],
+)
+def test_from_state_dict_refuses(spoil, message):
+    state = plain_state(VQVAE())
+    spoil(state)
+    with pytest.raises(ValueError, match=message):
+        VQVAE.from_state_dict(state)
+
+
+def test_generators_weights_are_no_discriminators():
+    with pytest.raises(ValueError, match="Discriminator"):
+        load_checked(Discriminator(), Generator().state_dict())
