@@ -1,0 +1,42 @@
+"""Phantoms and helpers for the tests. Nothing here needs OASIS data or the network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import phantom
+
+PROJECT = Path(__file__).parent.parent
+CASES = {"train": range(1, 4), "validate": range(4, 6), "test": range(6, 8)}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """An OASIS-shaped folder of phantoms: 15 training, 10 validation and 10 test images."""
+    folder = tmp_path_factory.mktemp("data")
+    phantom.write(folder, CASES, slices=5, progress=lambda items, **_: items)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    """Six brain-like images (6, 1, 256, 256) in [0, 1]."""
+    slices = [phantom.make_slice(case, s) for case, s in ((1, 0), (1, 20), (2, 8), (3, 15), (4, 27), (5, 31))]
+    return torch.from_numpy(np.stack(slices)[:, None]).float() / 255
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def run_program(script: str, *words, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run a program of the project as a user does, from the folder cwd."""
+    environment = {key: value for key, value in os.environ.items() if key != "OASIS_DIR"} | variables
+    command = [sys.executable, PROJECT / script, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
