@@ -1,0 +1,116 @@
+"""Measures: SSIM as scikit-image computes it, the one scoring function, and how the codebook is used."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+SCORE_BATCH = 32  # fixed, so that a score does not depend on how a model was trained
+FOREGROUND = 0.04  # a code position is foreground where its 4x4 pixels have a greater mean
+
+
+def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Structural similarity of each pair of images (Wang et al. 2004, "Image quality assessment").
+
+    Equals skimage.metrics.structural_similarity(x, x_hat, data_range=1.0) with its defaults: uniform 7x7 windows
+    that lie inside the image, sample covariance, K1 = 0.01, K2 = 0.03.
+
+    Args:
+        x, x_hat: (B, 1, H, W), images in [0, 1]; x_hat may leave that range.
+
+    Returns:
+        (B,) float64, at most 1. On a device without float64 the computation, and the result, are on the CPU.
+    """
+    device = torch.device("cpu") if x.device.type == "mps" else x.device
+    at_once = 4 if device.type == "cpu" else len(x)  # four images' moments stay in a CPU's cache: 7 times faster
+    pairs = zip(x.to(device).split(at_once), x_hat.to(device).split(at_once), strict=True)
+    return torch.cat([_ssim(a[:, 0].double(), b[:, 0].double()) for a, b in pairs])
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    # Variances are differences of nearly equal moments: in float32 flat regions would lose all their digits.
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = (_window_mean(m) for m in (x, y, x * x, y * y, x * y))
+    unbiased = 49 / 48
+    var_x = unbiased * (mean_xx - mean_x**2)
+    var_y = unbiased * (mean_yy - mean_y**2)
+    covariance = unbiased * (mean_xy - mean_x * mean_y)
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return similarity.mean((1, 2))
+
+
+def _window_mean(image: Tensor) -> Tensor:
+    """Mean over every 7x7 window: (B, H, W) -> (B, H - 6, W - 6). Sums of 7 from sums of 2 and 4."""
+    for axis in (1, 2):
+        n = image.shape[axis] - 6
+        two = image.narrow(axis, 0, n + 5) + image.narrow(axis, 1, n + 5)
+        four = two.narrow(axis, 0, n + 3) + two.narrow(axis, 2, n + 3)
+        image = four.narrow(axis, 0, n) + two.narrow(axis, 4, n) + image.narrow(axis, 6, n)
+    return image / 49
+
+
+class Scores(NamedTuple):
+    """What `score` measures on a data set.
+
+    Attributes:
+        ssim: (N,) float64 on the CPU, in the data set's order.
+        usage: (n_embeddings,) int64, how many positions use each code.
+        foreground_usage: the same, counting foreground positions only.
+    """
+
+    ssim: Tensor
+    usage: Tensor
+    foreground_usage: Tensor
+
+
+@contextlib.contextmanager
+def _exact_float32():
+    """Switch off TF32 and the choice of algorithms by timing, which make scores depend on the device and the day."""
+    backends = torch.backends
+    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark = before
+
+
+@torch.no_grad()
+def score(model, dataset, progress=tqdm) -> Scores:
+    """Reconstruct every image of a data set and compare: the scoring that train.py and predict.py share.
+
+    Args:
+        model: a `modules.VQVAE`; its layout becomes channels_last, its mode eval.
+        dataset: an `OasisDataset`, whose batches are on the model's device.
+        progress: called as tqdm is.
+    """
+    model = model.eval().to(memory_format=torch.channels_last)
+    n_embeddings = model.vector_quantizer.embedding.num_embeddings
+    usage = torch.zeros(2, n_embeddings, dtype=torch.int64)
+    values = []
+    starts = range(0, len(dataset), SCORE_BATCH)
+    device_type = model.conv1.weight.device.type
+    with _exact_float32(), torch.autocast(device_type, enabled=False):
+        for start in progress(starts, desc="Scoring", unit=" batches", leave=False):
+            x = dataset.__getitems__(range(start, min(start + SCORE_BATCH, len(dataset))))
+            _, x_hat, _, codes = model(x)
+            values.append(ssim(x, x_hat).cpu())
+            foreground = F.avg_pool2d(x, 4)[:, 0] > FOREGROUND
+            for row, chosen in enumerate((codes.flatten(), codes[foreground])):
+                usage[row] += torch.bincount(chosen, minlength=n_embeddings).cpu()
+    return Scores(torch.cat(values), *usage)
+
+
+def perplexity(usage: Tensor) -> float:
+    """exp of the entropy of code counts (n_embeddings,): how many equally used codes would carry as much.
+
+    Between 1 and n_embeddings; 0 where nothing was counted.
+    """
+    if usage.sum() == 0:
+        return 0.0
+    p = usage[usage > 0].double() / usage.sum()
+    return torch.exp(-(p * p.log()).sum()).item()

@@ -1,0 +1,113 @@
+"""SSIM against scikit-image, the scoring function against a plain loop, codebook usage against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from dataset import OasisDataset
+from metrics import SCORE_BATCH, perplexity, score, ssim
+from modules import VQVAE
+
+
+def pairs(images):
+    random = torch.Generator().manual_seed(1)
+
+    def noise(scale):
+        return scale * torch.randn(images.shape, generator=random)
+
+    flat = torch.full_like(images, 0.5)
+    return {
+        "brain against noisy brain": (images, images + noise(0.1)),
+        "brain against another": (images, images.roll(1, 0)),
+        "identical": (images, images.clone()),
+        "beyond the range": (images, 1.7 * images - 0.4),
+        "noise": (noise(1).abs(), noise(1).abs()),
+        "both black": (0 * images, 0 * images),
+        "two constants": (flat, 0.8 * flat),
+        "constant against nearly constant": (flat, flat + noise(1e-4)),
+        "both nearly constant": (flat + noise(1e-6), flat + noise(1e-6)),
+        "brain against black": (images, 0 * images),
+        "nearly black": (noise(1e-5).abs(), noise(1e-5).abs()),
+    }
+
+
+@pytest.mark.parametrize("kind", pairs(torch.zeros(1, 1, 8, 8)))
+def test_ssim_is_scikit_images(images, kind):
+    x, x_hat = pairs(images)[kind]
+    values = ssim(x, x_hat)
+    assert values.shape == (len(x),)
+    for i in range(len(x)):
+        expected = structural_similarity(x[i, 0].double().numpy(), x_hat[i, 0].double().numpy(), data_range=1.0)
+        assert values[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ssim_of_other_sizes_and_in_float32_scikit_image(images):
+    x, x_hat = images[:, :, 30:101, 17:200], images.roll(1, 0)[:, :, 30:101, 17:200]
+    for i, value in enumerate(ssim(x, x_hat).tolist()):
+        assert value == pytest.approx(
+            structural_similarity(x[i, 0].numpy(), x_hat[i, 0].numpy(), data_range=1.0), abs=1e-5
+        )
+
+
+def test_ssim_of_identical_images_is_one(images):
+    torch.testing.assert_close(ssim(images, images), torch.ones(len(images), dtype=torch.double))
+
+
+def test_score_is_a_plain_loop(data):
+    torch.manual_seed(0)
+    dataset = OasisDataset(data, "validate", progress=lambda items, **_: items)
+    model = VQVAE()
+    with torch.no_grad():
+        model.vector_quantizer.start_from(model.latents(dataset[0][None]), torch.Generator().manual_seed(0))
+    scores = score(model, dataset, progress=lambda items, **_: items)
+    usage, foreground_usage = np.zeros(512, int), np.zeros(512, int)
+    for i in range(len(dataset)):
+        x = dataset[i]
+        with torch.no_grad():
+            _, x_hat, _, codes = model(x[None])
+        expected = structural_similarity(x[0].numpy(), x_hat[0, 0].numpy(), data_range=1.0)
+        assert scores.ssim[i].item() == pytest.approx(expected, abs=1e-5)
+        for row in range(64):
+            for column in range(64):
+                k = codes[0, row, column]
+                usage[k] += 1
+                pixels = x[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+                foreground_usage[k] += pixels.double().mean() > 0.04
+    # another batch size may round a latent to the other side of a boundary between two codes
+    assert abs(scores.usage.numpy() - usage).sum() <= 4
+    assert abs(scores.foreground_usage.numpy() - foreground_usage).sum() <= 4
+    assert scores.usage.sum() == len(dataset) * 64 * 64
+
+
+def test_score_leaves_the_model_trainable_and_the_settings_as_they_were(data):
+    dataset = OasisDataset(data, "test", progress=lambda items, **_: items)
+    model = VQVAE()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        score(model, dataset, progress=lambda items, **_: items)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    model(dataset[0][None])[0].backward()
+
+
+def test_score_covers_a_smaller_last_batch():
+    class Few:
+        def __len__(self):
+            return SCORE_BATCH + 3
+
+        def __getitems__(self, indices):
+            return torch.stack([torch.full((1, 256, 256), i / 100) for i in indices])
+
+    scores = score(VQVAE(), Few(), progress=lambda items, **_: items)
+    assert scores.ssim.shape == (SCORE_BATCH + 3,) and scores.usage.sum() == (SCORE_BATCH + 3) * 4096
+
+
+def test_perplexity_closed_forms():
+    assert perplexity(torch.tensor([7, 7, 7, 7, 0, 0])) == pytest.approx(4)
+    assert perplexity(torch.tensor([0, 9])) == pytest.approx(1)
+    assert perplexity(torch.tensor([3, 1])) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+    assert perplexity(torch.zeros(5, dtype=torch.int64)) == 0
