@@ -1,0 +1,146 @@
+"""Every figure. Functions take arrays or tensors and a path, and write one PNG.
+
+Images are grey values in [0, 1], drawn with that fixed range and never rescaled, so that figures can be compared.
+`note` is drawn under the title; it says where the data come from when they are phantoms.
+"""
+
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from torchvision.utils import make_grid
+
+BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#777777"  # distinguishable with colour-blind eyes (Okabe and Ito)
+STYLE = {
+    "figure.dpi": 100,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def image_grid(path: Path, images, title: str, note: str = "", columns: int = 8) -> None:
+    """Images (N, 1, H, W), `columns` a row, in the order given."""
+    grid = make_grid(images.float().cpu().clamp(0, 1), nrow=columns, padding=4, pad_value=1)[0].numpy()
+    height = 9.6 * grid.shape[0] / grid.shape[1]
+    figure, axes = _figure(9.6, height + 0.7, title, note)
+    _show_image(axes, grid)
+    _save(figure, path)
+
+
+def single_image(path: Path, image, title: str, note: str = "") -> None:
+    """One image (1, H, W), with the scale of its grey values and pixel axes."""
+    figure, axes = _figure(5.2, 4.8, title, note)
+    shown = axes.imshow(np.asarray(image.float().cpu())[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="x / pixels", ylabel="y / pixels")
+    axes.grid(False)
+    figure.colorbar(shown, ax=axes, label="grey value", fraction=0.046)
+    _save(figure, path)
+
+
+def code_map(path: Path, codes, n_embeddings: int, title: str, note: str = "") -> None:
+    """The indices (64, 64) of one image's codes, as colours."""
+    figure, axes = _figure(5.2, 4.8, title, note)
+    shown = axes.imshow(
+        np.asarray(codes.cpu()), cmap="nipy_spectral", vmin=0, vmax=n_embeddings - 1, interpolation="nearest"
+    )
+    axes.set(xlabel="x / code positions", ylabel="y / code positions")
+    axes.grid(False)
+    figure.colorbar(shown, ax=axes, label="code (index of an embedding)", fraction=0.046)
+    _save(figure, path)
+
+
+def ssim_by_epoch(path: Path, mean: list[float], least: list[float], greatest: list[float], note: str = "") -> None:
+    """Mean validation SSIM by epoch, with the range from the worst to the best image."""
+    epochs = np.arange(1, len(mean) + 1)
+    figure, axes = _figure(6.4, 4.2, "Validation SSIM by epoch", note)
+    axes.fill_between(epochs, least, greatest, color=BLUE, alpha=0.2, label="worst to best image")
+    axes.plot(epochs, mean, color=BLUE, marker="o", markersize=4, label="mean")
+    axes.set(xlabel="epoch", ylabel="SSIM (1 = identical)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def recon_losses(path: Path, losses: list[float], updates: list[int], means: list[float], note: str = "") -> None:
+    """Reconstruction loss of each update, and the mean of each epoch, whose numbers of updates are `updates`."""
+    ends = np.cumsum(updates)
+    figure, axes = _figure(6.4, 4.2, "Training reconstruction loss", note)
+    axes.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, linewidth=0.6, alpha=0.6, label="each update")
+    axes.plot(ends - np.asarray(updates) / 2, means, color=ORANGE, marker="o", markersize=4, label="epoch mean")
+    axes.set(xlabel="update", ylabel="mean squared error (log scale)", yscale="log")
+    axes.legend()
+    _save(figure, path)
+
+
+def gan_losses(path: Path, history: dict[str, list[float]], note: str = "") -> None:
+    """The DCGAN's losses by update (above), and how sure the discriminator is (below).
+
+    Args:
+        history: by update, "d_loss" and "g_loss", and the discriminator's mean outputs on real and on generated
+            latents, "d_real" and "d_fake", all read before the discriminator's own update.
+    """
+    with plt.rc_context(STYLE):
+        figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True, layout="constrained")
+    _title(upper, "DCGAN training", note)
+    update = np.arange(1, len(history["d_loss"]) + 1)
+    for axes, rows in (
+        (upper, (("d_loss", BLUE, "discriminator"), ("g_loss", ORANGE, "generator"))),
+        (lower, (("d_real", BLUE, "D(x), real latents"), ("d_fake", ORANGE, "D(G(z)), generated latents"))),
+    ):
+        for key, colour, label in rows:
+            axes.plot(update, history[key], color=colour, linewidth=0.4, alpha=0.4)
+            axes.plot(*_smooth(update, history[key]), color=colour, label=label)
+        axes.legend(loc="upper right", ncols=2)
+    upper.set(ylabel="binary cross entropy")
+    lower.set(xlabel="update", ylabel="mean probability of being real", ylim=(0, 1))
+    _save(figure, path)
+
+
+def scores(path: Path, ssim, threshold: float, title: str, note: str = "") -> None:
+    """SSIM of each image, in the data set's order, with the threshold and the mean."""
+    ssim = np.asarray(ssim)
+    figure, axes = _figure(7.2, 4.4, title, note)
+    axes.scatter(np.arange(len(ssim)), ssim, s=9, color=BLUE, alpha=0.7, label="one image")
+    axes.axhline(ssim.mean(), color=ORANGE, label=f"mean {ssim.mean():.4f}")
+    axes.axhline(threshold, color=GREY, linestyle="--", label=f"threshold {threshold}")
+    axes.set(xlabel="image (in order of case and slice)", ylabel="SSIM (1 = identical)")
+    axes.legend(loc="best")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, title: str, note: str):
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        _title(axes, title, note)
+    return figure, axes
+
+
+def _title(axes, title: str, note: str) -> None:
+    axes.set_title(f"{title}\n{note}" if note else title)
+
+
+def _show_image(axes, image: np.ndarray) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+    axes.axis("off")
+
+
+def _smooth(x: np.ndarray, y: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Running mean over a fiftieth of the curve."""
+    width = max(1, len(y) // 50)
+    return x[width - 1 :] - (width - 1) / 2, np.convolve(y, np.ones(width) / width, "valid")
+
+
+def _save(figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)  # a figure of this name is never half written

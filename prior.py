@@ -1,0 +1,163 @@
+"""What lies between the VQ-VAE and the DCGAN: latents to tanh's range and back, snapping to codes, sampling.
+
+The generator ends in tanh, so its range is [-1, 1]; latents have a range of their own. `LatentScale` is the fixed map
+between the two, fitted on the training split and kept in generator.pth.
+"""
+
+import hashlib
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from modules import VQVAE, Generator, load_checked, plain_state
+
+# Foreground latents deviate from the background's embedding by this many times their root mean square before they are
+# clipped: about 1 % of their values are. Less clips more; more squeezes the anatomy towards the background's zero.
+RANGE_IN_RMS = 2.5
+
+
+class LatentScale(NamedTuple):
+    """Latents z <-> tanh's range: t = clip((z - shift) / scale, -1, 1), per channel.
+
+    Attributes:
+        shift: (D,), the embedding of the most frequent code, that is the background's: it maps to 0.
+        scale: (D,), RANGE_IN_RMS times the root mean square by which all other positions deviate from it.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def to_tanh(self, z: Tensor) -> Tensor:
+        """Latents (B, D, H, W) -> (B, D, H, W) in [-1, 1]."""
+        return ((z - self.shift[:, None, None]) / self.scale[:, None, None]).clamp(-1, 1)
+
+    def from_tanh(self, t: Tensor) -> Tensor:
+        """(B, D, H, W) in [-1, 1] -> latents (B, D, H, W)."""
+        return t * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+class Latents(Dataset):
+    """A split's encoder outputs z_e, mapped to tanh's range: what the DCGAN learns to draw.
+
+    Encoded once and kept in half precision (512 kB an image) where that fits in half of the free memory; else each
+    batch is encoded when it is asked for.
+
+    Args:
+        vqvae: the trained network, on the device of the data set's batches.
+        dataset: an `OasisDataset`.
+        progress: called as tqdm is.
+
+    Attributes:
+        scale: the `LatentScale` fitted on this split.
+        stored: whether the latents are kept.
+    """
+
+    def __init__(self, vqvae: VQVAE, dataset: Dataset, progress=tqdm):
+        self.vqvae, self.dataset = vqvae.eval(), dataset
+        weight = vqvae.vector_quantizer.embedding.weight.detach()
+        n, dim = weight.shape
+        size = (len(dataset), 64, 64, dim)
+        self.stored = 2 * torch.Size(size).numel() < free_memory() / 2
+        self.kept = torch.empty(size if self.stored else 0, dtype=torch.half)
+        # Sums by code, so that one pass serves: which code is the background's is known only at its end.
+        sums = torch.zeros(3, n, dim, dtype=torch.double)
+        for start in progress(range(0, len(dataset), 32), desc="Encoding", unit=" batches"):
+            chosen = range(start, min(start + 32, len(dataset)))
+            z_e = self._encode(chosen)
+            rows = z_e.permute(0, 2, 3, 1)
+            if self.stored:
+                self.kept[start : start + len(rows)] = rows.half().cpu()
+            codes = vqvae.vector_quantizer.nearest(z_e).flatten().cpu()
+            rows = rows.reshape(-1, dim).cpu().double()
+            for power in range(3):
+                sums[power].index_add_(0, codes, rows**power)
+        count, first, second = sums
+        background = int(count[:, 0].argmax())
+        shift = weight[background].cpu().double()
+        others = torch.arange(n) != background
+        squares = (second - 2 * shift * first + shift**2 * count)[others].sum(0)
+        rms = (squares / count[others].sum(0).clamp(min=1)).clamp(min=1e-12).sqrt()
+        device = weight.device
+        self.scale = LatentScale(shift.float().to(device), (RANGE_IN_RMS * rms).float().to(device))
+
+    @torch.no_grad()
+    def _encode(self, indices) -> Tensor:
+        return self.vqvae.latents(self.dataset.__getitems__(indices))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """(B, D, 64, 64) float32 in [-1, 1]."""
+        if self.stored:
+            z_e = self.kept[torch.as_tensor(indices)].to(self.scale.shift.device).permute(0, 3, 1, 2).float()
+        else:
+            z_e = self._encode(indices)
+        return self.scale.to_tanh(z_e)
+
+
+def free_memory() -> int:
+    """Bytes of memory free on this machine; where the system does not say, 8 GB."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 8 * 2**30
+
+
+class Prior:
+    """A generator and what turns its output into brains: the scale of latents and the VQ-VAE they belong to."""
+
+    def __init__(self, generator: Generator, scale: LatentScale, vqvae: VQVAE):
+        self.generator, self.scale, self.vqvae = generator, scale, vqvae
+
+    @property
+    def noise_dim(self) -> int:
+        return self.generator.net[0][0].in_channels
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor) -> Tensor:
+        """Noise (B, noise_dim, 1, 1) -> codes (B, 64, 64): generated latents snapped to the nearest embeddings."""
+        latents = self.scale.from_tanh(self.generator.eval()(noise))
+        return self.vqvae.vector_quantizer.nearest(latents)
+
+    def sample_images(self, noise: Tensor, at_once: int = 32) -> Tensor:
+        """Noise (B, noise_dim, 1, 1) -> brains (B, 1, 256, 256) in [0, 1]."""
+        images = [self.vqvae.decode(self.sample(part)).clamp(0, 1) for part in noise.split(at_once)]
+        return torch.cat(images)
+
+    def checkpoint(self) -> dict:
+        """The contents of generator.pth."""
+        return {
+            "state_dict": plain_state(self.generator),
+            "shift": self.scale.shift.cpu(),
+            "scale": self.scale.scale.cpu(),
+            "codebook": codebook_hash(self.vqvae),
+        }
+
+    @classmethod
+    def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "Prior":
+        """What `checkpoint` gave, for the VQ-VAE that it belongs to and on that one's device.
+
+        Raises:
+            ValueError: the contents are no generator's, or belong to another codebook.
+        """
+        if not isinstance(contents, dict) or contents.keys() != {"state_dict", "shift", "scale", "codebook"}:
+            raise ValueError("it holds no generator (name the generator.pth of a run)")
+        if contents["codebook"] != codebook_hash(vqvae):
+            raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+        weight = vqvae.vector_quantizer.embedding.weight
+        noise_dim = getattr(contents["state_dict"].get("net.0.0.weight"), "shape", [128])[0]
+        generator = Generator(noise_dim, embeddings_dim=weight.shape[1])
+        load_checked(generator, contents["state_dict"])
+        scale = LatentScale(contents["shift"].to(weight.device), contents["scale"].to(weight.device))
+        return cls(generator.to(weight.device).eval(), scale, vqvae)
+
+
+def codebook_hash(vqvae: VQVAE) -> str:
+    """SHA-256 of the codebook's float32 values."""
+    values = vqvae.vector_quantizer.embedding.weight.detach().cpu().float().contiguous()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

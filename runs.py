@@ -1,0 +1,233 @@
+"""A run's folder: its options and log, files that are never torn, checkpoints loaded with care, and resuming."""
+
+import csv
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+RESUME_FILE = "resume.pth"
+# Each has random streams of its own, so that one stage's length never changes another's numbers.
+STREAMS = ("vqvae weights", "vqvae", "gan weights", "gan", "gan samples", "samples")
+
+
+class RunError(Exception):
+    """A run's folder, file or option cannot be used; the message names it and says what to do."""
+
+
+class Run:
+    """The folder of one run of train.py.
+
+    Attributes:
+        folder: where everything goes.
+        options: every option of the run, by name.
+        state: what resuming needs besides the options, by stage ("vqvae", "gan"); tensors, numbers and lists only.
+        rows: the rows of metrics.csv so far.
+    """
+
+    def __init__(self, folder: Path, options: dict, state: dict | None = None, rows: list[dict] | None = None):
+        self.folder, self.options = folder, options
+        self.state, self.rows = state or {}, rows or []
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """The run in a folder that `save` has written to, as it was after its last complete epoch.
+
+        Raises:
+            RunError: the folder holds no run to resume.
+        """
+        folder = find(path)
+        if not (folder / RESUME_FILE).is_file():
+            raise RunError(f"{folder}: holds no {RESUME_FILE}, so no epoch to go on from; start a new run instead")
+        saved = load(folder / RESUME_FILE)
+        if not isinstance(saved, dict) or saved.keys() != {"options", "state", "rows"}:
+            raise RunError(f"{folder / RESUME_FILE}: was not written by train.py; name a run's folder with --resume")
+        return cls(folder, **saved)
+
+    def save(self) -> None:
+        """Write resume.pth and metrics.csv; called at the end of each epoch, after the epoch's other files."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        with atomically(self.folder / "metrics.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        save({"options": self.options, "state": self.state, "rows": self.rows}, self.folder / RESUME_FILE)
+
+
+class atomically:
+    """`with atomically(path) as temporary`: what is written to `temporary` takes the name `path` when complete."""
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            with open(self.temporary, "rb") as file:
+                os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def new_folder(out: str | Path, suffix: str = "") -> Path:
+    """Make out/<YYYY-MM-DD_HH-MM-SS><suffix>, with _2, _3 … where it exists already.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    name = time.strftime("%Y-%m-%d_%H-%M-%S") + suffix
+    for number in range(1, 1000):
+        folder = Path(out) / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                break
+        except OSError as error:
+            raise RunError(f"{out}: cannot make a folder there ({error.strerror}); name another with --out") from None
+    raise RunError(f"{out}: cannot make a folder there; name another with --out")
+
+
+def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:
+    """`path` as given if it exists, else under `out`.
+
+    Raises:
+        RunError: it is in neither place.
+    """
+    for candidate in (Path(path), Path(out) / path):
+        if candidate.exists():
+            return candidate
+    raise RunError(f"{path}: no such file or folder, here or under {out}/")
+
+
+def save(contents: Any, path: Path) -> None:
+    """torch.save that never leaves a torn file."""
+    with atomically(path) as temporary:
+        torch.save(contents, temporary)
+
+
+def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) -> Any:
+    """build(contents) of a file that `save` wrote. Only tensors and plain values are read, never pickled code.
+
+    Raises:
+        RunError: the file cannot be read, is no checkpoint, or `build` refuses it with a ValueError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except IsADirectoryError:
+        raise RunError(f"{path}: is a folder; name the file in it") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except pickle.UnpicklingError:
+        raise RunError(f"{path}: is no checkpoint, or holds more than weights; it was not loaded") from None
+    except Exception:  # a damaged archive shows itself in many ways: RuntimeError, EOFError, KeyError, …
+        raise RunError(f"{path}: is no checkpoint, or is damaged; it was not loaded") from None
+    try:
+        return build(contents)
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from None
+
+
+def write_json(path: Path, contents: dict) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote; {} where there is no such file.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); repair or remove it") from None
+
+
+def environment(device: torch.device) -> dict:
+    """What a reader needs to repeat a run: versions, machine and commit."""
+    project = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", project, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+    except OSError:  # no git on this machine
+        commit = ""
+    import_names = {"torch": torch, "numpy": np}
+    return {
+        "command": [sys.executable, *sys.argv],
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in import_names.items()},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is CUDA, then MPS, then the CPU.
+
+    Raises:
+        RunError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise RunError(f"--device {name}: no such device here; try --device cpu") from None
+    return device
+
+
+def derived_seed(seed: int, stream: str, epoch: int = 0) -> int:
+    """A seed for one stream and epoch of a run, so that resuming needs no generator's state."""
+    words = np.random.SeedSequence([seed, STREAMS.index(stream), epoch]).generate_state(2)
+    return int(words[0]) << 31 ^ int(words[1])
+
+
+def random_generator(seed: int, stream: str, epoch: int = 0) -> torch.Generator:
+    """A generator on the CPU, whatever the device: so every device draws the same numbers."""
+    return torch.Generator().manual_seed(derived_seed(seed, stream, epoch))
+
+
+class _PlainLines:
+    """A file for tqdm whose updates become lines of their own on standard error."""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(*args, **settings) -> tqdm:
+    """tqdm; where standard error is no terminal, a plain line every 15 seconds instead of a moving bar."""
+    if not sys.stderr.isatty():
+        settings |= {"file": _PlainLines(), "mininterval": 15, "maxinterval": 15, "delay": 5}
+        settings["bar_format"] = "{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(*args, **settings)
