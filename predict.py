@@ -1,0 +1,131 @@
+"""Score a trained VQ-VAE on a split by SSIM, or decode new brains with a trained generator.
+
+    python predict.py PATH/vqvae.pth                     # the test split of the data it was trained on
+    python predict.py PATH/vqvae.pth --data DIR          # of the OASIS folder DIR
+    python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
+
+Everything goes to a new folder, gen_imgs/<date_time>_predict/: README.md says what is in it.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.io import write_png
+
+import metrics
+import phantom
+import plots
+import runs
+from dataset import SPLITS, DataError, OasisDataset, find_data
+from modules import VQVAE
+from prior import Prior
+
+THRESHOLD = 0.6  # the report counts the images at or above it
+
+
+def main(words: list[str] | None = None) -> None:
+    o = parse(words)
+    device = runs.choose_device(o.device)
+    path = runs.find(o.path)
+    vqvae = runs.load(path, VQVAE.from_state_dict).to(device)
+    record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
+    if o.generator:
+        generator_path = runs.find(o.generator)
+        prior = runs.load(generator_path, lambda contents: Prior.from_checkpoint(contents, vqvae))
+        of_phantoms = runs.read_json(generator_path.parent / "run.json").get("data", {}).get("phantoms", False)
+        folder = draw_samples(prior, o.samples, o.seed, o.out, data_note(of_phantoms))
+    else:
+        data = data_folder(o.data, record)
+        dataset = OasisDataset(data, o.split, device, runs.progress)
+        folder = score_split(vqvae, dataset, o.split, o.out, data_note(phantom.is_phantoms(data)))
+    print(f"Look at {folder}")
+
+
+def data_folder(named: str | None, record: dict) -> Path:
+    """--data, else the folder that the run recorded, else where train.py looks; never phantoms unasked."""
+    recorded = record.get("data", {}).get("folder")
+    if named or not recorded:
+        data = find_data(named)
+        if data is None:
+            raise DataError("no data: name the OASIS folder with --data (no run.json beside the checkpoint records it)")
+        return data
+    if not Path(recorded).is_dir():
+        raise DataError(f"{recorded}: the folder that run.json records is not there; name the data with --data")
+    return Path(recorded)
+
+
+def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note: str = "") -> Path:
+    """Print the report's four lines and draw the split's scores, its best and its worst image; returns the folder."""
+    scores = metrics.score(vqvae, dataset, runs.progress)
+    ssim = scores.ssim
+    folder = runs.new_folder(out, "_predict")
+    with runs.atomically(folder / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "case", "slice", "ssim"])
+        for i, value in enumerate(ssim.tolist()):
+            writer.writerow([dataset.files[i].name, *dataset.case_and_slice(i), value])
+
+    for name, i in (("best", int(ssim.argmax())), ("worst", int(ssim.argmin()))):
+        x = dataset.__getitems__([i])
+        with torch.no_grad():
+            x_hat = vqvae(x)[1]
+        title = f"{name.capitalize()} {split} image, {dataset.files[i].name}"
+        plots.single_image(folder / f"{name}_recon_before.png", x[0], title, note)
+        plots.single_image(folder / f"{name}_recon.png", x_hat[0], f"Its reconstruction, SSIM {ssim[i]:.4f}", note)
+    plots.scores(folder / f"{split}_ssim_scores.png", ssim, THRESHOLD, f"SSIM of the {split} split", note)
+
+    mark = " (phantoms)" if note else ""
+    above = int((ssim >= THRESHOLD).sum())
+    print(f"SSIM mean: {ssim.mean():.4f}{mark}")
+    print(f"Min SSIM score: {ssim.min():.4f}{mark}")
+    print(f"Max SSIM score: {ssim.max():.4f}{mark}")
+    print(f"Number of images with SSIM >= {THRESHOLD}: {above}, {above / len(ssim):.2%}.{mark}")
+    return folder
+
+
+def draw_samples(prior: Prior, n: int, seed: int, out: str, note: str = "") -> Path:
+    """Decode n new brains as a grid, samples.png, and one file each; returns the folder."""
+    random = runs.random_generator(seed, "samples")
+    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(prior.scale.shift.device)
+    images = prior.sample_images(noise)
+    folder = runs.new_folder(out, "_predict")
+    plots.image_grid(folder / "samples.png", images, f"{n} generated brains (seed {seed})", note)
+    for i, image in enumerate(images):
+        write_png((image * 255).round().byte().cpu(), str(folder / f"sample_{i:03d}.png"))
+    print(f"Decoded {n} new brains{' (trained on phantoms)' if note else ''}.")
+    return folder
+
+
+def data_note(phantoms: bool) -> str:
+    return "data: phantoms (synthetic)" if phantoms else ""
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", metavar="PATH", help="vqvae.pth of a run, as given or under gen_imgs/")
+    parser.add_argument("--data", metavar="DIR", help="OASIS folder (default: what run.json beside PATH records)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
+    parser.add_argument("--out", metavar="DIR", default="gen_imgs", help="where the folder is made (default: gen_imgs)")
+    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    group = parser.add_argument_group("new brains, instead of scores")
+    group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
+    group.add_argument("--samples", metavar="N", type=int, default=64, help="how many (default: 64)")
+    group.add_argument("--seed", metavar="S", type=int, default=0, help="of the noise (default: 0)")
+    o = parser.parse_args(words)
+    if o.samples < 1:
+        parser.error(f"--samples {o.samples}: must be 1 or more")
+    if o.seed < 0:
+        parser.error(f"--seed {o.seed}: must be 0 or more")
+    return o
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, runs.RunError) as error:
+        sys.exit(f"predict.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

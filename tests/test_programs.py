@@ -1,0 +1,322 @@
+"""train.py and predict.py run as a user runs them, on a few phantoms."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT, run_program
+from PIL import Image
+
+from modules import VQVAE
+
+SMALL = ("--batch-size", 4, "--gan-batch-size", 6, "--n-embeddings", 64, "--device", "cpu")
+EPOCHS = ("--epochs", 2, "--gan-epochs", 2)
+
+
+def new_run(done: subprocess.CompletedProcess, out):
+    assert done.returncode == 0, done.stderr
+    return out / re.search(r"Done\. Look at .*/(\S+)$", done.stdout, re.M)[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def trained(data, folder):
+    """A complete run of both stages: what it printed, and its folder."""
+    done = run_program("train.py", "--data", data, *SMALL, *EPOCHS, "--seed", 5, cwd=folder)
+    return done, new_run(done, folder / "gen_imgs")
+
+
+def rows(run, stage):
+    with open(run / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["stage"] == stage]
+
+
+def assert_same_weights(one, other, names=("vqvae.pth", "generator.pth", "discriminator.pth")):
+    def flat(contents):
+        return {**contents.pop("state_dict", {}), **contents}
+
+    for name in names:
+        a, b = (flat(torch.load(run / name, weights_only=True)) for run in (one, other))
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], (name, key)
+
+
+def assert_same_history(one, other):
+    for stage in ("vqvae", "gan"):
+        kept = [
+            [{k: v for k, v in row.items() if "second" not in k} for row in rows(run, stage)] for run in (one, other)
+        ]
+        assert kept[0] == kept[1] != []
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """It ended with one line that has these words, and no traceback."""
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error: " in last and "Traceback" not in done.stderr
+    for word in words:
+        assert word in last
+
+
+def test_the_runs_folder(trained):
+    _, run = trained
+    expected = {f"epoch_{n}{kind}.png" for n in range(3) for kind in ("", "_single")}
+    expected |= {f"gan_epoch_{n}.png" for n in range(3)}
+    expected |= {"codebook_comparison.png", "codebook.png", "decoded.png", "gan_losses.png"}
+    expected |= {"train_ssim_scores.png", "train_recon_losses.png"}
+    expected |= {"vqvae.pth", "generator.pth", "discriminator.pth", "run.json", "metrics.csv", "resume.pth"}
+    assert {path.name for path in run.iterdir()} == expected
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
+    for path in run.glob("*.png"):
+        assert np.asarray(Image.open(path)).std() > 1, path.name
+
+
+def test_console_lines_are_the_reports(trained):
+    done, run = trained
+    number = r"\d+\.\d+(e-\d+)? \(phantoms\)"
+    for row in rows(run, "vqvae"):
+        block = (
+            rf"Epoch: {row['epoch']}\nTraining loss: {number}\nValidation avg\. SSIM loss: {number}\n"
+            rf"Max SSIM loss: {number}\nMin SSIM loss: {number}\nCodebook usage: \d+ of 64 codes, perplexity "
+        )
+        assert re.search(block, done.stdout)
+        for key in ("training_loss", "ssim_mean", "ssim_max", "ssim_min"):
+            assert f": {row[key]} (phantoms)" in done.stdout
+
+
+def test_metrics_csv(trained):
+    _, run = trained
+    for stage in ("vqvae", "gan"):
+        assert [row["epoch"] for row in rows(run, stage)] == ["1", "2"]
+    assert [row["updates"] for row in rows(run, "vqvae")] == ["4", "4"]  # 15 images: the smaller last batch is kept
+    assert [row["updates"] for row in rows(run, "gan")] == ["3", "3"]
+    assert float(rows(run, "vqvae")[1]["training_loss"]) < float(rows(run, "vqvae")[0]["training_loss"])
+
+
+def test_run_json(trained, data):
+    _, run = trained
+    record = json.loads((run / "run.json").read_text())
+    assert record["data"] == {
+        "folder": str(data),
+        "phantoms": True,
+        "images": {"train": 15, "validate": 10, "test": 10},
+    }
+    assert record["seed"] == 5 and record["options"]["batch_size"] == 4 and record["options"]["lr"] == 1e-3
+    assert record["torch"] == torch.__version__ and record["device"] == "cpu" and record["resumed"] == []
+    assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", record["commit"])
+
+
+def test_vqvae_pth_is_a_plain_state_dict_of_the_best_epoch(trained):
+    done, run = trained
+    state = torch.load(run / "vqvae.pth", weights_only=True)
+    assert list(state) == list(VQVAE(64).state_dict())
+    best = max(rows(run, "vqvae"), key=lambda row: float(row["ssim_mean"]))
+    assert f"Best epoch: {best['epoch']}, validation SSIM {float(best['ssim_mean']):.4f}" in done.stdout
+
+
+def test_generator_pth_loads_as_weights_only(trained):
+    _, run = trained
+    contents = torch.load(run / "generator.pth", weights_only=True)
+    assert contents["shift"].shape == contents["scale"].shape == (64,)
+    assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
+
+
+def test_predict_gives_what_training_printed(trained, folder):
+    _, run = trained
+    done = run_program(
+        "predict.py", run / "vqvae.pth", "--split", "validate", "--device", "cpu", "--out", "v", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    best = max(rows(run, "vqvae"), key=lambda row: float(row["ssim_mean"]))
+    (out,) = (folder / "v").iterdir()
+    with open(out / "scores.csv", newline="") as file:
+        scores = [float(row["ssim"]) for row in csv.DictReader(file)]
+    assert torch.tensor(scores, dtype=torch.double).mean().item() == float(best["ssim_mean"])
+    assert (min(scores), max(scores)) == (float(best["ssim_min"]), float(best["ssim_max"]))
+    assert f"SSIM mean: {float(best['ssim_mean']):.4f} (phantoms)\n" in done.stdout
+    assert (out / "validate_ssim_scores.png").is_file()
+
+
+def test_predict_on_the_test_split(trained, folder, data):
+    _, run = trained
+    done = run_program("predict.py", f"{run.name}/vqvae.pth", "--out", "t", cwd=folder)  # found under gen_imgs/
+    assert done.returncode == 0, done.stderr
+    (out,) = (folder / "t").iterdir()
+    assert out.name.endswith("_predict")
+    pictures = {
+        "test_ssim_scores.png",
+        "best_recon_before.png",
+        "best_recon.png",
+        "worst_recon_before.png",
+        "worst_recon.png",
+    }
+    assert {path.name for path in out.iterdir()} == pictures | {"scores.csv"}
+    with open(out / "scores.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["file"], row["case"], row["slice"]) for row in table] == [
+        (f"case_{case:03d}_slice_{s}.nii.png", str(case), str(s)) for case in (6, 7) for s in (0, 8, 16, 23, 31)
+    ]
+    ssim = [float(row["ssim"]) for row in table]
+    above = sum(value >= 0.6 for value in ssim)
+    assert done.stdout.splitlines()[:4] == [
+        f"SSIM mean: {np.mean(ssim):.4f} (phantoms)",
+        f"Min SSIM score: {min(ssim):.4f} (phantoms)",
+        f"Max SSIM score: {max(ssim):.4f} (phantoms)",
+        f"Number of images with SSIM >= 0.6: {above}, {above / 10:.2%}. (phantoms)",
+    ]
+
+
+def test_new_brains_need_no_data(trained, folder, tmp_path):
+    _, run = trained
+    contents = torch.load(run / "generator.pth", weights_only=True)
+    contents["state_dict"]["net.4.weight"] *= 50  # six updates leave all brains alike; this tells the noise apart
+    torch.save(contents, tmp_path / "generator.pth")
+    words = (run / "vqvae.pth", "--generator", tmp_path / "generator.pth", "--samples", 5, "--device", "cpu")
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        done = run_program("predict.py", *words, "--seed", seed, "--out", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    a, b, c = ([p.read_bytes() for p in sorted((tmp_path / out).glob("*/sample_*.png"))] for out in "abc")
+    assert len(a) == 5 and a == b != c
+    assert Image.open(next((tmp_path / "a").glob("*/sample_000.png"))).mode == "L"
+    names = {path.name for path in next((tmp_path / "a").iterdir()).iterdir()}
+    assert names == {"samples.png", *(f"sample_{i:03d}.png" for i in range(5))}
+
+
+def test_same_seed_same_weights_and_another_seed_others(trained, data, folder):
+    _, run = trained
+    again = run_program("train.py", "--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", "again", cwd=folder)
+    assert_same_weights(run, new_run(again, folder / "again"))
+    other = run_program(
+        "train.py", "--data", data, *SMALL, "--epochs", 1, "--only", "vqvae", "--out", "other", cwd=folder
+    )
+    a, b = (torch.load(r / "vqvae.pth", weights_only=True) for r in (run, new_run(other, folder / "other")))
+    assert not torch.equal(a["conv1.weight"], b["conv1.weight"])
+
+
+def kill_after(command, cwd, line: str, times: int) -> None:
+    """Start a program and kill it, as a power cut would, when it has printed a line a number of times."""
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for printed in process.stdout:
+            times -= printed.startswith(line)
+            if times == 0:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
+    _, run = trained
+    command = [sys.executable, PROJECT / "train.py"]
+    new = [*command, "--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", "killed"]
+    kill_after([*map(str, new)], folder, "Epoch: 2", 1)  # before VQ-VAE epoch 2 is complete on disk
+    (killed,) = (folder / "killed").iterdir()
+    assert len(rows(killed, "vqvae")) == 1
+    kill_after([*map(str, command), "--resume", str(killed)], folder, "Epoch: 2", 2)  # in the DCGAN's second epoch
+    assert len(rows(killed, "vqvae")) == 2 and len(rows(killed, "gan")) == 1
+    done = run_program("train.py", "--resume", killed, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "after vqvae epoch 2, gan epoch 1" in done.stdout
+    assert_same_weights(run, killed)
+    assert_same_history(run, killed)
+    assert {path.name for path in killed.iterdir()} == {path.name for path in run.iterdir()}
+    assert len(json.loads((killed / "run.json").read_text())["resumed"]) == 2
+
+
+def test_raising_the_epochs_of_a_complete_run(trained, data, folder):
+    _, run = trained
+    done = run_program(
+        "train.py", "--data", data, *SMALL, "--epochs", 1, "--gan-epochs", 1, "--seed", 5, "--out", "short", cwd=folder
+    )
+    short = new_run(done, folder / "short")
+    done = run_program("train.py", "--resume", short, *EPOCHS, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "the DCGAN begins anew" in done.stdout
+    assert_same_weights(run, short)
+    assert_same_history(run, short)
+
+
+def test_resuming_refuses_other_options_by_name(trained, folder):
+    _, run = trained
+    for words, name in ((("--lr", "0.1"), "--lr"), (("--seed", 1), "--seed"), (("--epochs", 1), "--epochs 1")):
+        refused(run_program("train.py", "--resume", run, *words, cwd=folder), name)
+    refused(run_program("train.py", "--resume", "nowhere", cwd=folder), "nowhere")
+
+
+def test_the_second_stage_alone(trained, data, folder):
+    _, run = trained
+    words = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--only", "gan")
+    done = run_program("train.py", *words, "--vqvae", run / "vqvae.pth", "--out", "gan", cwd=folder)
+    alone = new_run(done, folder / "gan")
+    assert_same_weights(run, alone)  # the stages' random numbers are their own
+    assert rows(alone, "vqvae") == []
+    refused(run_program("train.py", *words, cwd=folder), "--vqvae")
+    refused(run_program("train.py", *words, "--vqvae", run / "generator.pth", cwd=folder), "generator.pth", "no VQ-VAE")
+
+
+def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp_path):
+    _, run = trained
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    for name in ("text.pth", "nowhere.pth"):
+        refused(run_program("predict.py", tmp_path / name, "--data", data, cwd=folder), name)
+    refused(run_program("predict.py", run / "generator.pth", "--data", data, cwd=folder), "generator.pth", "no VQ-VAE")
+    refused(run_program("predict.py", run / "vqvae.pth", "--data", "nowhere", cwd=folder), "nowhere", "--data")
+    shutil.copy(run / "vqvae.pth", tmp_path / "alone.pth")
+    refused(run_program("predict.py", tmp_path / "alone.pth", cwd=tmp_path), "--data")  # no phantoms unasked
+    assert not (tmp_path / "phantoms").exists()
+    torch.save(VQVAE(64).state_dict(), tmp_path / "other.pth")
+    words = ("--generator", run / "generator.pth")
+    refused(run_program("predict.py", tmp_path / "other.pth", *words, cwd=folder), "another codebook")
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (("--data", "/nowhere"), "/nowhere"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--lr", "-1"), "--lr"),
+        (("--lr", "nan"), "--lr"),
+        (("--epochs", "1.5"), "--epochs"),
+        (("--demo", "--data", "."), "--demo and --data"),
+        (("--vqvae", "x.pth"), "--only gan"),
+    ],
+)
+def test_bad_options_are_refused_by_name(tmp_path, words, name):
+    refused(run_program("train.py", *words, cwd=tmp_path), name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_data_is_refused_before_a_folder_is_made(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "keras_png_slices_validate" / "case_999_slice_0.nii.png").write_bytes(b"x")
+    refused(run_program("train.py", "--data", "data", cwd=tmp_path), "case_999_slice_0.nii.png", "cannot be decoded")
+    shutil.rmtree(tmp_path / "data" / "keras_png_slices_test")
+    refused(run_program("train.py", "--data", "data", cwd=tmp_path), "keras_png_slices_test", "missing")
+    assert not (tmp_path / "gen_imgs").exists()
+
+
+def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path):
+    words = [sys.executable, "-u", str(PROJECT / "train.py")]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        first = [process.stdout.readline() for _ in range(6)]
+        process.kill()
+    assert "DEMO" in first[1] and "phantoms" in first[1]
+    assert re.search(r"512 training, 64 validation images\) \(phantoms\)", first[4])
+    assert len(list((tmp_path / "phantoms").rglob("*.png"))) == 640
+
+
+def test_help_names_every_option_with_its_default():
+    text = run_program("train.py", "--help", cwd=PROJECT).stdout
+    for option, default in (("--epochs", "12"), ("--gan-lr", "0.0002"), ("--beta", "0.25"), ("--out", "gen_imgs")):
+        assert re.search(rf"{option} \S+\s[^-]*\(default:\s+{default}\)", text)

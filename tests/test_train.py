@@ -1,0 +1,119 @@
+"""The pieces of training: each update against its definition."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from modules import VQVAE, Discriminator, Generator, dcgan_init
+
+
+def test_discriminators_loss_is_its_definition():
+    torch.manual_seed(0)
+    discriminator = Discriminator().apply(dcgan_init)
+    real, fake = torch.rand(4, 64, 64, 64) - 0.5, torch.rand(4, 64, 64, 64) - 0.5
+    before = copy.deepcopy(discriminator)
+    d_real, d_fake = before(real), before(fake)  # in training mode, apart
+    loss, mean_real, mean_fake = train.update_discriminator(
+        discriminator, torch.optim.SGD(discriminator.parameters(), lr=0.0), real, fake
+    )
+    assert loss.item() == pytest.approx(-(d_real.log().mean() + (1 - d_fake).log().mean()).item(), rel=1e-5)
+    assert mean_real.item() == pytest.approx(d_real.mean().item(), rel=1e-5)
+    assert mean_fake.item() == pytest.approx(d_fake.mean().item(), rel=1e-5)
+
+
+def test_r1_penalty_is_the_squared_gradient_by_finite_differences(monkeypatch):
+    class Quadratic(torch.nn.Module):
+        """D with logits a·|x|²: its gradient is 2a·x, so the penalty is known."""
+
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.tensor(0.3))
+
+        def logits(self, x):
+            return self.a * x.square().flatten(1).sum(1, keepdim=True)
+
+    torch.manual_seed(0)
+    real, fake = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3)
+    monkeypatch.setattr(train, "R1_GAMMA", 7.0)
+
+    def objective(a):
+        logits = [a * x.double().square().sum((1, 2, 3)) for x in (real, fake)]
+        loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()
+        return loss + 7.0 / 2 * (2 * a * real.double()).square().sum((1, 2, 3)).mean()
+
+    network = Quadratic()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    train.update_discriminator(network, optimizer, real, fake)
+    slope = (objective(torch.tensor(0.3001)) - objective(torch.tensor(0.2999))) / 0.0002
+    assert (0.3 - network.a.item()) / 1e-3 == pytest.approx(slope.item(), rel=1e-3)
+
+
+def test_generators_loss_is_non_saturating_and_moves_the_generator_alone():
+    torch.manual_seed(0)
+    generator, discriminator = Generator().apply(dcgan_init), Discriminator().apply(dcgan_init)
+    weights = copy.deepcopy(list(discriminator.parameters()))
+    fake = generator(torch.randn(3, 128, 1, 1))
+    expected = -copy.deepcopy(discriminator)(fake).log().mean()
+    before = generator.net[4].weight.clone()
+    loss = train.update_generator(discriminator, torch.optim.SGD(generator.parameters(), lr=0.1), fake)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not torch.equal(before, generator.net[4].weight)
+    assert all(torch.equal(a, b) for a, b in zip(weights, discriminator.parameters(), strict=True))
+
+
+def test_average_follows_the_weights_and_batchnorm_statistics():
+    average, model = Generator(), Generator()
+    start = copy.deepcopy(average)
+    model.net[0][1].running_mean += 3
+    model.net[0][1].num_batches_tracked += 5
+    train.update_average(average, model, 10**6, 0.9)
+    for key, value in average.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.9 * start.state_dict()[key] + 0.1 * model.state_dict()[key])
+    assert average.net[0][1].num_batches_tracked == 5
+
+
+def test_average_of_a_short_run_forgets_its_start():
+    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        average.weight.fill_(1000.0)
+        model.weight.fill_(1.0)
+    for update in range(1, 101):
+        train.update_average(average, model, update, 0.999)
+    assert average.weight.item() == pytest.approx(1, abs=0.05)
+
+
+def test_reviving_forgets_the_momentum_of_the_dead(random):
+    model = VQVAE(8, 4)
+    quantizer = model.vector_quantizer
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    vq_loss, _, codes = quantizer(torch.randn(1, 4, 8, 8))
+    vq_loss.backward()
+    optimizer.step()
+    moments = optimizer.state[quantizer.embedding.weight]
+    before = moments["exp_avg"].clone() + 1
+    moments["exp_avg"] += 1
+    usage = torch.tensor([5, 0, 1, 1, 0, 2, 2, 2])
+    alive = quantizer.embedding.weight.detach().clone()
+    train.revive_codes(quantizer, optimizer, usage, torch.randn(1, 4, 8, 8), codes, random)
+    dead = usage == 0
+    assert not moments["exp_avg"][dead].any() and not moments["exp_avg_sq"][dead].any()
+    assert torch.equal(moments["exp_avg"][~dead], before[~dead])
+    assert torch.equal(quantizer.embedding.weight[~dead], alive[~dead])
+    assert (quantizer.embedding.weight[dead] != alive[dead]).any(1).all()
+
+
+def test_dcgan_init():
+    torch.manual_seed(0)
+    generator = Generator().apply(dcgan_init)
+    weight, gain = generator.net[1][0].weight, generator.net[0][1].weight
+    assert weight.mean().abs() < 1e-3 and weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert gain.mean().item() == pytest.approx(1, abs=0.01) and gain.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_mean_by_image_weighs_the_smaller_last_batch():
+    assert train.mean_by_image([1.0, 1.0, 4.0], n_images=10, batch_size=4) == pytest.approx((8 * 1 + 2 * 4) / 10)
+    assert train.mean_by_image([2.5], n_images=3, batch_size=32) == 2.5

@@ -1,0 +1,511 @@
+"""Train the VQ-VAE on brain slices, then the DCGAN on its latents.
+
+    python train.py                                      # OASIS in ./keras_png_slices_data, or a demo on phantoms
+    python train.py --data DIR                           # OASIS elsewhere; or set OASIS_DIR
+    python train.py --resume gen_imgs/<run>              # go on after the last complete epoch
+    python train.py --only gan --vqvae PATH/vqvae.pth    # the second stage alone
+
+Everything goes to a new folder, gen_imgs/<date_time>/: README.md says what is in it.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metrics
+import phantom
+import plots
+import runs
+from dataset import SPLITS, DataError, OasisDataset, demo_data, find_data, list_scans, make_loader
+from modules import VQVAE, Discriminator, Generator, dcgan_init, plain_state
+from prior import Latents, Prior
+
+# The report's values; arXiv 1711.00937 gives β = 0.25, arXiv 1511.06434 the DCGAN's rate and betas.
+DEFAULTS = dict(
+    epochs=12,
+    batch_size=32,
+    lr=1e-3,
+    beta=0.25,
+    n_embeddings=512,
+    embeddings_dim=64,
+    gan_epochs=25,
+    gan_batch_size=32,
+    gan_lr=2e-4,
+    data=None,
+    demo=False,
+    seed=0,
+    device="auto",
+    out="gen_imgs",
+    only=None,
+    vqvae=None,
+)
+DEMO_DEFAULTS = dict(epochs=5, gan_epochs=8)  # what fits in six minutes on two cores
+MAY_CHANGE_ON_RESUME = {"resume", "epochs", "gan_epochs", "data", "device"}
+
+# Codebook. For the first updates the encoder's output changes faster than Adam can move embeddings at lr 1e-3, and
+# nearly all codes die; a k-means step on each batch keeps them where the latents are. Later, codes that nothing chose
+# for REVIVE_EVERY updates are moved to where the quantization error is.
+K_MEANS_UPDATES = 100
+K_MEANS_START_STEPS = 10  # on the first batch alone
+REVIVE_EVERY = 10
+# At a constant rate the weights wander from update to update, and with them the black background's level, to which
+# SSIM is very sensitive. What is scored and kept is an exponential average of them.
+AVERAGE_DECAY = 0.99
+
+# DCGAN, all from what kept discriminator and generator in balance on real slices.
+GAN_BETAS = (0.5, 0.999)
+R1_GAMMA = 2.0  # gradient penalty on real latents (Mescheder et al. 2018, arXiv 1801.04406, eq. 9)
+GAN_COLUMNS = ("d_loss", "d_real", "d_fake", "g_loss")  # what is recorded of each update
+GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what samples are drawn with
+
+
+def main(words: list[str] | None = None) -> None:
+    given = parse(words)
+    if "resume" in given:
+        run = resumed_run(given)
+        data = Path(run.options["data"])
+    else:
+        options, data = new_options(given)
+        run = runs.Run(Path(), options)
+    o = SimpleNamespace(**run.options)
+    device = runs.choose_device(o.device)
+    if o.only == "gan":
+        source = runs.find(o.vqvae)
+        given_vqvae = runs.load(source, VQVAE.from_state_dict)
+
+    counts = {split: len(list_scans(data, split)) for split in SPLITS}
+    note = "data: phantoms (synthetic)" if phantom.is_phantoms(data) else ""
+    train_set = OasisDataset(data, "train", device, runs.progress)
+    validate_set = OasisDataset(data, "validate", device, runs.progress)
+
+    if "resume" not in given:
+        run.folder = runs.new_folder(o.out)
+    record_run(run, device, counts, phantoms=bool(note))
+    print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images){mark(note)}")
+    print(f"Device: {device}. Folder: {run.folder}", flush=True)
+
+    if o.only == "gan":
+        if source.resolve() != (run.folder / "vqvae.pth").resolve():
+            runs.save(plain_state(given_vqvae), run.folder / "vqvae.pth")
+    else:
+        train_vqvae(train_set, validate_set, run, device, note)
+    if o.only != "vqvae":
+        vqvae = runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict).to(device)
+        train_gan(vqvae, train_set, run, device, note)
+    print(f"Done. Look at {run.folder}")
+
+
+def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.Run, device, note: str = "") -> None:
+    """Train the VQ-VAE by eq. 3 of arXiv 1711.00937 and keep the epoch of highest mean validation SSIM as vqvae.pth.
+
+    Goes on from run.state["vqvae"] where there is one, and writes figures, metrics.csv and resume.pth each epoch.
+
+    Args:
+        train_set, validate_set: with batches on `device`.
+        run: its options give epochs, batch_size, lr, beta, n_embeddings, embeddings_dim and seed.
+        note: where the data come from, if they are phantoms; goes into every figure.
+    """
+    o = SimpleNamespace(**run.options)
+    torch.manual_seed(runs.derived_seed(o.seed, "vqvae weights"))
+    model = VQVAE(o.n_embeddings, o.embeddings_dim, o.beta).to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model)
+    quantizer = model.vector_quantizer
+    optimizer = torch.optim.Adam(model.parameters(), lr=o.lr)
+    state = run.state.setdefault("vqvae", {"epoch": 0, "losses": []})
+    usage = torch.zeros(o.n_embeddings, dtype=torch.int64, device=device)  # of each code since the last revival
+    if state["epoch"]:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        usage.copy_(state["usage"])
+
+    n_shown = min(32, len(train_set))
+    shown = train_set.__getitems__([i * len(train_set) // n_shown for i in range(n_shown)])
+    if state["epoch"] == 0:
+        plots.image_grid(run.folder / "epoch_0.png", shown, f"{n_shown} training images", note)
+        plots.single_image(run.folder / "epoch_0_single.png", shown[0], "A training image", note)
+
+    for epoch in range(state["epoch"] + 1, o.epochs + 1):
+        if "gan" in run.state:  # it learned from a vqvae.pth that may now change
+            print("The VQ-VAE trains on, so the DCGAN begins anew.")
+            forget_gan(run)
+        random = runs.random_generator(o.seed, "vqvae", epoch)
+        loader = make_loader(train_set, o.batch_size, random)
+        update = (epoch - 1) * len(loader)
+        started = time.perf_counter()
+        recon_losses, vq_losses = [], []
+        model.train()
+        with runs.progress(total=len(train_set), desc=f"VQ-VAE epoch {epoch}/{o.epochs}", unit=" images") as bar:
+            for x in loader:
+                z_e = model.latents(x)
+                if update < K_MEANS_UPDATES:
+                    follow_latents(quantizer, z_e.detach(), update == 0, random)
+                vq_loss, z_q, codes = quantizer(z_e)
+                recon_loss = F.mse_loss(model.decoder(z_q), x)
+                optimizer.zero_grad()
+                (recon_loss + vq_loss).backward()
+                optimizer.step()
+                update += 1
+                update_average(average, model, update, AVERAGE_DECAY)
+                usage += torch.bincount(codes.flatten(), minlength=len(usage))
+                if update % REVIVE_EVERY == 0:
+                    revive_codes(quantizer, optimizer, usage, z_e.detach(), codes, random)
+                    usage.zero_()
+                recon_losses.append(recon_loss.detach())
+                vq_losses.append(vq_loss.detach())
+                bar.update(len(x))
+        seconds = time.perf_counter() - started
+
+        scores = metrics.score(average, validate_set, runs.progress)
+        losses = torch.stack(recon_losses).tolist()
+        row = {
+            "stage": "vqvae",
+            "epoch": epoch,
+            "updates": len(losses),
+            "seconds": round(seconds, 2),
+            "images_per_second": round(len(train_set) / seconds, 2),
+            "training_loss": mean_by_image(losses, len(train_set), o.batch_size),
+            "vq_loss": mean_by_image(torch.stack(vq_losses).tolist(), len(train_set), o.batch_size),
+            "ssim_mean": scores.ssim.mean().item(),
+            "ssim_min": scores.ssim.min().item(),
+            "ssim_max": scores.ssim.max().item(),
+            "codes_used": int((scores.usage > 0).sum()),
+            "perplexity": metrics.perplexity(scores.usage),
+            "foreground_perplexity": metrics.perplexity(scores.foreground_usage),
+        }
+        print_epoch(row, o.n_embeddings, note)
+        best_before = max((r["ssim_mean"] for r in vqvae_rows(run)), default=-1.0)
+        run.rows.append(row)
+        state |= {"epoch": epoch, "losses": state["losses"] + losses, "usage": usage.cpu()}
+        state |= {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        if row["ssim_mean"] > best_before:
+            runs.save(plain_state(average), run.folder / "vqvae.pth")
+        draw_vqvae_epoch(average, shown, epoch, run, note)
+        run.save()
+
+    best = max(vqvae_rows(run), key=lambda row: row["ssim_mean"])
+    print(f"Best epoch: {best['epoch']}, validation SSIM {best['ssim_mean']:.4f}{mark(note)}", flush=True)
+    draw_codes(runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict).to(device), validate_set, run, note)
+
+
+@torch.no_grad()
+def follow_latents(quantizer, z_e: Tensor, first: bool, random: torch.Generator) -> None:
+    """Keep the codebook where the latents z_e (B, D, 64, 64) are while they still move fast."""
+    if first:
+        quantizer.start_from(z_e, random)
+    for _ in range(K_MEANS_START_STEPS if first else 1):
+        quantizer.k_means_step(z_e, random)
+
+
+def revive_codes(quantizer, optimizer, usage: Tensor, z_e: Tensor, codes: Tensor, random: torch.Generator) -> None:
+    """Move the codes that nothing chose, and forget the momentum that they had elsewhere."""
+    dead = usage == 0
+    quantizer.revive(dead, z_e, codes, random)
+    moments = optimizer.state[quantizer.embedding.weight]
+    moments["exp_avg"][dead] = 0
+    moments["exp_avg_sq"][dead] = 0
+
+
+@torch.no_grad()
+def draw_vqvae_epoch(model: VQVAE, shown: Tensor, epoch: int, run: runs.Run, note: str) -> None:
+    x_hat = model.eval()(shown)[1]
+    plots.image_grid(run.folder / f"epoch_{epoch}.png", x_hat, f"Reconstructions after epoch {epoch}", note)
+    plots.single_image(run.folder / f"epoch_{epoch}_single.png", x_hat[0], f"Reconstruction after epoch {epoch}", note)
+    rows = vqvae_rows(run)
+    ssim = [[row[key] for row in rows] for key in ("ssim_mean", "ssim_min", "ssim_max")]
+    plots.ssim_by_epoch(run.folder / "train_ssim_scores.png", *ssim, note)
+    updates, means = [row["updates"] for row in rows], [row["training_loss"] for row in rows]
+    plots.recon_losses(run.folder / "train_recon_losses.png", run.state["vqvae"]["losses"], updates, means, note)
+
+
+def draw_codes(model: VQVAE, validate_set: OasisDataset, run: runs.Run, note: str) -> None:
+    x = validate_set.__getitems__([0])
+    codes = model.encode(x)
+    n = model.vector_quantizer.embedding.num_embeddings
+    plots.single_image(run.folder / "codebook_comparison.png", x[0], "First validation image, as it is", note)
+    plots.code_map(run.folder / "codebook.png", codes[0], n, "First validation image, its 64×64 codes", note)
+    plots.single_image(
+        run.folder / "decoded.png", model.decode(codes)[0], "First validation image, decoded from its codes", note
+    )
+
+
+def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note: str = "") -> Prior:
+    """Train the DCGAN on the training split's latents (arXiv 1511.06434, with R1 regularisation, arXiv 1801.04406).
+
+    Binary cross entropy with the non-saturating generator loss (arXiv 1406.2661, section 3). The discriminator sees
+    continuous latents on both sides, real z_e and generated ones, in tanh's range: were the real ones quantized, it
+    could tell them by that alone. Generated latents are snapped to embeddings when they are decoded. Samples are drawn
+    with an exponential average of the generator's weights.
+
+    Goes on from run.state["gan"] where there is one; writes figures, weights, metrics.csv and resume.pth each epoch.
+
+    Args:
+        vqvae: the trained network, on `device`.
+        train_set: with batches on `device`.
+        run: its options give gan_epochs, gan_batch_size, gan_lr and seed.
+        note: where the data come from, if they are phantoms; goes into every figure.
+    """
+    o = SimpleNamespace(**run.options)
+    latents = Latents(vqvae, train_set, runs.progress)
+    torch.manual_seed(runs.derived_seed(o.seed, "gan weights"))
+    embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
+    generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init).to(device, memory_format=torch.channels_last)
+    discriminator = Discriminator(embeddings_dim).apply(dcgan_init).to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(generator)
+    prior = Prior(average, latents.scale, vqvae)
+    nets = {"generator": generator, "discriminator": discriminator, "average": average}
+    optimizers = {
+        "generator_optimizer": torch.optim.Adam(generator.parameters(), lr=o.gan_lr, betas=GAN_BETAS),
+        "discriminator_optimizer": torch.optim.Adam(discriminator.parameters(), lr=o.gan_lr, betas=GAN_BETAS),
+    }
+    state = run.state.setdefault("gan", {"epoch": 0, "history": {key: [] for key in GAN_COLUMNS}})
+    if state["epoch"]:
+        for name, part in (nets | optimizers).items():
+            part.load_state_dict(state[name])
+
+    def noise(n: int, random: torch.Generator) -> Tensor:
+        return torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(device)
+
+    shown = noise(64, runs.random_generator(o.seed, "gan samples"))
+    if state["epoch"] == 0:
+        title = "Decoded from 64 noise vectors, before training"
+        plots.image_grid(run.folder / "gan_epoch_0.png", prior.sample_images(shown), title, note)
+
+    for epoch in range(state["epoch"] + 1, o.gan_epochs + 1):
+        random = runs.random_generator(o.seed, "gan", epoch)
+        started = time.perf_counter()
+        loader = make_loader(latents, o.gan_batch_size, random)
+        update = (epoch - 1) * len(loader)
+        seen = []
+        generator.train()
+        discriminator.train()
+        with runs.progress(total=len(latents), desc=f"DCGAN epoch {epoch}/{o.gan_epochs}", unit=" images") as bar:
+            for real in loader:
+                fake = generator(noise(len(real), random))
+                d_values = update_discriminator(discriminator, optimizers["discriminator_optimizer"], real, fake)
+                g_loss = update_generator(discriminator, optimizers["generator_optimizer"], fake)
+                seen.append(torch.stack([*d_values, g_loss]))
+                update += 1
+                update_average(average, generator, update, GAN_AVERAGE_DECAY)
+                bar.update(len(real))
+        seconds = time.perf_counter() - started
+
+        columns = dict(zip(GAN_COLUMNS, torch.stack(seen).T.tolist(), strict=True))
+        row = {
+            "stage": "gan",
+            "epoch": epoch,
+            "updates": len(seen),
+            "seconds": round(seconds, 2),
+            "images_per_second": round(len(latents) / seconds, 2),
+            **{key: mean_by_image(values, len(latents), o.gan_batch_size) for key, values in columns.items()},
+        }
+        print(
+            f"Epoch: {epoch}\nDiscriminator loss: {row['d_loss']:.4f}, D(x): {row['d_real']:.3f}, "
+            f"D(G(z)): {row['d_fake']:.3f}{mark(note)}\nGenerator loss: {row['g_loss']:.4f}{mark(note)}",
+            flush=True,
+        )
+        run.rows.append(row)
+        state |= {"epoch": epoch} | {name: part.state_dict() for name, part in (nets | optimizers).items()}
+        for key, values in columns.items():
+            state["history"][key] = state["history"][key] + values
+        runs.save(prior.checkpoint(), run.folder / "generator.pth")
+        runs.save(plain_state(discriminator), run.folder / "discriminator.pth")
+        title = f"Decoded from the same 64 noise vectors, after epoch {epoch}"
+        plots.image_grid(run.folder / f"gan_epoch_{epoch}.png", prior.sample_images(shown), title, note)
+        plots.gan_losses(run.folder / "gan_losses.png", state["history"], note)
+        run.save()
+    return prior
+
+
+def update_discriminator(discriminator, optimizer, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step on latents (B, D, 64, 64); returns its loss without the penalty, mean D(x) and mean D(G(z)).
+
+    Real and generated batches go through apart, so that each is normalised by its own statistics.
+    """
+    real.requires_grad_(True)
+    real_logits = discriminator.logits(real)
+    fake_logits = discriminator.logits(fake.detach())
+    loss = bce(real_logits, 1) + bce(fake_logits, 0)
+    (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+    penalty = R1_GAMMA / 2 * gradient.square().sum((1, 2, 3)).mean()
+    optimizer.zero_grad()
+    (loss + penalty).backward()
+    optimizer.step()
+    return loss.detach(), real_logits.detach().sigmoid().mean(), fake_logits.detach().sigmoid().mean()
+
+
+def update_generator(discriminator, optimizer, fake: Tensor) -> Tensor:
+    """One step on the non-saturating loss -log D(G(z)), which it returns."""
+    loss = bce(discriminator.logits(fake), 1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def bce(logits: Tensor, target: int) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, update: int, decay: float) -> None:
+    """Move the averaged weights, and the BatchNorm statistics that belong to them, towards the model's.
+
+    Update 1, 2, … of a run: the average is over about the last quarter of the run, at most 1 / (1 - decay) updates.
+    """
+    step = 1 - min(decay, (1 + update) / (4 + update))
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, step)
+        else:
+            kept.copy_(new)
+
+
+def vqvae_rows(run: runs.Run) -> list[dict]:
+    return [row for row in run.rows if row["stage"] == "vqvae"]
+
+
+def forget_gan(run: runs.Run) -> None:
+    del run.state["gan"]
+    run.rows = vqvae_rows(run)
+
+
+def mean_by_image(by_update: list[float], n_images: int, batch_size: int) -> float:
+    """Mean over images of batch means, the last batch of an epoch being smaller."""
+    last = n_images - (len(by_update) - 1) * batch_size
+    return (sum(by_update[:-1]) * batch_size + by_update[-1] * last) / n_images
+
+
+def mark(note: str) -> str:
+    return " (phantoms)" if note else ""
+
+
+def print_epoch(row: dict, n_embeddings: int, note: str) -> None:
+    print(f"Epoch: {row['epoch']}")
+    print(f"Training loss: {row['training_loss']}{mark(note)}")
+    print(f"Validation avg. SSIM loss: {row['ssim_mean']}{mark(note)}")
+    print(f"Max SSIM loss: {row['ssim_max']}{mark(note)}")
+    print(f"Min SSIM loss: {row['ssim_min']}{mark(note)}")
+    print(
+        f"Codebook usage: {row['codes_used']} of {n_embeddings} codes, perplexity {row['perplexity']:.1f}, "
+        f"in the foreground {row['foreground_perplexity']:.1f}{mark(note)}",
+        flush=True,
+    )
+
+
+def record_run(run: runs.Run, device: torch.device, counts: dict[str, int], phantoms: bool) -> None:
+    """Write run.json; a resumed run keeps what it recorded at first and adds a line for each time it went on."""
+    path = run.folder / "run.json"
+    record = runs.read_json(path)
+    where = runs.environment(device)
+    resumed = record.get("resumed", []) + [where] if record else []
+    record = {**where, **{key: record[key] for key in where if key in record}}
+    data = {"folder": run.options["data"], "phantoms": phantoms, "images": counts}
+    first = {"options": run.options, "seed": run.options["seed"], "data": data}
+    runs.write_json(path, first | record | {"resumed": resumed})
+
+
+def new_options(given: dict) -> tuple[dict, Path]:
+    """Every option of a new run, and its data folder."""
+    if given.get("demo") and "data" in given:
+        raise runs.RunError("--demo and --data contradict each other; give one of them")
+    if (given.get("only") == "gan") != ("vqvae" in given):
+        raise runs.RunError("--only gan needs --vqvae PATH, and only then is it used")
+    data = None if given.get("demo") else find_data(given.get("data"))
+    demo = data is None
+    if demo:
+        print("=" * 78)
+        print("DEMO: training on phantoms, synthetic brain slices. No real scan is used, and")
+        print("no figure below is a result. With OASIS data: python train.py --data DIR")
+        print("=" * 78, flush=True)
+        data = demo_data(runs.progress)
+    options = DEFAULTS | (DEMO_DEFAULTS if demo else {}) | given | {"demo": demo, "data": str(data.resolve())}
+    return options, data
+
+
+def resumed_run(given: dict) -> runs.Run:
+    """The run to go on with, its options changed as `given` where that is allowed."""
+    run = runs.Run.open(given["resume"])
+    for name in given:
+        if name not in MAY_CHANGE_ON_RESUME:
+            raise runs.RunError(f"--{name.replace('_', '-')} cannot change on resuming; leave it out")
+    for name in ("epochs", "gan_epochs"):
+        if given.get(name, run.options[name]) < run.options[name]:
+            option = name.replace("_", "-")
+            raise runs.RunError(f"--{option} {given[name]}: the run has {run.options[name]}; it can only be raised")
+    if "data" in given:
+        given["data"] = str(find_data(given["data"]).resolve())
+    run.options |= {name: value for name, value in given.items() if name != "resume"}
+    print(f"Resuming {run.folder} after " + (", ".join(f"{s} epoch {run.state[s]['epoch']}" for s in run.state)))
+    return run
+
+
+def parse(words: list[str] | None) -> dict:
+    """The options given, and only those, by name."""
+
+    def number(kind: type, least: float, what: str, open_end: bool = False):
+        def convert(word: str):
+            try:
+                value = kind(word)
+            except ValueError:
+                value = float("nan")
+            if not (value > least if open_end else value >= least) or value == float("inf"):
+                raise argparse.ArgumentTypeError(f"{word} is not {what}")
+            return value
+
+        return convert
+
+    count = number(int, 1, "a whole number of 1 or more")
+    rate = number(float, 0, "a number above 0", open_end=True)
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
+
+    def add(group, option: str, text: str, **settings) -> None:
+        default = DEFAULTS.get(option[2:].replace("-", "_"))
+        shown = f" (default: {default})" if default not in (None, False) else ""
+        group.add_argument(option, help=text + shown, **settings)
+
+    group = parser.add_argument_group("data")
+    add(group, "--data", "folder that holds keras_png_slices_train, …_validate and …_test "
+        "(default: $OASIS_DIR, else ./keras_png_slices_data, else the demo)", metavar="DIR")  # fmt: skip
+    add(group, "--demo", "train on phantoms, written to ./phantoms once, for "
+        f"{DEMO_DEFAULTS['epochs']} and {DEMO_DEFAULTS['gan_epochs']} epochs", action="store_true")  # fmt: skip
+    group = parser.add_argument_group("run")
+    add(group, "--out", "where the run's folder is made", metavar="DIR")
+    add(group, "--seed", "of weights, order and noise", type=number(int, 0, "a whole number of 0 or more"), metavar="N")
+    add(group, "--device", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", metavar="NAME")
+    add(group, "--only", "one stage alone; gan needs --vqvae", choices=("vqvae", "gan"))
+    add(group, "--vqvae", "trained VQ-VAE for --only gan", metavar="PATH")
+    add(group, "--resume", "go on with the run in this folder; with it only --epochs and --gan-epochs (upwards), "
+        "--data and --device may be given", metavar="RUN")  # fmt: skip
+    group = parser.add_argument_group("VQ-VAE")
+    add(group, "--epochs", "passes over the training images", type=count, metavar="N")
+    add(group, "--batch-size", "images an update", type=count, metavar="N")
+    add(group, "--lr", "learning rate of Adam", type=rate, metavar="RATE")
+    add(group, "--beta", "weight of the commitment loss", type=number(float, 0, "a number of 0 or more"), metavar="B")
+    add(group, "--n-embeddings", "size of the codebook", type=count, metavar="N")
+    add(group, "--embeddings-dim", "length of an embedding", type=count, metavar="D")
+    group = parser.add_argument_group("DCGAN")
+    add(group, "--gan-epochs", "passes over the training latents", type=count, metavar="N")
+    add(group, "--gan-batch-size", "latents an update", type=count, metavar="N")
+    add(group, "--gan-lr", "learning rate of Adam", type=rate, metavar="RATE")
+    return vars(parser.parse_args(words))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, runs.RunError) as error:
+        sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted. Go on with: python train.py --resume <the run's folder>", file=sys.stderr)
+        sys.exit(130)
