@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ class Run:
         if not isinstance(saved, dict) or saved.keys() != {"options", "state", "rows"}:
             raise RunError(f"{folder / RESUME_FILE}: was not written by train.py; name a run's folder with --resume")
         return cls(folder, **saved)
+
+    def record(self, device: torch.device, data: dict) -> None:
+        """Write run.json; a resumed run keeps what it recorded at first and adds an entry each time it goes on."""
+        path = self.folder / "run.json"
+        before, where = read_json(path), environment(device)
+        resumed = before.get("resumed", []) + [where] if before else []
+        first = {key: before.get(key, value) for key, value in where.items()}
+        options = {"options": self.options, "seed": self.options["seed"], "data": data}
+        write_json(path, options | first | {"resumed": resumed})
 
     def save(self) -> None:
         """Write resume.pth and metrics.csv; called at the end of each epoch, after the epoch's other files."""
@@ -174,12 +184,12 @@ def environment(device: torch.device) -> dict:
         commit = git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
     except OSError:  # no git on this machine
         commit = ""
-    import_names = {"torch": torch, "numpy": np}
+    packages = ("torch", "torchvision", "numpy", "scikit-image", "matplotlib", "pillow")
     return {
         "command": [sys.executable, *sys.argv],
         "commit": commit or "unknown",
         "python": platform.python_version(),
-        **{name: module.__version__ for name, module in import_names.items()},
+        **{name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),

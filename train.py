@@ -76,9 +76,9 @@ def main(words: list[str] | None = None) -> None:
         run = runs.Run(Path(), options)
     o = SimpleNamespace(**run.options)
     device = runs.choose_device(o.device)
-    if o.only == "gan":
-        source = runs.find(o.vqvae)
-        given_vqvae = runs.load(source, VQVAE.from_state_dict)
+    given_vqvae = None
+    if o.only == "gan" and "resume" not in given:
+        given_vqvae = runs.load(runs.find(o.vqvae), VQVAE.from_state_dict)
 
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
     note = "data: phantoms (synthetic)" if phantom.is_phantoms(data) else ""
@@ -87,14 +87,13 @@ def main(words: list[str] | None = None) -> None:
 
     if "resume" not in given:
         run.folder = runs.new_folder(o.out)
-    record_run(run, device, counts, phantoms=bool(note))
+    run.record(device, {"folder": o.data, "phantoms": bool(note), "images": counts})
     print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images){mark(note)}")
-    print(f"Device: {device}. Folder: {run.folder}", flush=True)
+    print(f"Device: {device}. Folder: {run.folder}. If interrupted: python train.py --resume {run.folder}", flush=True)
 
-    if o.only == "gan":
-        if source.resolve() != (run.folder / "vqvae.pth").resolve():
-            runs.save(plain_state(given_vqvae), run.folder / "vqvae.pth")
-    else:
+    if given_vqvae is not None:
+        runs.save(plain_state(given_vqvae), run.folder / "vqvae.pth")
+    if o.only != "gan":
         train_vqvae(train_set, validate_set, run, device, note)
     if o.only != "vqvae":
         vqvae = runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict).to(device)
@@ -254,6 +253,8 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     """
     o = SimpleNamespace(**run.options)
     latents = Latents(vqvae, train_set, runs.progress)
+    kept = "kept in memory" if latents.stored else "too many for memory, so encoded afresh for each batch"
+    print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
     torch.manual_seed(runs.derived_seed(o.seed, "gan weights"))
     embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
     generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init).to(device, memory_format=torch.channels_last)
@@ -400,18 +401,6 @@ def print_epoch(row: dict, n_embeddings: int, note: str) -> None:
     )
 
 
-def record_run(run: runs.Run, device: torch.device, counts: dict[str, int], phantoms: bool) -> None:
-    """Write run.json; a resumed run keeps what it recorded at first and adds a line for each time it went on."""
-    path = run.folder / "run.json"
-    record = runs.read_json(path)
-    where = runs.environment(device)
-    resumed = record.get("resumed", []) + [where] if record else []
-    record = {**where, **{key: record[key] for key in where if key in record}}
-    data = {"folder": run.options["data"], "phantoms": phantoms, "images": counts}
-    first = {"options": run.options, "seed": run.options["seed"], "data": data}
-    runs.write_json(path, first | record | {"resumed": resumed})
-
-
 def new_options(given: dict) -> tuple[dict, Path]:
     """Every option of a new run, and its data folder."""
     if given.get("demo") and "data" in given:
@@ -471,22 +460,22 @@ def parse(words: list[str] | None) -> dict:
 
     def add(group, option: str, text: str, **settings) -> None:
         default = DEFAULTS.get(option[2:].replace("-", "_"))
-        shown = f" (default: {default})" if default not in (None, False) else ""
+        shown = f" (default: {default})" if default is not None and default is not False else ""
         group.add_argument(option, help=text + shown, **settings)
 
     group = parser.add_argument_group("data")
-    add(group, "--data", "folder that holds keras_png_slices_train, …_validate and …_test "
-        "(default: $OASIS_DIR, else ./keras_png_slices_data, else the demo)", metavar="DIR")  # fmt: skip
-    add(group, "--demo", "train on phantoms, written to ./phantoms once, for "
-        f"{DEMO_DEFAULTS['epochs']} and {DEMO_DEFAULTS['gan_epochs']} epochs", action="store_true")  # fmt: skip
+    places = "$OASIS_DIR, else ./keras_png_slices_data, else the demo"
+    add(group, "--data", f"folder of keras_png_slices_train, _validate and _test (default: {places})", metavar="DIR")
+    demo = f"{DEMO_DEFAULTS['epochs']} and {DEMO_DEFAULTS['gan_epochs']} epochs"
+    add(group, "--demo", f"train on phantoms, written to ./phantoms once, for {demo}", action="store_true")
     group = parser.add_argument_group("run")
     add(group, "--out", "where the run's folder is made", metavar="DIR")
     add(group, "--seed", "of weights, order and noise", type=number(int, 0, "a whole number of 0 or more"), metavar="N")
     add(group, "--device", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", metavar="NAME")
     add(group, "--only", "one stage alone; gan needs --vqvae", choices=("vqvae", "gan"))
     add(group, "--vqvae", "trained VQ-VAE for --only gan", metavar="PATH")
-    add(group, "--resume", "go on with the run in this folder; with it only --epochs and --gan-epochs (upwards), "
-        "--data and --device may be given", metavar="RUN")  # fmt: skip
+    allowed = "--epochs and --gan-epochs (upwards), --data and --device"
+    add(group, "--resume", f"go on with the run in this folder; only {allowed} may change", metavar="RUN")
     group = parser.add_argument_group("VQ-VAE")
     add(group, "--epochs", "passes over the training images", type=count, metavar="N")
     add(group, "--batch-size", "images an update", type=count, metavar="N")
@@ -507,5 +496,5 @@ if __name__ == "__main__":
     except (DataError, runs.RunError) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
-        print("Interrupted. Go on with: python train.py --resume <the run's folder>", file=sys.stderr)
+        print("Interrupted. Epochs that were complete are kept; --resume goes on after them.", file=sys.stderr)
         sys.exit(130)

@@ -48,6 +48,19 @@ def test_statistics_of_real_slices(subjects):
     assert np.polyfit(np.log(band), np.log(radial[band]), 1)[0] == pytest.approx(REAL_SLOPE, rel=0.15)
 
 
+def test_statistics_of_a_known_folder(tmp_path):
+    folder = tmp_path / "keras_png_slices_train"
+    folder.mkdir()
+    values = np.repeat(np.array([0, 51, 153], np.uint8), [32768, 16384, 16384])  # in random order: a flat spectrum
+    random = np.random.default_rng(0)
+    for s in range(60):
+        Image.fromarray(random.permutation(values).reshape(256, 256)).save(folder / f"case_001_slice_{s}.nii.png")
+    size = np.mean([path.stat().st_size for path in sorted(folder.iterdir())[::4]])
+    found = list(phantom.statistics(tmp_path).values())
+    assert found[:4] == pytest.approx([0.5, 0.4, 0.2, size])
+    assert found[4] == pytest.approx(0, abs=0.05)
+
+
 def test_anatomy(subjects):
     images = subjects / 255.0
     corners = images[..., [0, 0, 255, 255], [0, 255, 0, 255]]
