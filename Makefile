@@ -1,0 +1,24 @@
+# `make demo` and `make test` work in a fresh clone: each makes .venv if it is missing and installs what it needs.
+PYTHON ?= python3
+
+demo: .venv/installed
+	.venv/bin/python train.py --demo
+	.venv/bin/python predict.py "$$(ls -td gen_imgs/*/vqvae.pth | head -n 1)"
+	run="$$(dirname "$$(ls -td gen_imgs/*/vqvae.pth | head -n 1)")" && \
+	.venv/bin/python predict.py "$$run/vqvae.pth" --generator "$$run/generator.pth" --samples 64 && \
+	echo "The demo is done. Look at $$run and at the two folders named after it with _predict."
+
+test: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+# written last, so that an installation that was interrupted starts again
+.venv/installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 …" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --upgrade --quiet pip
+	.venv/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,149 @@
+"""Draw the README's diagrams: vqvae-architecture.png, vqvae-loss.png and dcgan-architecture.png, beside this file.
+
+python resources/draw_diagrams.py
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+HERE = Path(__file__).parent
+BLUE, ORANGE, GREEN, GREY, RED = "#cfe3f3", "#fbe3b5", "#cdeadb", "#eeeeee", "#c0392b"
+
+
+def canvas(width: float, height: float):
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
+    axes.axis("off")
+    return figure, axes
+
+
+def box(axes, x: float, y: float, width: float, height: float, text: str, colour: str, size: float = 9) -> None:
+    """A rounded box centred on (x, y)."""
+    corner = (x - width / 2, y - height / 2)
+    axes.add_patch(
+        FancyBboxPatch(corner, width, height, "round,pad=0,rounding_size=0.08", facecolor=colour, edgecolor="#444")
+    )
+    axes.text(x, y, text, ha="center", va="center", fontsize=size)
+
+
+def arrow(
+    axes, start: tuple, end: tuple, text: str = "", colour: str = "#444", curve: float = 0.0, above: float = 0.18
+):
+    style = dict(arrowstyle="-|>", color=colour, connectionstyle=f"arc3,rad={curve}", linewidth=1.4)
+    axes.annotate("", end, start, arrowprops=style)
+    middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + above)
+    axes.text(*middle, text, ha="center", va="center", fontsize=8.5, color=colour)
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(HERE / name, dpi=110)
+    plt.close(figure)
+
+
+def vqvae() -> None:
+    figure, axes = canvas(11, 4.3)
+    axes.text(5.5, 4.1, "VQ-VAE: image → codes → image", ha="center", fontsize=12)
+    y = 2.6
+    box(axes, 0.8, y, 1.1, 1.1, "image x\n1×256×256\n[0, 1]", GREY)
+    box(axes, 2.75, y, 1.6, 1.5, "Encoder\n2 strided conv.\n2 residual blocks\n1×1 conv.", BLUE)
+    box(axes, 4.7, y, 1.1, 1.1, "$z_e(x)$\n64×64×64", GREY)
+    box(axes, 6.4, y, 1.2, 1.1, "codes\n64×64\nof 0…511", GREY)
+    box(axes, 8.1, y, 1.1, 1.1, "$z_q(x)$\n64×64×64", GREY)
+    box(axes, 9.9, y, 1.6, 1.5, "Decoder\nconv.\n2 residual blocks\n2 transposed conv.", BLUE)
+    box(axes, 9.9, 0.7, 1.6, 0.8, "reconstruction $\\hat{x}$\n1×256×256", GREY)
+    box(axes, 6.4, 0.7, 2.3, 0.8, "codebook: 512 embeddings $e_k$\nof length 64", ORANGE)
+    for a, b in ((1.35, 1.95), (3.55, 4.15), (8.65, 9.1)):
+        arrow(axes, (a, y), (b, y))
+    arrow(axes, (5.25, y), (5.8, y), "nearest\n$e_k$", above=0.35)
+    arrow(axes, (7.0, y), (7.55, y), "look-up", above=0.2)
+    arrow(axes, (6.0, 1.1), (6.0, 2.05))
+    arrow(axes, (7.2, 1.1), (7.8, 2.05))
+    arrow(axes, (9.9, 1.85), (9.9, 1.1))
+    arrow(
+        axes,
+        (8.0, 3.2),
+        (4.8, 3.2),
+        "straight-through gradient: $\\nabla_{z_e} L = \\nabla_{z_q} L$",
+        RED,
+        curve=0.18,
+        above=0.47,
+    )
+    save(figure, "vqvae-architecture.png")
+
+
+def loss() -> None:
+    figure, axes = canvas(9, 1.9)
+    terms = (
+        (1.6, r"$L \;=\; \frac{1}{n}\Vert x-\hat{x}\Vert^2$", "reconstruction:\ntrains encoder and decoder"),
+        (4.6, r"$+\;\; \frac{1}{m}\Vert\, \mathrm{sg}[z_e(x)] - e\,\Vert^2$", "codebook:\nmoves embeddings to latents"),
+        (
+            7.5,
+            r"$+\;\; \beta\,\frac{1}{m}\Vert\, z_e(x) - \mathrm{sg}[e]\,\Vert^2$",
+            "commitment, β = 0.25:\nkeeps latents near embeddings",
+        ),
+    )
+    for x, formula, meaning in terms:
+        axes.text(x, 1.3, formula, ha="center", va="center", fontsize=15)
+        axes.text(x, 0.55, meaning, ha="center", va="center", fontsize=9.5)
+    axes.text(
+        4.5, 0.05, "sg: stop gradient; n pixels, m latent values; arXiv 1711.00937, eq. 3", ha="center", fontsize=8
+    )
+    save(figure, "vqvae-loss.png")
+
+
+def stack(axes, y: float, colour: str, layers: list[tuple[str, str]], names: tuple[str, str, str]) -> None:
+    """A row of layers (shape, what it is) from the input's name to the output's, with a title on the left."""
+    title, first, last = names
+    axes.text(0.1, y + 1.05, title, fontsize=11)
+    box(axes, 0.85, y, 1.25, 0.9, first, GREY)
+    for i, (shape, kind) in enumerate(layers):
+        x = 2.45 + 1.6 * i
+        arrow(axes, (x - 0.95, y), (x - 0.65, y))
+        box(axes, x, y, 1.3, 0.9, shape, colour)
+        axes.text(x, y - 0.62, kind, ha="center", va="top", fontsize=7.5)
+    arrow(axes, (x + 0.65, y), (x + 0.95, y))
+    box(axes, x + 1.6, y, 1.25, 0.9, last, GREY)
+
+
+def dcgan() -> None:
+    figure, axes = canvas(11.4, 5.0)
+    up, down = "transposed conv. 4×4, stride 2", "conv. 4×4, stride 2"
+    norm = "\nBatchNorm, LeakyReLU"
+    stack(
+        axes,
+        3.7,
+        GREEN,
+        [
+            ("512×4×4", "transposed conv. 4×4" + norm),
+            ("256×8×8", up.replace(", ", ",\n") + norm),
+            ("128×16×16", up.replace(", ", ",\n") + norm),
+            ("64×32×32", up.replace(", ", ",\n") + norm),
+            ("64×64×64", up.replace(", ", ",\n") + "\ntanh"),
+        ],
+        ("Generator", "noise\n128×1×1", "latents\n64×64×64\n[-1, 1]"),
+    )
+    stack(
+        axes,
+        1.2,
+        BLUE,
+        [
+            ("32×32×32", down.replace(", ", ",\n") + norm),
+            ("64×16×16", down.replace(", ", ",\n") + norm),
+            ("128×8×8", down.replace(", ", ",\n") + norm),
+            ("256×4×4", down.replace(", ", ",\n") + norm),
+            ("1", "conv. 4×4\nsigmoid"),
+        ],
+        ("Discriminator", "latents\n64×64×64\n[-1, 1]", "probability\nof being real"),
+    )
+    save(figure, "dcgan-architecture.png")
+
+
+if __name__ == "__main__":
+    vqvae()
+    loss()
+    dcgan()

@@ -1,0 +1,45 @@
+"""The lines that set the project up, and what git keeps out."""
+
+import re
+import subprocess
+
+from conftest import PROJECT
+
+
+def test_environment_yml_installs_the_one_list_of_packages():
+    lines = (PROJECT / "environment.yml").read_text().splitlines()
+    assert lines[0] == "name: conda-torch"
+    assert "  - python>=3.11" in lines and lines[-2:] == ["  - pip:", "      - -r requirements.txt"]
+    packages = re.findall(r"^([a-z-]+)>=\d", (PROJECT / "requirements.txt").read_text(), re.M)
+    assert packages == ["torch", "torchvision", "numpy", "matplotlib", "scikit-image", "tqdm"]
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (PROJECT / ".ci" / "run").read_text()
+    readme = (PROJECT / "README.md").read_text()
+    assert "make test" in readme and "make demo" in readme
+
+
+def test_what_runs_write_is_ignored_by_git():
+    paths = [
+        "gen_imgs/x/vqvae.pth",
+        "phantoms/x.png",
+        "keras_png_slices_data/x.png",
+        ".venv/x",
+        "keras_png_slices_test/x",
+    ]
+    done = subprocess.run(["git", "check-ignore", *paths], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.split() == paths
+
+
+def test_no_scan_is_tracked():
+    done = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True)
+    assert not [name for name in done.stdout.splitlines() if re.search(r"case_\d+|\.nii|\.xz$|\.npz$", name)]
+
+
+def test_every_file_that_the_readme_names_is_there():
+    readme = (PROJECT / "README.md").read_text()
+    names = re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", readme)
+    assert names
+    for name in {a or b for a, b in names}:
+        assert (PROJECT / name).exists(), name
