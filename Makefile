@@ -2,11 +2,11 @@
 PYTHON ?= python3
 
 demo: .venv/installed
-	.venv/bin/python train.py --demo
-	.venv/bin/python predict.py "$$(ls -td gen_imgs/*/vqvae.pth | head -n 1)"
-	run="$$(dirname "$$(ls -td gen_imgs/*/vqvae.pth | head -n 1)")" && \
-	.venv/bin/python predict.py "$$run/vqvae.pth" --generator "$$run/generator.pth" --samples 64 && \
-	echo "The demo is done. Look at $$run and at the two folders named after it with _predict."
+	.venv/bin/python train.py --demo --out gen_imgs/demo
+	run="$$(dirname "$$(ls -td gen_imgs/demo/*/vqvae.pth | head -n 1)")" && \
+	.venv/bin/python predict.py "$$run/vqvae.pth" --out "$$run" && \
+	.venv/bin/python predict.py "$$run/vqvae.pth" --generator "$$run/generator.pth" --samples 64 --out "$$run" && \
+	echo "The demo is done. Look at $$run: README.md says what each file is."
 
 test: .venv/installed
 	.venv/bin/ruff check .

@@ -144,15 +144,22 @@ def find_data(named: str | None) -> Path | None:
         DataError: a folder was named and is not there.
     """
     for value, source in ((named, "--data"), (os.environ.get("OASIS_DIR"), "OASIS_DIR")):
-        if value:
-            if not Path(value).is_dir():
-                raise DataError(f"{value}: no such folder, named by {source}; name the OASIS folder there")
+        if value is not None:
+            if not value or not Path(value).is_dir():
+                raise DataError(f"{value or '(empty)'}: no such folder, named by {source}; name the OASIS folder there")
             return Path(value)
     return DEFAULT_DATA if DEFAULT_DATA.is_dir() else None
 
 
 def demo_data(progress=tqdm) -> Path:
-    """The phantoms in ./phantoms, written there the first time."""
-    if not phantom.is_phantoms(DEFAULT_PHANTOMS):
-        phantom.write(DEFAULT_PHANTOMS, progress=progress)
+    """The phantoms in ./phantoms, written there the first time.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    if not phantom.is_complete(DEFAULT_PHANTOMS):
+        try:
+            phantom.write(DEFAULT_PHANTOMS, progress=progress)
+        except OSError as error:
+            raise DataError(f"{DEFAULT_PHANTOMS}: cannot write phantoms there ({error.strerror})") from None
     return DEFAULT_PHANTOMS

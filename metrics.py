@@ -19,7 +19,7 @@ def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
     that lie inside the image, sample covariance, K1 = 0.01, K2 = 0.03.
 
     Args:
-        x, x_hat: (B, 1, H, W), images in [0, 1]; x_hat may leave that range.
+        x, x_hat: (B, 1, H, W), images in [0, 1], H and W at least 7; x_hat may leave that range.
 
     Returns:
         (B,) float64, at most 1. On a device without float64 the computation, and the result, are on the CPU.
@@ -69,14 +69,14 @@ class Scores(NamedTuple):
 
 @contextlib.contextmanager
 def _exact_float32():
-    """Switch off TF32 and the choice of algorithms by timing, which make scores depend on the device and the day."""
-    backends = torch.backends
-    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark
-    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = backends.cudnn.benchmark = False
+    """Switch off TF32 and what lets CUDA choose its algorithms by timing: scores must not depend on the day."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, False, True
     try:
         yield
     finally:
-        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark = before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
 
 
 @torch.no_grad()
@@ -92,16 +92,18 @@ def score(model, dataset, progress=tqdm) -> Scores:
     n_embeddings = model.vector_quantizer.embedding.num_embeddings
     usage = torch.zeros(2, n_embeddings, dtype=torch.int64)
     values = []
-    starts = range(0, len(dataset), SCORE_BATCH)
+    n = len(dataset)
     device_type = model.conv1.weight.device.type
-    with _exact_float32(), torch.autocast(device_type, enabled=False):
-        for start in progress(starts, desc="Scoring", unit=" batches", leave=False):
-            x = dataset.__getitems__(range(start, min(start + SCORE_BATCH, len(dataset))))
+    bar = progress(total=n, desc="Scoring", unit=" images", leave=False)
+    with bar, _exact_float32(), torch.autocast(device_type, enabled=False):
+        for start in range(0, n, SCORE_BATCH):
+            x = dataset.__getitems__(range(start, min(start + SCORE_BATCH, n)))
             _, x_hat, _, codes = model(x)
             values.append(ssim(x, x_hat).cpu())
             foreground = F.avg_pool2d(x, 4)[:, 0] > FOREGROUND
             for row, chosen in enumerate((codes.flatten(), codes[foreground])):
                 usage[row] += torch.bincount(chosen, minlength=n_embeddings).cpu()
+            bar.update(len(x))
     return Scores(torch.cat(values), *usage)
 
 

@@ -105,12 +105,16 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Codes (B, H, W) int64 of the embeddings nearest in Euclidean distance to z (B, D, H, W) (eq. 1)."""
-        rows = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        """Codes (B, H, W) int64 of the embeddings nearest in Euclidean distance to z (B, D, H, W) (eq. 1).
+
+        Computed in float32, under autocast too.
+        """
+        rows = _rows(z)
         codebook = self.embedding.weight.float()
         # |z - e|² is least where z·e - |e|²/2 is greatest: one matrix product, and |z|² is never needed.
-        half_norms = codebook.square().sum(1) / -2
-        best = [torch.addmm(half_norms, part, codebook.T).argmax(1) for part in rows.split(ROWS_AT_ONCE)]
+        with torch.autocast(z.device.type, enabled=False):
+            half_norms = codebook.square().sum(1) / -2
+            best = [torch.addmm(half_norms, part, codebook.T).argmax(1) for part in rows.split(ROWS_AT_ONCE)]
         return torch.cat(best).view(z.shape[0], *z.shape[2:])
 
     def look_up(self, codes: Tensor) -> Tensor:
@@ -123,14 +127,14 @@ class VectorQuantizer(nn.Module):
 
         `generator` is a CPU generator here and below, so that every device draws the same.
         """
-        rows = z_e.float().permute(0, 2, 3, 1).reshape(-1, z_e.shape[1])
+        rows = _rows(z_e)
         pick = torch.randint(len(rows), (self.embedding.num_embeddings,), generator=generator)
         self.embedding.weight.copy_(rows[pick.to(rows.device)])
 
     @torch.no_grad()
     def k_means_step(self, z_e: Tensor, generator: torch.Generator) -> None:
         """Move each embedding to the mean of the latents z_e (B, D, H, W) nearest to it, and `revive` the others."""
-        rows = z_e.float().permute(0, 2, 3, 1).reshape(-1, z_e.shape[1])
+        rows = _rows(z_e)
         codes = self.nearest(z_e)
         counts = torch.bincount(codes.flatten(), minlength=self.embedding.num_embeddings)
         sums = torch.zeros_like(self.embedding.weight).index_add_(0, codes.flatten(), rows)
@@ -150,12 +154,12 @@ class VectorQuantizer(nn.Module):
         n_dead = int(dead.sum())
         if n_dead == 0:
             return
-        rows = z_e.float().permute(0, 2, 3, 1).reshape(-1, z_e.shape[1])
+        rows = _rows(z_e)
         flat = codes.flatten()
         errors = (rows - self.embedding.weight[flat]).square().sum(1)
         n = self.embedding.num_embeddings
         costs = torch.zeros(n, device=rows.device).index_add_(0, flat, errors).cpu().double()
-        if costs.sum() == 0:  # every latent lies on its embedding: nothing to gain anywhere
+        if not costs.sum() > 0:  # every latent lies on its embedding, or they are not finite: nothing to gain
             return
         cells = torch.multinomial(costs, n_dead, replacement=True, generator=generator)
         order = flat.argsort(stable=True)
@@ -163,6 +167,11 @@ class VectorQuantizer(nn.Module):
         starts = counts.cumsum(0) - counts
         members = (torch.rand(n_dead, generator=generator, dtype=torch.double) * counts[cells]).long()
         self.embedding.weight[dead] = rows[order[(starts[cells] + members).to(rows.device)]]
+
+
+def _rows(z: Tensor) -> Tensor:
+    """Latents (B, D, H, W) as float32 vectors (B·H·W, D), in the order of codes (B, H, W)."""
+    return z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 
 class VQVAE(nn.Module):
@@ -221,7 +230,7 @@ class VQVAE(nn.Module):
         """
         codebook = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
         shape = getattr(codebook, "shape", ())
-        if len(shape) != 2:
+        if len(shape) != 2 or 0 in shape:
             raise ValueError("it holds no VQ-VAE (no codebook 'vector_quantizer.embedding.weight')")
         model = cls(n_embeddings=shape[0], embeddings_dim=shape[1])
         load_checked(model, state)
@@ -314,7 +323,9 @@ def load_checked(model: nn.Module, state: dict[str, Tensor]) -> None:
         ValueError: a key is missing or unknown, a shape differs, or a value is not finite.
     """
     name, wanted = type(model).__name__, model.state_dict()
-    for key in sorted(wanted.keys() | state.keys()):
+    if not isinstance(state, dict):
+        raise ValueError(f"it does not hold the weights of a {name}")
+    for key in sorted(wanted.keys() | state.keys(), key=str):
         if key not in state:
             raise ValueError(f"it does not hold the weights of this {name} ('{key}' is missing)")
         if key not in wanted:

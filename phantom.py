@@ -19,6 +19,8 @@ from tqdm import tqdm
 SLICES = 32
 CASES = {"train": range(1, 17), "validate": range(17, 19), "test": range(19, 21)}
 MARKER = "PHANTOMS.txt"
+COMPLETE = "All of them were written.\n"
+NOTE = "data: phantoms (synthetic)"
 
 # The head lies in the middle 192 x 160 pixels; coordinates are pixels from its centre, y down, front of the head up.
 Y, X = np.mgrid[-96:96, -80:80].astype(np.float32) + 0.5
@@ -160,6 +162,9 @@ def write(
         slices: how many slices a subject gets, spaced evenly from low to high.
         progress: called as tqdm is.
     """
+    marker = Path(folder) / MARKER
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    marker.write_text(f"Synthetic slices, written by phantom.py with seed {seed}.\n")
     wanted = [
         (split, case, s)
         for split, numbers in cases.items()
@@ -170,13 +175,24 @@ def write(
         path = Path(folder) / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{s}.nii.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(make_slice(case, s, seed)).save(path)
-    # last, so that a folder whose writing was interrupted is not taken for a complete one
-    (Path(folder) / MARKER).write_text(f"Synthetic slices, written by phantom.py with seed {seed}.\n")
+    with open(marker, "a") as file:
+        file.write(COMPLETE)
 
 
-def is_phantoms(folder: str | Path) -> bool:
-    """Whether the data in a folder are phantoms, written to the end."""
-    return (Path(folder) / MARKER).is_file()
+def is_complete(folder: str | Path) -> bool:
+    """Whether a folder holds phantoms that were written to the end."""
+    marker = Path(folder) / MARKER
+    return marker.is_file() and COMPLETE in marker.read_text()
+
+
+def note(folder: str | Path) -> str:
+    """What every figure made from this folder's data says under its title: NOTE for phantoms, else nothing."""
+    return NOTE if (Path(folder) / MARKER).is_file() else ""
+
+
+def mark(note: str) -> str:
+    """What every printed line with a figure ends with, given the note of its data."""
+    return " (phantoms)" if note else ""
 
 
 def statistics(folder: str | Path) -> dict[str, float]:

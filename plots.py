@@ -75,7 +75,7 @@ def recon_losses(path: Path, losses: list[float], updates: list[int], means: lis
     ends = np.cumsum(updates)
     figure, axes = _figure(6.4, 4.2, "Training reconstruction loss", note)
     axes.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, linewidth=0.6, alpha=0.6, label="each update")
-    axes.plot(ends - np.asarray(updates) / 2, means, color=ORANGE, marker="o", markersize=4, label="epoch mean")
+    axes.plot(ends - (np.asarray(updates) - 1) / 2, means, color=ORANGE, marker="o", markersize=4, label="epoch mean")
     axes.set(xlabel="update", ylabel="mean squared error (log scale)", yscale="log")
     axes.legend()
     _save(figure, path)

@@ -33,21 +33,19 @@ def main(words: list[str] | None = None) -> None:
     vqvae = runs.load(path, VQVAE.from_state_dict).to(device)
     record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
     if o.generator:
-        generator_path = runs.find(o.generator)
-        prior = runs.load(generator_path, lambda contents: Prior.from_checkpoint(contents, vqvae))
-        of_phantoms = runs.read_json(generator_path.parent / "run.json").get("data", {}).get("phantoms", False)
-        folder = draw_samples(prior, o.samples, o.seed, o.out, data_note(of_phantoms))
+        prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
+        folder = draw_samples(prior, o.samples, o.seed, o.out)
     else:
         data = data_folder(o.data, record)
         dataset = OasisDataset(data, o.split, device, runs.progress)
-        folder = score_split(vqvae, dataset, o.split, o.out, data_note(phantom.is_phantoms(data)))
+        folder = score_split(vqvae, dataset, o.split, o.out, phantom.note(data))
     print(f"Look at {folder}")
 
 
 def data_folder(named: str | None, record: dict) -> Path:
     """--data, else the folder that the run recorded, else where train.py looks; never phantoms unasked."""
     recorded = record.get("data", {}).get("folder")
-    if named or not recorded:
+    if named is not None or not recorded:
         data = find_data(named)
         if data is None:
             raise DataError("no data: name the OASIS folder with --data (no run.json beside the checkpoint records it)")
@@ -77,7 +75,7 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
         plots.single_image(folder / f"{name}_recon.png", x_hat[0], f"Its reconstruction, SSIM {ssim[i]:.4f}", note)
     plots.scores(folder / f"{split}_ssim_scores.png", ssim, THRESHOLD, f"SSIM of the {split} split", note)
 
-    mark = " (phantoms)" if note else ""
+    mark = phantom.mark(note)
     above = int((ssim >= THRESHOLD).sum())
     print(f"SSIM mean: {ssim.mean():.4f}{mark}")
     print(f"Min SSIM score: {ssim.min():.4f}{mark}")
@@ -86,21 +84,18 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
     return folder
 
 
-def draw_samples(prior: Prior, n: int, seed: int, out: str, note: str = "") -> Path:
+def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
     """Decode n new brains as a grid, samples.png, and one file each; returns the folder."""
     random = runs.random_generator(seed, "samples")
     noise = torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(prior.scale.shift.device)
-    images = prior.sample_images(noise)
+    images = prior.sample_images(noise, progress=runs.progress)
+    note = phantom.NOTE if prior.phantoms else ""
     folder = runs.new_folder(out, "_predict")
     plots.image_grid(folder / "samples.png", images, f"{n} generated brains (seed {seed})", note)
     for i, image in enumerate(images):
         write_png((image * 255).round().byte().cpu(), str(folder / f"sample_{i:03d}.png"))
-    print(f"Decoded {n} new brains{' (trained on phantoms)' if note else ''}.")
+    print(f"Decoded {n} new brains.{phantom.mark(note)}")
     return folder
-
-
-def data_note(phantoms: bool) -> str:
-    return "data: phantoms (synthetic)" if phantoms else ""
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:

@@ -5,7 +5,7 @@ between the two, fitted on the training split and kept in generator.pth.
 """
 
 import hashlib
-import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,31 +50,33 @@ class Latents(Dataset):
         vqvae: the trained network, on the device of the data set's batches.
         dataset: an `OasisDataset`.
         progress: called as tqdm is.
+        stored: whether the latents are kept; decided by the free memory if None.
 
     Attributes:
         scale: the `LatentScale` fitted on this split.
         stored: whether the latents are kept.
     """
 
-    def __init__(self, vqvae: VQVAE, dataset: Dataset, progress=tqdm):
+    def __init__(self, vqvae: VQVAE, dataset: Dataset, progress=tqdm, stored: bool | None = None):
         self.vqvae, self.dataset = vqvae.eval(), dataset
         weight = vqvae.vector_quantizer.embedding.weight.detach()
         n, dim = weight.shape
         size = (len(dataset), 64, 64, dim)
-        self.stored = 2 * torch.Size(size).numel() < free_memory() / 2
+        self.stored = 2 * torch.Size(size).numel() < free_memory() / 2 if stored is None else stored
         self.kept = torch.empty(size if self.stored else 0, dtype=torch.half)
         # Sums by code, so that one pass serves: which code is the background's is known only at its end.
         sums = torch.zeros(3, n, dim, dtype=torch.double)
-        for start in progress(range(0, len(dataset), 32), desc="Encoding", unit=" batches"):
-            chosen = range(start, min(start + 32, len(dataset)))
-            z_e = self._encode(chosen)
-            rows = z_e.permute(0, 2, 3, 1)
-            if self.stored:
-                self.kept[start : start + len(rows)] = rows.half().cpu()
-            codes = vqvae.vector_quantizer.nearest(z_e).flatten().cpu()
-            rows = rows.reshape(-1, dim).cpu().double()
-            for power in range(3):
-                sums[power].index_add_(0, codes, rows**power)
+        with progress(total=len(dataset), desc="Encoding", unit=" images") as bar:
+            for start in range(0, len(dataset), 32):
+                z_e = self._encode(range(start, min(start + 32, len(dataset))))
+                rows = z_e.permute(0, 2, 3, 1)
+                if self.stored:
+                    self.kept[start : start + len(rows)] = rows.half().cpu()
+                codes = vqvae.vector_quantizer.nearest(z_e).flatten().cpu()
+                rows = rows.reshape(-1, dim).cpu().double()
+                for power in range(3):
+                    sums[power].index_add_(0, codes, rows**power)
+                bar.update(len(z_e))
         count, first, second = sums
         background = int(count[:, 0].argmax())
         shift = weight[background].cpu().double()
@@ -96,23 +98,29 @@ class Latents(Dataset):
         if self.stored:
             z_e = self.kept[torch.as_tensor(indices)].to(self.scale.shift.device).permute(0, 3, 1, 2).float()
         else:
-            z_e = self._encode(indices)
+            z_e = self._encode(indices).half().float()
         return self.scale.to_tanh(z_e)
 
 
 def free_memory() -> int:
-    """Bytes of memory free on this machine; where the system does not say, 8 GB."""
+    """Bytes of memory that programs can still have on this machine; where the system does not say, 8 GiB."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+        (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
         return 8 * 2**30
 
 
 class Prior:
-    """A generator and what turns its output into brains: the scale of latents and the VQ-VAE they belong to."""
+    """A generator and what turns its output into brains: the scale of latents and the VQ-VAE they belong to.
 
-    def __init__(self, generator: Generator, scale: LatentScale, vqvae: VQVAE):
-        self.generator, self.scale, self.vqvae = generator, scale, vqvae
+    Args:
+        generator, scale, vqvae: on one device.
+        phantoms: whether it was trained on phantoms, which figures of its samples have to say.
+    """
+
+    def __init__(self, generator: Generator, scale: LatentScale, vqvae: VQVAE, phantoms: bool = False):
+        self.generator, self.scale, self.vqvae, self.phantoms = generator, scale, vqvae, phantoms
 
     @property
     def noise_dim(self) -> int:
@@ -124,9 +132,13 @@ class Prior:
         latents = self.scale.from_tanh(self.generator.eval()(noise))
         return self.vqvae.vector_quantizer.nearest(latents)
 
-    def sample_images(self, noise: Tensor, at_once: int = 32) -> Tensor:
+    def sample_images(self, noise: Tensor, at_once: int = 32, progress=tqdm) -> Tensor:
         """Noise (B, noise_dim, 1, 1) -> brains (B, 1, 256, 256) in [0, 1]."""
-        images = [self.vqvae.decode(self.sample(part)).clamp(0, 1) for part in noise.split(at_once)]
+        images = []
+        with progress(total=len(noise), desc="Decoding", unit=" images", leave=False) as bar:
+            for part in noise.split(at_once):
+                images.append(self.vqvae.decode(self.sample(part)).clamp(0, 1))
+                bar.update(len(part))
         return torch.cat(images)
 
     def checkpoint(self) -> dict:
@@ -136,6 +148,7 @@ class Prior:
             "shift": self.scale.shift.cpu(),
             "scale": self.scale.scale.cpu(),
             "codebook": codebook_hash(self.vqvae),
+            "phantoms": self.phantoms,
         }
 
     @classmethod
@@ -145,16 +158,19 @@ class Prior:
         Raises:
             ValueError: the contents are no generator's, or belong to another codebook.
         """
-        if not isinstance(contents, dict) or contents.keys() != {"state_dict", "shift", "scale", "codebook"}:
+        if not isinstance(contents, dict) or not {"state_dict", "shift", "scale", "codebook"} <= contents.keys():
             raise ValueError("it holds no generator (name the generator.pth of a run)")
         if contents["codebook"] != codebook_hash(vqvae):
             raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
         weight = vqvae.vector_quantizer.embedding.weight
-        noise_dim = getattr(contents["state_dict"].get("net.0.0.weight"), "shape", [128])[0]
-        generator = Generator(noise_dim, embeddings_dim=weight.shape[1])
+        generator = Generator(embeddings_dim=weight.shape[1])
         load_checked(generator, contents["state_dict"])
+        for name in ("shift", "scale"):
+            value = contents[name]
+            if not isinstance(value, Tensor) or value.shape != weight.shape[1:] or not value.isfinite().all():
+                raise ValueError(f"its '{name}' is not {weight.shape[1]} finite numbers")
         scale = LatentScale(contents["shift"].to(weight.device), contents["scale"].to(weight.device))
-        return cls(generator.to(weight.device).eval(), scale, vqvae)
+        return cls(generator.to(weight.device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
 
 
 def codebook_hash(vqvae: VQVAE) -> str:

@@ -31,13 +31,13 @@ class Run:
     """The folder of one run of train.py.
 
     Attributes:
-        folder: where everything goes.
+        folder: where everything goes; None until a new run begins.
         options: every option of the run, by name.
         state: what resuming needs besides the options, by stage ("vqvae", "gan"); tensors, numbers and lists only.
         rows: the rows of metrics.csv so far.
     """
 
-    def __init__(self, folder: Path, options: dict, state: dict | None = None, rows: list[dict] | None = None):
+    def __init__(self, folder: Path | None, options: dict, state: dict | None = None, rows: list[dict] | None = None):
         self.folder, self.options = folder, options
         self.state, self.rows = state or {}, rows or []
 
@@ -56,14 +56,26 @@ class Run:
             raise RunError(f"{folder / RESUME_FILE}: was not written by train.py; name a run's folder with --resume")
         return cls(folder, **saved)
 
-    def record(self, device: torch.device, data: dict) -> None:
-        """Write run.json; a resumed run keeps what it recorded at first and adds an entry each time it goes on."""
-        path = self.folder / "run.json"
-        before, where = read_json(path), environment(device)
-        resumed = before.get("resumed", []) + [where] if before else []
+    def begin(self, device: torch.device, data: dict) -> None:
+        """Make the folder of a new run and write run.json; a resumed one's keeps what it recorded at first.
+
+        Raises:
+            RunError: the folder cannot be made, or a resumed run's data have other counts of images.
+        """
+        where = environment(device)
+        if self.folder is None:
+            self.folder = new_folder(self.options["out"])
+            before = where | {"resumed": []}
+        else:
+            before = read_json(self.folder / "run.json")
+            images = before.get("data", {}).get("images", data["images"])
+            if images != data["images"]:
+                raise RunError(f"{data['folder']}: has {data['images']} images, the run began with {images}")
+            before["resumed"] = before.get("resumed", []) + [where]
+            self.save()  # raised epochs must outlast an interruption
+        record = {"options": self.options, "seed": self.options["seed"], "data": data}
         first = {key: before.get(key, value) for key, value in where.items()}
-        options = {"options": self.options, "seed": self.options["seed"], "data": data}
-        write_json(path, options | first | {"resumed": resumed})
+        write_json(self.folder / "run.json", record | first | {"resumed": before["resumed"]})
 
     def save(self) -> None:
         """Write resume.pth and metrics.csv; called at the end of each epoch, after the epoch's other files."""
@@ -79,7 +91,7 @@ class atomically:
     """`with atomically(path) as temporary`: what is written to `temporary` takes the name `path` when complete."""
 
     def __init__(self, path: Path):
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.path, self.temporary = path, path.with_name(f".{path.name}.tmp")
 
     def __enter__(self) -> Path:
         return self.temporary
@@ -167,9 +179,12 @@ def read_json(path: Path) -> dict:
         RunError: it is there and cannot be read.
     """
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        contents = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}); repair or remove it") from None
+    if not isinstance(contents, dict) or not isinstance(contents.get("data", {}), dict):
+        raise RunError(f"{path}: was not written by train.py; repair or remove it")
+    return contents
 
 
 def environment(device: torch.device) -> dict:

@@ -25,7 +25,7 @@ import plots
 import runs
 from dataset import SPLITS, DataError, OasisDataset, demo_data, find_data, list_scans, make_loader
 from modules import VQVAE, Discriminator, Generator, dcgan_init, plain_state
-from prior import Latents, Prior
+from prior import Latents, Prior, codebook_hash
 
 # The report's values; arXiv 1711.00937 gives β = 0.25, arXiv 1511.06434 the DCGAN's rate and betas.
 DEFAULTS = dict(
@@ -38,6 +38,7 @@ DEFAULTS = dict(
     gan_epochs=25,
     gan_batch_size=32,
     gan_lr=2e-4,
+    gan_betas=(0.5, 0.999),
     data=None,
     demo=False,
     seed=0,
@@ -59,8 +60,7 @@ REVIVE_EVERY = 10
 # SSIM is very sensitive. What is scored and kept is an exponential average of them.
 AVERAGE_DECAY = 0.99
 
-# DCGAN, all from what kept discriminator and generator in balance on real slices.
-GAN_BETAS = (0.5, 0.999)
+# DCGAN, from what kept discriminator and generator in balance on real slices.
 R1_GAMMA = 2.0  # gradient penalty on real latents (Mescheder et al. 2018, arXiv 1801.04406, eq. 9)
 GAN_COLUMNS = ("d_loss", "d_real", "d_fake", "g_loss")  # what is recorded of each update
 GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what samples are drawn with
@@ -68,40 +68,29 @@ GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what s
 
 def main(words: list[str] | None = None) -> None:
     given = parse(words)
-    if "resume" in given:
-        run = resumed_run(given)
-        data = Path(run.options["data"])
-    else:
-        options, data = new_options(given)
-        run = runs.Run(Path(), options)
+    run = resumed_run(given) if "resume" in given else new_run(given)
     o = SimpleNamespace(**run.options)
     device = runs.choose_device(o.device)
-    given_vqvae = None
-    if o.only == "gan" and "resume" not in given:
-        given_vqvae = runs.load(runs.find(o.vqvae), VQVAE.from_state_dict)
-
+    data, note = Path(o.data), phantom.note(o.data)
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
-    note = "data: phantoms (synthetic)" if phantom.is_phantoms(data) else ""
     train_set = OasisDataset(data, "train", device, runs.progress)
     validate_set = OasisDataset(data, "validate", device, runs.progress)
 
-    if "resume" not in given:
-        run.folder = runs.new_folder(o.out)
-    run.record(device, {"folder": o.data, "phantoms": bool(note), "images": counts})
-    print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images){mark(note)}")
+    run.begin(device, {"folder": o.data, "phantoms": bool(note), "images": counts})
+    print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images){phantom.mark(note)}")
     print(f"Device: {device}. Folder: {run.folder}. If interrupted: python train.py --resume {run.folder}", flush=True)
 
-    if given_vqvae is not None:
-        runs.save(plain_state(given_vqvae), run.folder / "vqvae.pth")
-    if o.only != "gan":
-        train_vqvae(train_set, validate_set, run, device, note)
+    if o.only == "gan":
+        vqvae = runs.load(Path(o.vqvae), VQVAE.from_state_dict)
+        runs.save(plain_state(vqvae), run.folder / "vqvae.pth")  # so that the folder is complete in itself
+    else:
+        vqvae = train_vqvae(train_set, validate_set, run, device, note)
     if o.only != "vqvae":
-        vqvae = runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict).to(device)
-        train_gan(vqvae, train_set, run, device, note)
+        train_gan(vqvae.to(device), train_set, run, device, note)
     print(f"Done. Look at {run.folder}")
 
 
-def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.Run, device, note: str = "") -> None:
+def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.Run, device, note: str = "") -> VQVAE:
     """Train the VQ-VAE by eq. 3 of arXiv 1711.00937 and keep the epoch of highest mean validation SSIM as vqvae.pth.
 
     Goes on from run.state["vqvae"] where there is one, and writes figures, metrics.csv and resume.pth each epoch.
@@ -110,6 +99,12 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
         train_set, validate_set: with batches on `device`.
         run: its options give epochs, batch_size, lr, beta, n_embeddings, embeddings_dim and seed.
         note: where the data come from, if they are phantoms; goes into every figure.
+
+    Returns:
+        The network kept as vqvae.pth, on the CPU.
+
+    Raises:
+        runs.RunError: the loss is not finite.
     """
     o = SimpleNamespace(**run.options)
     torch.manual_seed(runs.derived_seed(o.seed, "vqvae weights"))
@@ -132,9 +127,6 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
         plots.single_image(run.folder / "epoch_0_single.png", shown[0], "A training image", note)
 
     for epoch in range(state["epoch"] + 1, o.epochs + 1):
-        if "gan" in run.state:  # it learned from a vqvae.pth that may now change
-            print("The VQ-VAE trains on, so the DCGAN begins anew.")
-            forget_gan(run)
         random = runs.random_generator(o.seed, "vqvae", epoch)
         loader = make_loader(train_set, o.batch_size, random)
         update = (epoch - 1) * len(loader)
@@ -152,6 +144,7 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                 (recon_loss + vq_loss).backward()
                 optimizer.step()
                 update += 1
+                check_finite(recon_loss, f"VQ-VAE epoch {epoch}", update)
                 update_average(average, model, update, AVERAGE_DECAY)
                 usage += torch.bincount(codes.flatten(), minlength=len(usage))
                 if update % REVIVE_EVERY == 0:
@@ -179,7 +172,7 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
             "perplexity": metrics.perplexity(scores.usage),
             "foreground_perplexity": metrics.perplexity(scores.foreground_usage),
         }
-        print_epoch(row, o.n_embeddings, note)
+        print_vqvae_epoch(row, o.n_embeddings, note)
         best_before = max((r["ssim_mean"] for r in vqvae_rows(run)), default=-1.0)
         run.rows.append(row)
         state |= {"epoch": epoch, "losses": state["losses"] + losses, "usage": usage.cpu()}
@@ -190,8 +183,10 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
         run.save()
 
     best = max(vqvae_rows(run), key=lambda row: row["ssim_mean"])
-    print(f"Best epoch: {best['epoch']}, validation SSIM {best['ssim_mean']:.4f}{mark(note)}", flush=True)
-    draw_codes(runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict).to(device), validate_set, run, note)
+    print(f"Best epoch: {best['epoch']}, validation SSIM {best['ssim_mean']:.4f}{phantom.mark(note)}", flush=True)
+    kept = runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict)
+    draw_codes(kept.to(device), validate_set, run, note)
+    return kept.cpu()
 
 
 @torch.no_grad()
@@ -250,9 +245,20 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
         train_set: with batches on `device`.
         run: its options give gan_epochs, gan_batch_size, gan_lr and seed.
         note: where the data come from, if they are phantoms; goes into every figure.
+
+    Returns:
+        The trained prior, as generator.pth holds it.
+
+    Raises:
+        runs.RunError: the loss is not finite, or a resumed run's vqvae.pth is not the one that it began with.
     """
     o = SimpleNamespace(**run.options)
-    latents = Latents(vqvae, train_set, runs.progress)
+    state = run.state.setdefault("gan", {"epoch": 0, "history": {key: [] for key in GAN_COLUMNS}})
+    codebook = codebook_hash(vqvae)
+    if state.setdefault("codebook", codebook) != codebook:
+        raise runs.RunError(f"{run.folder / 'vqvae.pth'}: has changed since the DCGAN began; start a new run with it")
+    latents = Latents(vqvae, train_set, runs.progress, state.get("stored"))
+    state["stored"] = latents.stored  # a resumed run must see the same rounding
     kept = "kept in memory" if latents.stored else "too many for memory, so encoded afresh for each batch"
     print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
     torch.manual_seed(runs.derived_seed(o.seed, "gan weights"))
@@ -260,13 +266,12 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init).to(device, memory_format=torch.channels_last)
     discriminator = Discriminator(embeddings_dim).apply(dcgan_init).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(generator)
-    prior = Prior(average, latents.scale, vqvae)
+    prior = Prior(average, latents.scale, vqvae, phantoms=bool(note))
     nets = {"generator": generator, "discriminator": discriminator, "average": average}
     optimizers = {
-        "generator_optimizer": torch.optim.Adam(generator.parameters(), lr=o.gan_lr, betas=GAN_BETAS),
-        "discriminator_optimizer": torch.optim.Adam(discriminator.parameters(), lr=o.gan_lr, betas=GAN_BETAS),
+        "generator_optimizer": torch.optim.Adam(generator.parameters(), lr=o.gan_lr, betas=o.gan_betas),
+        "discriminator_optimizer": torch.optim.Adam(discriminator.parameters(), lr=o.gan_lr, betas=o.gan_betas),
     }
-    state = run.state.setdefault("gan", {"epoch": 0, "history": {key: [] for key in GAN_COLUMNS}})
     if state["epoch"]:
         for name, part in (nets | optimizers).items():
             part.load_state_dict(state[name])
@@ -275,9 +280,13 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
         return torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(device)
 
     shown = noise(64, runs.random_generator(o.seed, "gan samples"))
+
+    def draw_samples(epoch: int, when: str) -> None:
+        images = prior.sample_images(shown, progress=runs.progress)
+        plots.image_grid(run.folder / f"gan_epoch_{epoch}.png", images, f"Decoded from 64 noise vectors, {when}", note)
+
     if state["epoch"] == 0:
-        title = "Decoded from 64 noise vectors, before training"
-        plots.image_grid(run.folder / "gan_epoch_0.png", prior.sample_images(shown), title, note)
+        draw_samples(0, "before training")
 
     for epoch in range(state["epoch"] + 1, o.gan_epochs + 1):
         random = runs.random_generator(o.seed, "gan", epoch)
@@ -294,6 +303,7 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
                 g_loss = update_generator(discriminator, optimizers["generator_optimizer"], fake)
                 seen.append(torch.stack([*d_values, g_loss]))
                 update += 1
+                check_finite(g_loss, f"DCGAN epoch {epoch}", update)
                 update_average(average, generator, update, GAN_AVERAGE_DECAY)
                 bar.update(len(real))
         seconds = time.perf_counter() - started
@@ -307,19 +317,14 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
             "images_per_second": round(len(latents) / seconds, 2),
             **{key: mean_by_image(values, len(latents), o.gan_batch_size) for key, values in columns.items()},
         }
-        print(
-            f"Epoch: {epoch}\nDiscriminator loss: {row['d_loss']:.4f}, D(x): {row['d_real']:.3f}, "
-            f"D(G(z)): {row['d_fake']:.3f}{mark(note)}\nGenerator loss: {row['g_loss']:.4f}{mark(note)}",
-            flush=True,
-        )
+        print_gan_epoch(row, note)
         run.rows.append(row)
         state |= {"epoch": epoch} | {name: part.state_dict() for name, part in (nets | optimizers).items()}
         for key, values in columns.items():
             state["history"][key] = state["history"][key] + values
         runs.save(prior.checkpoint(), run.folder / "generator.pth")
         runs.save(plain_state(discriminator), run.folder / "discriminator.pth")
-        title = f"Decoded from the same 64 noise vectors, after epoch {epoch}"
-        plots.image_grid(run.folder / f"gan_epoch_{epoch}.png", prior.sample_images(shown), title, note)
+        draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
         plots.gan_losses(run.folder / "gan_losses.png", state["history"], note)
         run.save()
     return prior
@@ -373,40 +378,48 @@ def vqvae_rows(run: runs.Run) -> list[dict]:
     return [row for row in run.rows if row["stage"] == "vqvae"]
 
 
-def forget_gan(run: runs.Run) -> None:
-    del run.state["gan"]
-    run.rows = vqvae_rows(run)
-
-
 def mean_by_image(by_update: list[float], n_images: int, batch_size: int) -> float:
     """Mean over images of batch means, the last batch of an epoch being smaller."""
     last = n_images - (len(by_update) - 1) * batch_size
     return (sum(by_update[:-1]) * batch_size + by_update[-1] * last) / n_images
 
 
-def mark(note: str) -> str:
-    return " (phantoms)" if note else ""
+def check_finite(loss: Tensor, where: str, update: int) -> None:
+    """Every 50 updates, so that a GPU need not wait for it at each."""
+    if update % 50 == 0 and not torch.isfinite(loss):
+        raise runs.RunError(f"{where}, update {update}: the loss is not finite; try a lower learning rate")
 
 
-def print_epoch(row: dict, n_embeddings: int, note: str) -> None:
+def print_vqvae_epoch(row: dict, n_embeddings: int, note: str) -> None:
     print(f"Epoch: {row['epoch']}")
-    print(f"Training loss: {row['training_loss']}{mark(note)}")
-    print(f"Validation avg. SSIM loss: {row['ssim_mean']}{mark(note)}")
-    print(f"Max SSIM loss: {row['ssim_max']}{mark(note)}")
-    print(f"Min SSIM loss: {row['ssim_min']}{mark(note)}")
+    print(f"Training loss: {row['training_loss']}{phantom.mark(note)}")
+    print(f"Validation avg. SSIM loss: {row['ssim_mean']}{phantom.mark(note)}")
+    print(f"Max SSIM loss: {row['ssim_max']}{phantom.mark(note)}")
+    print(f"Min SSIM loss: {row['ssim_min']}{phantom.mark(note)}")
     print(
         f"Codebook usage: {row['codes_used']} of {n_embeddings} codes, perplexity {row['perplexity']:.1f}, "
-        f"in the foreground {row['foreground_perplexity']:.1f}{mark(note)}",
+        f"in the foreground {row['foreground_perplexity']:.1f}{phantom.mark(note)}",
         flush=True,
     )
 
 
-def new_options(given: dict) -> tuple[dict, Path]:
-    """Every option of a new run, and its data folder."""
+def print_gan_epoch(row: dict, note: str) -> None:
+    print(f"Epoch: {row['epoch']}")
+    print(f"Discriminator loss: {row['d_loss']:.4f}{phantom.mark(note)}")
+    print(f"Generator loss: {row['g_loss']:.4f}{phantom.mark(note)}")
+    print(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}{phantom.mark(note)}", flush=True)
+
+
+def new_run(given: dict) -> runs.Run:
+    """A run with every option; phantoms are written for it where it has no other data."""
     if given.get("demo") and "data" in given:
         raise runs.RunError("--demo and --data contradict each other; give one of them")
     if (given.get("only") == "gan") != ("vqvae" in given):
         raise runs.RunError("--only gan needs --vqvae PATH, and only then is it used")
+    runs.choose_device(given.get("device", DEFAULTS["device"]))  # before phantoms are written for nothing
+    if "vqvae" in given:
+        given["vqvae"] = str(runs.find(given["vqvae"]).resolve())
+        runs.load(Path(given["vqvae"]), VQVAE.from_state_dict)
     data = None if given.get("demo") else find_data(given.get("data"))
     demo = data is None
     if demo:
@@ -415,8 +428,8 @@ def new_options(given: dict) -> tuple[dict, Path]:
         print("no figure below is a result. With OASIS data: python train.py --data DIR")
         print("=" * 78, flush=True)
         data = demo_data(runs.progress)
-    options = DEFAULTS | (DEMO_DEFAULTS if demo else {}) | given | {"demo": demo, "data": str(data.resolve())}
-    return options, data
+    defaults = DEFAULTS | DEMO_DEFAULTS if demo else DEFAULTS
+    return runs.Run(None, defaults | given | {"demo": demo, "data": str(data.resolve())})
 
 
 def resumed_run(given: dict) -> runs.Run:
@@ -432,27 +445,33 @@ def resumed_run(given: dict) -> runs.Run:
     if "data" in given:
         given["data"] = str(find_data(given["data"]).resolve())
     run.options |= {name: value for name, value in given.items() if name != "resume"}
-    print(f"Resuming {run.folder} after " + (", ".join(f"{s} epoch {run.state[s]['epoch']}" for s in run.state)))
+    if run.options["only"] == "gan":
+        run.options["vqvae"] = str((run.folder / "vqvae.pth").resolve())
+    print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
+    if "gan" in run.state and run.options["only"] != "gan" and run.state["vqvae"]["epoch"] < run.options["epochs"]:
+        print("The VQ-VAE trains on, so the DCGAN begins anew.")
+        del run.state["gan"]
+        run.rows = vqvae_rows(run)
     return run
 
 
 def parse(words: list[str] | None) -> dict:
     """The options given, and only those, by name."""
 
-    def number(kind: type, least: float, what: str, open_end: bool = False):
+    def number(kind: type, least: float, what: str, below: float = float("inf")):
         def convert(word: str):
             try:
                 value = kind(word)
             except ValueError:
                 value = float("nan")
-            if not (value > least if open_end else value >= least) or value == float("inf"):
+            if not least <= value < below:
                 raise argparse.ArgumentTypeError(f"{word} is not {what}")
             return value
 
         return convert
 
     count = number(int, 1, "a whole number of 1 or more")
-    rate = number(float, 0, "a number above 0", open_end=True)
+    rate = number(float, sys.float_info.min, "a number above 0")
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
@@ -487,6 +506,8 @@ def parse(words: list[str] | None) -> dict:
     add(group, "--gan-epochs", "passes over the training latents", type=count, metavar="N")
     add(group, "--gan-batch-size", "latents an update", type=count, metavar="N")
     add(group, "--gan-lr", "learning rate of Adam", type=rate, metavar="RATE")
+    beta = number(float, 0, "a number from 0 to below 1", below=1)
+    add(group, "--gan-betas", "betas of Adam", type=beta, nargs=2, metavar=("B1", "B2"))
     return vars(parser.parse_args(words))
 
 

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import phantom
 
+quiet = partial(tqdm, disable=True)
 PROJECT = Path(__file__).parent.parent
 CASES = {"train": range(1, 4), "validate": range(4, 6), "test": range(6, 8)}
 
@@ -19,7 +22,7 @@ CASES = {"train": range(1, 4), "validate": range(4, 6), "test": range(6, 8)}
 def data(tmp_path_factory) -> Path:
     """An OASIS-shaped folder of phantoms: 15 training, 10 validation and 10 test images."""
     folder = tmp_path_factory.mktemp("data")
-    phantom.write(folder, CASES, slices=5, progress=lambda items, **_: items)
+    phantom.write(folder, CASES, slices=5, progress=quiet)
     return folder
 
 

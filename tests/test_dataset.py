@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import quiet
 from PIL import Image
 
 import dataset as module
 from dataset import DataError, OasisDataset, demo_data, find_data, list_scans, make_loader
-
-
-def quiet(items, **_):
-    return items
 
 
 @pytest.fixture
@@ -144,8 +141,9 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("OASIS_DIR", str(tmp_path / "elsewhere"))
     assert find_data(None) == tmp_path / "elsewhere"
     assert find_data(str(tmp_path)) == tmp_path
-    with pytest.raises(DataError, match="named by --data"):
-        find_data("nowhere")
+    for name in ("nowhere", ""):
+        with pytest.raises(DataError, match="named by --data"):
+            find_data(name)
     monkeypatch.setenv("OASIS_DIR", "nowhere")
     with pytest.raises(DataError, match="named by OASIS_DIR"):
         find_data(None)
@@ -157,6 +155,17 @@ def test_demo_data_is_written_once(tmp_path, monkeypatch):
     monkeypatch.setattr(module.phantom, "write", lambda folder, progress: calls.append(folder))
     demo_data(quiet)
     (tmp_path / "phantoms").mkdir()
-    (tmp_path / "phantoms" / module.phantom.MARKER).touch()
+    marker = tmp_path / "phantoms" / module.phantom.MARKER
+    marker.write_text("Synthetic slices; the writing was interrupted here")
     demo_data(quiet)
-    assert len(calls) == 1
+    assert len(calls) == 2
+    marker.write_text(module.phantom.COMPLETE)
+    demo_data(quiet)
+    assert len(calls) == 2
+
+
+def test_demo_data_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "phantoms").touch()
+    with pytest.raises(DataError, match="phantoms: cannot write"):
+        demo_data(quiet)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import quiet
 from skimage.metrics import structural_similarity
 
 from dataset import OasisDataset
@@ -58,11 +59,11 @@ def test_ssim_of_identical_images_is_one(images):
 
 def test_score_is_a_plain_loop(data):
     torch.manual_seed(0)
-    dataset = OasisDataset(data, "validate", progress=lambda items, **_: items)
+    dataset = OasisDataset(data, "validate", progress=quiet)
     model = VQVAE()
     with torch.no_grad():
         model.vector_quantizer.start_from(model.latents(dataset[0][None]), torch.Generator().manual_seed(0))
-    scores = score(model, dataset, progress=lambda items, **_: items)
+    scores = score(model, dataset, progress=quiet)
     usage, foreground_usage = np.zeros(512, int), np.zeros(512, int)
     for i in range(len(dataset)):
         x = dataset[i]
@@ -83,14 +84,16 @@ def test_score_is_a_plain_loop(data):
 
 
 def test_score_leaves_the_model_trainable_and_the_settings_as_they_were(data):
-    dataset = OasisDataset(data, "test", progress=lambda items, **_: items)
+    dataset = OasisDataset(data, "test", progress=quiet)
     model = VQVAE()
-    torch.backends.cuda.matmul.allow_tf32 = True
+    cudnn = torch.backends.cudnn
+    settings = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = True, True, False
     try:
-        score(model, dataset, progress=lambda items, **_: items)
-        assert torch.backends.cuda.matmul.allow_tf32
+        score(model, dataset, progress=quiet)
+        assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (True, True, False)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = settings
     model(dataset[0][None])[0].backward()
 
 
@@ -102,7 +105,7 @@ def test_score_covers_a_smaller_last_batch():
         def __getitems__(self, indices):
             return torch.stack([torch.full((1, 256, 256), i / 100) for i in indices])
 
-    scores = score(VQVAE(), Few(), progress=lambda items, **_: items)
+    scores = score(VQVAE(), Few(), progress=quiet)
     assert scores.ssim.shape == (SCORE_BATCH + 3,) and scores.usage.sum() == (SCORE_BATCH + 3) * 4096
 
 

@@ -128,6 +128,7 @@ def test_quantizer_stays_float32_under_autocast():
     plain = quantizer(z_e)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = quantizer(z_e)
+        assert torch.equal(quantizer.nearest(z_e), plain[2])
     assert mixed[0].dtype == mixed[1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
 
@@ -165,6 +166,15 @@ def test_revive_moves_only_the_dead_and_prefers_the_costly_cell(random):
     assert (weight[2:, 0] == 10).all() and (weight[2:, 1] >= 0.5).all()
 
 
+def test_revive_leaves_everything_where_nothing_can_be_gained(random):
+    quantizer = VectorQuantizer(3, 2)
+    before = quantizer.embedding.weight.detach().clone()
+    for z_e in (before[0].view(1, 2, 1, 1).repeat(1, 1, 2, 2), torch.full((1, 2, 2, 2), torch.nan)):
+        codes = torch.zeros(1, 2, 2, dtype=torch.int64)
+        quantizer.revive(torch.tensor([False, True, True]), z_e, codes, random)
+        assert torch.equal(quantizer.embedding.weight, before)
+
+
 def test_discriminator_logits_are_what_the_sigmoid_gets():
     discriminator, x = Discriminator().eval(), torch.rand(3, 64, 64, 64)
     assert torch.equal(discriminator.logits(x).sigmoid(), discriminator(x))
@@ -185,6 +195,8 @@ def test_from_state_dict_restores_sizes_and_weights():
         (lambda state: state.update({"conv1.bias": torch.zeros(3)}), "shape"),
         (lambda state: state.update({"conv1.bias": torch.full((64,), torch.nan)}), "not finite"),
         (lambda state: state.pop("vector_quantizer.embedding.weight"), "no codebook"),
+        (lambda state: state.update({"vector_quantizer.embedding.weight": torch.zeros(0, 64)}), "no codebook"),
+        (lambda state: state.update({7: torch.zeros(1)}), "more than the weights"),
     ],
 )
 def test_from_state_dict_refuses(spoil, message):

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from conftest import quiet
 from PIL import Image
 
 import phantom
@@ -84,7 +85,7 @@ def test_slices_of_a_subject_resemble_each_other_more(subjects):
 
 
 def test_layout_and_marker(tmp_path):
-    phantom.write(tmp_path, {"train": range(1, 3), "test": range(3, 4)}, slices=3, progress=lambda items, **_: items)
+    phantom.write(tmp_path, {"train": range(1, 3), "test": range(3, 4)}, slices=3, progress=quiet)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert names == [
         "keras_png_slices_test/case_003_slice_0.nii.png",
@@ -94,7 +95,21 @@ def test_layout_and_marker(tmp_path):
     ]
     image = Image.open(tmp_path / names[0])
     assert image.mode == "L" and np.array_equal(np.asarray(image), phantom.make_slice(3, 0))
-    assert phantom.is_phantoms(tmp_path) and not phantom.is_phantoms(tmp_path / "keras_png_slices_test")
+    assert phantom.is_complete(tmp_path) and phantom.note(tmp_path) == "data: phantoms (synthetic)"
+    assert not phantom.is_complete(tmp_path / "keras_png_slices_test")
+    assert phantom.note(tmp_path / "keras_png_slices_test") == ""
+
+
+def test_phantoms_are_marked_from_the_first_file_on(tmp_path):
+    def interrupted(items, **_):
+        yield items[0]
+        yield items[1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        phantom.write(tmp_path, {"train": range(1, 2)}, progress=interrupted)
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+    assert phantom.note(tmp_path) and not phantom.is_complete(tmp_path)
 
 
 def test_the_demo_has_enough_images():

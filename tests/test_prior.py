@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from conftest import quiet
 
 import prior as module
 from dataset import OasisDataset
 from modules import VQVAE, Generator
 from prior import Latents, LatentScale, Prior, codebook_hash
-
-
-def quiet(items, **_):
-    return items
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +59,9 @@ def test_stored_latents_equal_encoding_afresh(vqvae, train_set, latents, monkeyp
     assert latents.stored and not afresh.stored
     first, second = latents.__getitems__([3, 11, 0]), afresh.__getitems__([3, 11, 0])
     assert first.shape == (3, 8, 64, 64) and first.dtype == torch.float32 and first.abs().max() <= 1
-    torch.testing.assert_close(first, second, atol=4e-3, rtol=0)  # half precision
+    torch.testing.assert_close(first, second, atol=4e-3, rtol=0)  # both rounded to half precision
+    assert (first == second).float().mean() > 0.99
+    assert not Latents(vqvae, train_set, quiet, stored=False).stored
 
 
 def test_latents_decode_to_the_image(vqvae, train_set, latents):
@@ -79,7 +78,7 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     continuous = latents.scale.from_tanh(prior.generator(noise)).detach().permute(0, 2, 3, 1).reshape(-1, 8)
     nearest = torch.cdist(continuous.double(), vqvae.vector_quantizer.embedding.weight.double()).argmin(1)
     assert codes.shape == (5, 64, 64) and (codes.flatten() == nearest).float().mean() > 0.999
-    images = prior.sample_images(noise, at_once=2)
+    images = prior.sample_images(noise, at_once=2, progress=quiet)
     assert images.shape == (5, 1, 256, 256) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
 
@@ -98,6 +97,22 @@ def test_checkpoint_of_another_codebook_is_refused(vqvae, latents):
     assert codebook_hash(other) != codebook_hash(vqvae)
     with pytest.raises(ValueError, match="another codebook"):
         Prior.from_checkpoint(contents, other)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("state_dict", 3, "weights of a Generator"),
+        ("state_dict", {}, "is missing"),
+        ("shift", 1.0, "'shift'"),
+        ("shift", torch.zeros(7), "'shift'"),
+        ("scale", torch.full((8,), torch.nan), "'scale'"),
+    ],
+)
+def test_spoiled_checkpoint_is_refused(vqvae, latents, key, value, message):
+    contents = Prior(Generator(embeddings_dim=8), latents.scale, vqvae).checkpoint() | {key: value}
+    with pytest.raises(ValueError, match=message):
+        Prior.from_checkpoint(contents, vqvae)
 
 
 @pytest.mark.parametrize("contents", [{}, [], {"state_dict": {}}, VQVAE(64, 8).state_dict()])

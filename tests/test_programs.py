@@ -247,6 +247,30 @@ def test_raising_the_epochs_of_a_complete_run(trained, data, folder):
     assert_same_history(run, short)
 
 
+def test_raised_epochs_outlast_an_interruption(trained, folder):
+    _, run = trained
+    copied = folder / "raised"
+    shutil.copytree(run, copied)
+    command = [sys.executable, str(PROJECT / "train.py"), "--resume", str(copied), "--epochs", "3"]
+    kill_after(command, folder, "Device", 1)  # before the third epoch is complete
+    saved = torch.load(copied / "resume.pth", weights_only=True)
+    assert saved["options"]["epochs"] == 3 and "gan" not in saved["state"]
+    done = run_program("train.py", "--resume", copied, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(copied, "vqvae")) == 3 and len(rows(copied, "gan")) == 2
+    words = (copied / "vqvae.pth", "--generator", copied / "generator.pth", "--samples", 1, "--out", "r")
+    assert run_program("predict.py", *words, cwd=folder).returncode == 0  # they belong together
+
+
+def test_resuming_with_other_data_is_refused(trained, folder, data, tmp_path):
+    _, run = trained
+    shutil.copytree(data, tmp_path / "data")
+    next((tmp_path / "data" / "keras_png_slices_train").glob("*.png")).unlink()
+    refused(
+        run_program("train.py", "--resume", run, "--data", tmp_path / "data", cwd=folder), "'train': 14", "'train': 15"
+    )
+
+
 def test_resuming_refuses_other_options_by_name(trained, folder):
     _, run = trained
     for words, name in ((("--lr", "0.1"), "--lr"), (("--seed", 1), "--seed"), (("--epochs", 1), "--epochs 1")):
@@ -284,6 +308,9 @@ def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp
     "words, name",
     [
         (("--data", "/nowhere"), "/nowhere"),
+        (("--data", ""), "--data"),
+        (("--device", "gpu"), "--device gpu"),
+        (("--gan-betas", "0.5", "1"), "--gan-betas"),
         (("--batch-size", "0"), "--batch-size"),
         (("--lr", "-1"), "--lr"),
         (("--lr", "nan"), "--lr"),

@@ -98,6 +98,13 @@ def test_run_there_and_back(tmp_path):
     assert lines == ["stage,epoch,ssim_mean,d_loss", f"vqvae,1,{rows[0]['ssim_mean']!r},", "gan,1,,2.5"]
 
 
+@pytest.mark.parametrize("text", ["[]", '{"data": null}', "{half", '"x"'])
+def test_what_is_no_run_json_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match="run.json: .*repair or remove it"):
+        runs.read_json(tmp_path / "run.json")
+
+
 def test_find_looks_here_then_under_gen_imgs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gen_imgs" / "a").mkdir(parents=True)

@@ -5,8 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import quiet
 
+import metrics
+import runs
 import train
+from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 
 
@@ -104,6 +108,31 @@ def test_reviving_forgets_the_momentum_of_the_dead(random):
     assert torch.equal(moments["exp_avg"][~dead], before[~dead])
     assert torch.equal(quantizer.embedding.weight[~dead], alive[~dead])
     assert (quantizer.embedding.weight[dead] != alive[dead]).any(1).all()
+
+
+def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
+    """The report's system kept the wrong epoch; here SSIM is made to fall after the second."""
+    train_set = OasisDataset(data, "train", progress=quiet)
+    validate_set = OasisDataset(data, "validate", progress=quiet)
+    seen = []
+
+    def falling(model, dataset, progress):
+        seen.append(copy.deepcopy(model.state_dict()))
+        ssim = torch.tensor([[0.2, 0.4], [0.5, 0.7], [0.1, 0.9], [0.6, 0.6]][len(seen) - 1], dtype=torch.double)
+        return metrics.Scores(ssim, torch.ones(16, dtype=torch.int64), torch.ones(16, dtype=torch.int64))
+
+    monkeypatch.setattr(train.metrics, "score", falling)
+    options = train.DEFAULTS | dict(epochs=4, batch_size=15, n_embeddings=16, embeddings_dim=4)
+    kept = train.train_vqvae(train_set, validate_set, runs.Run(tmp_path, options), "cpu")
+    assert all(torch.equal(value, seen[1][key]) for key, value in kept.state_dict().items())
+    assert not torch.equal(kept.conv1.weight, seen[3]["conv1.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name():
+    train.check_finite(torch.tensor(torch.nan), "VQ-VAE epoch 2", 149)
+    train.check_finite(torch.tensor(1.0), "VQ-VAE epoch 2", 150)
+    with pytest.raises(runs.RunError, match="VQ-VAE epoch 2, update 150"):
+        train.check_finite(torch.tensor(torch.nan), "VQ-VAE epoch 2", 150)
 
 
 def test_dcgan_init():

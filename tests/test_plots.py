@@ -1,0 +1,87 @@
+"""Figures: grey values are never rescaled, and titles, axes, colours and data are the right ones."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from PIL import Image
+
+import plots
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were drawn, in place of files."""
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    yield drawn
+    plt.close("all")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, 1.0, 1.5])
+def test_grey_values_are_not_rescaled(tmp_path, value):
+    image = torch.full((1, 256, 256), value)
+    plots.single_image(tmp_path / "one.png", image, "Title")
+    plots.image_grid(tmp_path / "grid.png", image.expand(8, 1, 256, 256), "Title")
+    for name in ("one.png", "grid.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
+        height, width = pixels.shape
+        assert pixels[height // 2, int(0.47 * width)] == pytest.approx(min(value, 1) * 255, abs=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["grid.png", "one.png"]
+
+
+def test_images_stand_in_rows_of_eight_in_their_order(tmp_path):
+    images = torch.linspace(0, 0.9, 32).view(32, 1, 1, 1).expand(32, 1, 64, 64)
+    plots.image_grid(tmp_path / "grid.png", images, "Title")
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    grid = pixels[-int(pixels.shape[1] / 2) :]  # 4 rows of 8 squares; the title is above
+    rows, columns = ((np.arange(n) + 0.5) / n for n in (4, 8))
+    found = [[grid[int(r * len(grid)), int(c * grid.shape[1])] for c in columns] for r in rows]
+    assert np.ravel(found) == pytest.approx(np.linspace(0, 0.9, 32) * 255, abs=2)
+
+
+def test_the_note_stands_under_every_title(figures):
+    image, path, note = torch.rand(1, 64, 64), None, "data: phantoms (synthetic)"
+    history = {key: [1.0, 0.5] for key in ("d_loss", "g_loss", "d_real", "d_fake")}
+    plots.image_grid(path, image[None], "T", note)
+    plots.single_image(path, image, "T", note)
+    plots.code_map(path, torch.zeros(64, 64), 512, "T", note)
+    plots.ssim_by_epoch(path, [0.5], [0.4], [0.6], note)
+    plots.recon_losses(path, [0.5, 0.4], [2], [0.45], note)
+    plots.gan_losses(path, history, note)
+    plots.scores(path, [0.5], 0.6, "T", note)
+    assert len(figures) == 7
+    for figure in figures:
+        first, second = figure.axes[0].get_title().split("\n")
+        assert first and second == note
+    for figure in figures[1:]:
+        assert all(axes.get_ylabel() for axes in figure.axes) and figure.axes[-1].get_xlabel() or len(figure.axes) == 2
+
+
+def test_gan_losses_are_blue_and_orange_by_update(figures):
+    random = np.random.default_rng(0)
+    history = {key: random.random(40).tolist() for key in ("d_loss", "g_loss", "d_real", "d_fake")}
+    plots.gan_losses(None, history)
+    for axes, keys in zip(figures[0].axes, (("d_loss", "g_loss"), ("d_real", "d_fake")), strict=True):
+        by_update = [line for line in axes.lines if line.get_label().startswith("_")]
+        for line, key, colour in zip(by_update, keys, (plots.BLUE, plots.ORANGE), strict=True):
+            assert to_hex(line.get_color()) == colour
+            assert line.get_ydata().tolist() == history[key] and line.get_xdata().tolist() == list(range(1, 41))
+    labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert labels == ["discriminator", "generator"]
+
+
+def test_scores_show_every_image_the_mean_and_the_threshold(figures):
+    values = [0.7, 0.5, 0.9]
+    plots.scores(None, values, 0.6, "T")
+    axes = figures[0].axes[0]
+    assert axes.collections[0].get_offsets().tolist() == [[0, 0.7], [1, 0.5], [2, 0.9]]
+    assert [line.get_ydata()[0] for line in axes.lines] == [pytest.approx(0.7), 0.6]
+
+
+def test_epoch_means_stand_in_the_middle_of_their_updates(figures):
+    plots.recon_losses(None, [4.0, 2.0, 1.0, 1.0], [2, 2], [3.0, 1.0])
+    each, means = figures[0].axes[0].lines
+    assert each.get_xdata().tolist() == [1, 2, 3, 4]
+    assert means.get_xdata().tolist() == [1.5, 3.5] and means.get_ydata().tolist() == [3.0, 1.0]
