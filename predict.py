@@ -122,5 +122,7 @@ if __name__ == "__main__":
         main()
     except (DataError, runs.RunError) as error:
         sys.exit(f"predict.py: error: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"predict.py: error: {error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

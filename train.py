@@ -516,6 +516,8 @@ if __name__ == "__main__":
         main()
     except (DataError, runs.RunError) as error:
         sys.exit(f"train.py: error: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.exit(f"train.py: error: {error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
         print("Interrupted. Epochs that were complete are kept; --resume goes on after them.", file=sys.stderr)
         sys.exit(130)
