@@ -47,7 +47,7 @@ DEFAULTS = dict(
     only=None,
     vqvae=None,
 )
-DEMO_DEFAULTS = dict(epochs=5, gan_epochs=8)  # what fits in six minutes on two cores
+DEMO_DEFAULTS = dict(epochs=5, gan_epochs=12)  # what fits in six minutes on two cores
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "gan_epochs", "data", "device"}
 
 # Codebook. For the first updates the encoder's output changes faster than Adam can move embeddings at lr 1e-3, and

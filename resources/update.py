@@ -2,8 +2,8 @@
 
     python resources/update.py RUN PREDICT     # a folder of train.py, and one of predict.py for its vqvae.pth
 
-A run on phantoms goes to resources/phantoms/, with images before and after, and resources/strip.png. A run on real
-scans goes to resources/oasis/, and of it only what shows no scan: scores, curves and generated images.
+A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and resources/strip.png. A run on
+real scans goes to resources/oasis/ and gives only what shows no scan: scores, curves and generated images.
 """
 
 import shutil
@@ -20,28 +20,29 @@ import runs  # noqa: E402
 from dataset import OasisDataset  # noqa: E402
 from modules import VQVAE  # noqa: E402
 
-CURVES = ("train_ssim_scores", "train_recon_losses", "gan_losses")
-PAIRS = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
+OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
+OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
+OF_SCANS = ("train_ssim_scores", "train_recon_losses", "gan_losses", "gan_epoch_0", "gan_epoch_1", "gan_epoch_2")
 
 
 def main(run: Path, predicted: Path) -> None:
     record = runs.read_json(run / "run.json")
-    last, gan_last = record["options"]["epochs"], record["options"]["gan_epochs"]
-    wanted = {f"gan_epoch_{n}": f"gan_epoch_{n}" for n in (0, 1, 2)} | {f"gan_epoch_{gan_last}": "gan_epoch_last"}
-    wanted |= {name: name for name in CURVES}
+    options = record["options"]
     if record["data"]["phantoms"]:
-        for kind in ("", "_single"):
-            wanted |= {f"epoch_{n}{kind}": f"epoch_{n}{kind}" for n in (0, 1)} | {
-                f"epoch_{last}{kind}": f"epoch_last{kind}"
-            }
-        wanted |= {name: name for name in ("codebook_comparison", "codebook", "decoded")}
+        target = HERE / "phantoms"
+        shown = {run / f"{name}.png": name for name in OF_PHANTOMS}
+        shown |= {predicted / f"{name}.png": name for name in OF_PHANTOMS_PREDICTED}
+        for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
+            shown |= {run / f"epoch_{n}{kind}.png": f"epoch_{name}{kind}" for kind in ("", "_single")}
         draw_strip(run, Path(record["data"]["folder"]))
-    target = HERE / ("phantoms" if record["data"]["phantoms"] else "oasis")
+    else:
+        target = HERE / "oasis"
+        shown = {run / f"{name}.png": name for name in OF_SCANS}
+        shown[run / f"gan_epoch_{options['gan_epochs']}.png"] = "gan_epoch_last"
+        shown[predicted / "test_ssim_scores.png"] = "test_ssim_scores"
     target.mkdir(exist_ok=True)
-    for name, shown in wanted.items():
-        shutil.copy(run / f"{name}.png", target / f"{shown}.png")
-    for name in ("test_ssim_scores", *(PAIRS if record["data"]["phantoms"] else ())):
-        shutil.copy(predicted / f"{name}.png", target / f"{name}.png")
+    for path, name in shown.items():
+        shutil.copy(path, target / f"{name}.png")
     print(f"Wrote {target}")
 
 
