@@ -199,11 +199,12 @@ def environment(device: torch.device) -> dict:
         commit = git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
     except OSError:  # no git on this machine
         commit = ""
-    packages = ("torch", "torchvision", "numpy", "scikit-image", "matplotlib", "pillow")
+    packages = ("torchvision", "numpy", "scikit-image", "matplotlib", "pillow")
     return {
         "command": [sys.executable, *sys.argv],
         "commit": commit or "unknown",
         "python": platform.python_version(),
+        "torch": torch.__version__,
         **{name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -63,6 +63,7 @@ AVERAGE_DECAY = 0.99
 # DCGAN, from what kept discriminator and generator in balance on real slices.
 R1_GAMMA = 2.0  # gradient penalty on real latents (Mescheder et al. 2018, arXiv 1801.04406, eq. 9)
 GAN_COLUMNS = ("d_loss", "d_real", "d_fake", "g_loss")  # what is recorded of each update
+CHECK_EVERY = 50  # updates between looks at whether the loss is finite, for which a GPU has to wait
 GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what samples are drawn with
 
 
@@ -144,7 +145,8 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                 (recon_loss + vq_loss).backward()
                 optimizer.step()
                 update += 1
-                check_finite(recon_loss, f"VQ-VAE epoch {epoch}", update)
+                if update % CHECK_EVERY == 0:
+                    check_finite(recon_loss, f"VQ-VAE epoch {epoch}, update {update}")
                 update_average(average, model, update, AVERAGE_DECAY)
                 usage += torch.bincount(codes.flatten(), minlength=len(usage))
                 if update % REVIVE_EVERY == 0:
@@ -155,8 +157,9 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                 bar.update(len(x))
         seconds = time.perf_counter() - started
 
-        scores = metrics.score(average, validate_set, runs.progress)
         losses = torch.stack(recon_losses).tolist()
+        check_finite(sum(recon_losses), f"VQ-VAE epoch {epoch}")
+        scores = metrics.score(average, validate_set, runs.progress)
         row = {
             "stage": "vqvae",
             "epoch": epoch,
@@ -303,11 +306,13 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
                 g_loss = update_generator(discriminator, optimizers["generator_optimizer"], fake)
                 seen.append(torch.stack([*d_values, g_loss]))
                 update += 1
-                check_finite(g_loss, f"DCGAN epoch {epoch}", update)
+                if update % CHECK_EVERY == 0:
+                    check_finite(g_loss, f"DCGAN epoch {epoch}, update {update}")
                 update_average(average, generator, update, GAN_AVERAGE_DECAY)
                 bar.update(len(real))
         seconds = time.perf_counter() - started
 
+        check_finite(sum(seen), f"DCGAN epoch {epoch}")
         columns = dict(zip(GAN_COLUMNS, torch.stack(seen).T.tolist(), strict=True))
         row = {
             "stage": "gan",
@@ -384,10 +389,9 @@ def mean_by_image(by_update: list[float], n_images: int, batch_size: int) -> flo
     return (sum(by_update[:-1]) * batch_size + by_update[-1] * last) / n_images
 
 
-def check_finite(loss: Tensor, where: str, update: int) -> None:
-    """Every 50 updates, so that a GPU need not wait for it at each."""
-    if update % 50 == 0 and not torch.isfinite(loss):
-        raise runs.RunError(f"{where}, update {update}: the loss is not finite; try a lower learning rate")
+def check_finite(losses: Tensor, where: str) -> None:
+    if not losses.isfinite().all():
+        raise runs.RunError(f"{where}: the loss is not finite; try a lower learning rate")
 
 
 def print_vqvae_epoch(row: dict, n_embeddings: int, note: str) -> None:

@@ -324,6 +324,11 @@ def test_bad_options_are_refused_by_name(tmp_path, words, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rate_that_makes_the_loss_infinite_stops_the_run(data, tmp_path):
+    done = run_program("train.py", "--data", data, *SMALL, "--epochs", 3, "--lr", 1e30, cwd=tmp_path)
+    refused(done, "VQ-VAE epoch", "not finite", "learning rate")
+
+
 def test_bad_data_is_refused_before_a_folder_is_made(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "keras_png_slices_validate" / "case_999_slice_0.nii.png").write_bytes(b"x")
