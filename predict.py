@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
+from PIL import Image, PngImagePlugin
 
 import metrics
 import phantom
@@ -92,8 +92,10 @@ def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
     note = phantom.NOTE if prior.phantoms else ""
     folder = runs.new_folder(out, "_predict")
     plots.image_grid(folder / "samples.png", images, f"{n} generated brains (seed {seed})", note)
-    for i, image in enumerate(images):
-        write_png((image * 255).round().byte().cpu(), str(folder / f"sample_{i:03d}.png"))
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", f"generated, {note}" if note else "generated")
+    for i, image in enumerate((images[:, 0] * 255).round().byte().cpu().numpy()):
+        Image.fromarray(image).save(folder / f"sample_{i:03d}.png", pnginfo=comment)
     print(f"Decoded {n} new brains.{phantom.mark(note)}")
     return folder
 

@@ -103,12 +103,16 @@ class Latents(Dataset):
 
 
 def free_memory() -> int:
-    """Bytes of memory that programs can still have on this machine; where the system does not say, 8 GiB."""
+    """Bytes of memory that this process can still have; where the system does not say, 8 GiB."""
+    free = []
     try:
         (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
-        return int(line.split()[1]) * 1024
+        free.append(int(line.split()[1]) * 1024)
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        free.append(int(limit) - int(used))  # of a container or a cluster's job; "max" where there is no limit
     except (OSError, ValueError):
-        return 8 * 2**30
+        pass
+    return min(free, default=8 * 2**30)
 
 
 class Prior:

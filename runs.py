@@ -140,7 +140,8 @@ def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:
 def save(contents: Any, path: Path) -> None:
     """torch.save that never leaves a torn file."""
     with atomically(path) as temporary:
-        torch.save(contents, temporary)
+        with open(temporary, "wb") as file:  # torch's own writer would hide that a disk is full
+            torch.save(contents, file)
 
 
 def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) -> Any:

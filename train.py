@@ -448,6 +448,7 @@ def resumed_run(given: dict) -> runs.Run:
             raise runs.RunError(f"--{option} {given[name]}: the run has {run.options[name]}; it can only be raised")
     if "data" in given:
         given["data"] = str(find_data(given["data"]).resolve())
+    run.options = DEFAULTS | run.options  # options that are younger than the run
     run.options |= {name: value for name, value in given.items() if name != "resume"}
     if run.options["only"] == "gan":
         run.options["vqvae"] = str((run.folder / "vqvae.pth").resolve())
@@ -456,6 +457,8 @@ def resumed_run(given: dict) -> runs.Run:
         print("The VQ-VAE trains on, so the DCGAN begins anew.")
         del run.state["gan"]
         run.rows = vqvae_rows(run)
+        for path in (run.folder / "generator.pth", run.folder / "discriminator.pth", *run.folder.glob("gan_*.png")):
+            path.unlink(missing_ok=True)
     return run
 
 

@@ -37,6 +37,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     assert runs.load(tmp_path / "x.pth") == [1] and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.atomically, "__enter__", lambda self: "/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        runs.save(VQVAE().state_dict(), tmp_path / "vqvae.pth")
+    assert not list(tmp_path.iterdir())
+
+
 class Payload:
     """Pickled code that leaves a trace when it is run."""
 
