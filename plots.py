@@ -32,7 +32,8 @@ def image_grid(path: Path, images, title: str, note: str = "", columns: int = 8)
     grid = make_grid(images.float().cpu().clamp(0, 1), nrow=columns, padding=4, pad_value=1)[0].numpy()
     height = 9.6 * grid.shape[0] / grid.shape[1]
     figure, axes = _figure(9.6, height + 0.7, title, note)
-    _show_image(axes, grid)
+    axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+    axes.axis("off")
     _save(figure, path)
 
 
@@ -126,11 +127,6 @@ def _figure(width: float, height: float, title: str, note: str):
 
 def _title(axes, title: str, note: str) -> None:
     axes.set_title(f"{title}\n{note}" if note else title)
-
-
-def _show_image(axes, image: np.ndarray) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
-    axes.axis("off")
 
 
 def _smooth(x: np.ndarray, y: list[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -31,11 +31,11 @@ def main(words: list[str] | None = None) -> None:
     device = runs.choose_device(o.device)
     path = runs.find(o.path)
     vqvae = runs.load(path, VQVAE.from_state_dict).to(device)
-    record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
     if o.generator:
         prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
         folder = draw_samples(prior, o.samples, o.seed, o.out)
     else:
+        record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
         data = data_folder(o.data, record)
         dataset = OasisDataset(data, o.split, device, runs.progress)
         folder = score_split(vqvae, dataset, o.split, o.out, phantom.note(data))
@@ -109,14 +109,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
-    group.add_argument("--samples", metavar="N", type=int, default=64, help="how many (default: 64)")
-    group.add_argument("--seed", metavar="S", type=int, default=0, help="of the noise (default: 0)")
-    o = parser.parse_args(words)
-    if o.samples < 1:
-        parser.error(f"--samples {o.samples}: must be 1 or more")
-    if o.seed < 0:
-        parser.error(f"--seed {o.seed}: must be 0 or more")
-    return o
+    count = runs.number(int, 1, "a whole number of 1 or more")
+    seed = runs.number(int, 0, "a whole number of 0 or more")
+    group.add_argument("--samples", metavar="N", type=count, default=64, help="how many (default: 64)")
+    group.add_argument("--seed", metavar="S", type=seed, default=0, help="of the noise (default: 0)")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Latents(Dataset):
         self.stored = 2 * torch.Size(size).numel() < free_memory() / 2 if stored is None else stored
         self.kept = torch.empty(size if self.stored else 0, dtype=torch.half)
         # Sums by code, so that one pass serves: which code is the background's is known only at its end.
-        sums = torch.zeros(3, n, dim, dtype=torch.double)
+        count = torch.zeros(n, 1, dtype=torch.double)
+        first, second = torch.zeros(2, n, dim, dtype=torch.double)
         with progress(total=len(dataset), desc="Encoding", unit=" images") as bar:
             for start in range(0, len(dataset), 32):
                 z_e = self._encode(range(start, min(start + 32, len(dataset))))
@@ -74,10 +75,10 @@ class Latents(Dataset):
                     self.kept[start : start + len(rows)] = rows.half().cpu()
                 codes = vqvae.vector_quantizer.nearest(z_e).flatten().cpu()
                 rows = rows.reshape(-1, dim).cpu().double()
-                for power in range(3):
-                    sums[power].index_add_(0, codes, rows**power)
+                count[:, 0] += torch.bincount(codes, minlength=n)
+                first.index_add_(0, codes, rows)
+                second.index_add_(0, codes, rows**2)
                 bar.update(len(z_e))
-        count, first, second = sums
         background = int(count[:, 0].argmax())
         shift = weight[background].cpu().double()
         others = torch.arange(n) != background

@@ -1,5 +1,6 @@
 """A run's folder: its options and log, files that are never torn, checkpoints loaded with care, and resuming."""
 
+import argparse
 import csv
 import json
 import os
@@ -103,6 +104,21 @@ class atomically:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
+
+
+def number(kind: type, least: float, what: str, below: float = float("inf")) -> Callable[[str], float]:
+    """A `type` for argparse: a number of a kind (int, float) from `least` to below `below`; else "… is not `what`"."""
+
+    def convert(word: str):
+        try:
+            value = kind(word)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{word} is not {what}")
+        return value
+
+    return convert
 
 
 def new_folder(out: str | Path, suffix: str = "") -> Path:

@@ -157,15 +157,11 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                 bar.update(len(x))
         seconds = time.perf_counter() - started
 
-        losses = torch.stack(recon_losses).tolist()
-        check_finite(sum(recon_losses), f"VQ-VAE epoch {epoch}")
+        recon_losses = torch.stack(recon_losses)
+        check_finite(recon_losses, f"VQ-VAE epoch {epoch}")
+        losses = recon_losses.tolist()
         scores = metrics.score(average, validate_set, runs.progress)
-        row = {
-            "stage": "vqvae",
-            "epoch": epoch,
-            "updates": len(losses),
-            "seconds": round(seconds, 2),
-            "images_per_second": round(len(train_set) / seconds, 2),
+        row = epoch_row("vqvae", epoch, len(losses), len(train_set), seconds) | {
             "training_loss": mean_by_image(losses, len(train_set), o.batch_size),
             "vq_loss": mean_by_image(torch.stack(vq_losses).tolist(), len(train_set), o.batch_size),
             "ssim_mean": scores.ssim.mean().item(),
@@ -312,15 +308,11 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
                 bar.update(len(real))
         seconds = time.perf_counter() - started
 
-        check_finite(sum(seen), f"DCGAN epoch {epoch}")
-        columns = dict(zip(GAN_COLUMNS, torch.stack(seen).T.tolist(), strict=True))
-        row = {
-            "stage": "gan",
-            "epoch": epoch,
-            "updates": len(seen),
-            "seconds": round(seconds, 2),
-            "images_per_second": round(len(latents) / seconds, 2),
-            **{key: mean_by_image(values, len(latents), o.gan_batch_size) for key, values in columns.items()},
+        seen = torch.stack(seen)  # (updates, 4)
+        check_finite(seen, f"DCGAN epoch {epoch}")
+        columns = dict(zip(GAN_COLUMNS, seen.T.tolist(), strict=True))
+        row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | {
+            key: mean_by_image(values, len(latents), o.gan_batch_size) for key, values in columns.items()
         }
         print_gan_epoch(row, note)
         run.rows.append(row)
@@ -381,6 +373,12 @@ def update_average(average: nn.Module, model: nn.Module, update: int, decay: flo
 
 def vqvae_rows(run: runs.Run) -> list[dict]:
     return [row for row in run.rows if row["stage"] == "vqvae"]
+
+
+def epoch_row(stage: str, epoch: int, updates: int, n_images: int, seconds: float) -> dict:
+    """What the rows of both stages in metrics.csv begin with."""
+    speed = {"seconds": round(seconds, 2), "images_per_second": round(n_images / seconds, 2)}
+    return {"stage": stage, "epoch": epoch, "updates": updates} | speed
 
 
 def mean_by_image(by_update: list[float], n_images: int, batch_size: int) -> float:
@@ -464,21 +462,11 @@ def resumed_run(given: dict) -> runs.Run:
 
 def parse(words: list[str] | None) -> dict:
     """The options given, and only those, by name."""
-
-    def number(kind: type, least: float, what: str, below: float = float("inf")):
-        def convert(word: str):
-            try:
-                value = kind(word)
-            except ValueError:
-                value = float("nan")
-            if not least <= value < below:
-                raise argparse.ArgumentTypeError(f"{word} is not {what}")
-            return value
-
-        return convert
-
-    count = number(int, 1, "a whole number of 1 or more")
-    rate = number(float, sys.float_info.min, "a number above 0")
+    count = runs.number(int, 1, "a whole number of 1 or more")
+    seed = runs.number(int, 0, "a whole number of 0 or more")
+    rate = runs.number(float, sys.float_info.min, "a number above 0")
+    weight = runs.number(float, 0, "a number of 0 or more")
+    beta = runs.number(float, 0, "a number from 0 to below 1", below=1)
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
@@ -496,7 +484,7 @@ def parse(words: list[str] | None) -> dict:
     add(group, "--demo", f"train on phantoms, written to ./phantoms once, for {demo}", action="store_true")
     group = parser.add_argument_group("run")
     add(group, "--out", "where the run's folder is made", metavar="DIR")
-    add(group, "--seed", "of weights, order and noise", type=number(int, 0, "a whole number of 0 or more"), metavar="N")
+    add(group, "--seed", "of weights, order and noise", type=seed, metavar="N")
     add(group, "--device", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", metavar="NAME")
     add(group, "--only", "one stage alone; gan needs --vqvae", choices=("vqvae", "gan"))
     add(group, "--vqvae", "trained VQ-VAE for --only gan", metavar="PATH")
@@ -506,14 +494,13 @@ def parse(words: list[str] | None) -> dict:
     add(group, "--epochs", "passes over the training images", type=count, metavar="N")
     add(group, "--batch-size", "images an update", type=count, metavar="N")
     add(group, "--lr", "learning rate of Adam", type=rate, metavar="RATE")
-    add(group, "--beta", "weight of the commitment loss", type=number(float, 0, "a number of 0 or more"), metavar="B")
+    add(group, "--beta", "weight of the commitment loss", type=weight, metavar="B")
     add(group, "--n-embeddings", "size of the codebook", type=count, metavar="N")
     add(group, "--embeddings-dim", "length of an embedding", type=count, metavar="D")
     group = parser.add_argument_group("DCGAN")
     add(group, "--gan-epochs", "passes over the training latents", type=count, metavar="N")
     add(group, "--gan-batch-size", "latents an update", type=count, metavar="N")
     add(group, "--gan-lr", "learning rate of Adam", type=rate, metavar="RATE")
-    beta = number(float, 0, "a number from 0 to below 1", below=1)
     add(group, "--gan-betas", "betas of Adam", type=beta, nargs=2, metavar=("B1", "B2"))
     return vars(parser.parse_args(words))
 

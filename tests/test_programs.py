@@ -328,6 +328,11 @@ def test_bad_options_are_refused_by_name(tmp_path, words, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [("--samples", "0"), ("--samples", "x"), ("--seed", "-1")])
+def test_bad_options_of_predict_are_refused_by_name(tmp_path, words):
+    refused(run_program("predict.py", "x.pth", *words, cwd=tmp_path), words[0])
+
+
 def test_a_rate_that_makes_the_loss_infinite_stops_the_run(data, tmp_path):
     done = run_program("train.py", "--data", data, *SMALL, "--epochs", 3, "--lr", 1e30, cwd=tmp_path)
     refused(done, "VQ-VAE epoch", "not finite", "learning rate")
