@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
+import hardware
+import parallel
 import phantom
 
 SPLITS = ("train", "validate", "test")
@@ -37,7 +39,7 @@ class OasisDataset(Dataset):
     Args:
         root: the folder that holds keras_png_slices_<split>.
         split: "train", "validate" or "test".
-        device: where the images are kept and batches are made.
+        device: where batches are made; the images are kept there too if they take at most half of its free memory.
         progress: called as tqdm is, with an iterable, `total`, `desc` and `unit`.
 
     Attributes:
@@ -65,7 +67,10 @@ class OasisDataset(Dataset):
         if errors:
             more = f" ({len(errors) - 1} more such files in this folder)" if len(errors) > 1 else ""
             raise DataError(errors[0] + more)
-        self.images = torch.from_numpy(pixels).to(device)
+        self.device = torch.device(device)
+        self.images = torch.from_numpy(pixels)
+        if hardware.fits(self.images.nbytes, self.device):
+            self.images = self.images.to(self.device)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -74,9 +79,8 @@ class OasisDataset(Dataset):
         return self.images[i].float() / 255
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        # channels_last costs nothing with one channel, and the networks' convolutions keep it from here on
-        batch = self.images[torch.as_tensor(indices, device=self.images.device)].float() / 255
-        return batch.contiguous(memory_format=torch.channels_last)
+        batch = self.images[torch.as_tensor(indices).to(self.images.device, non_blocking=True)]
+        return batch.to(self.device, non_blocking=True).float() / 255
 
     def case_and_slice(self, i: int) -> tuple[int | None, int | None]:
         """The numbers in image i's file name, None where its name has none."""
@@ -84,11 +88,27 @@ class OasisDataset(Dataset):
         return (int(found[1]), int(found[2])) if found else (None, None)
 
 
-def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
-    """Batches of `dataset`, the last, smaller one kept: shuffled by `generator` if given, else in fixed order."""
-    return DataLoader(
-        dataset, batch_size, shuffle=generator is not None, generator=generator, collate_fn=lambda batch: batch
-    )
+class _Shares:
+    """Of each batch of indices the part that this process works on."""
+
+    def __init__(self, batches: BatchSampler):
+        self.batches = batches
+
+    def __iter__(self):
+        for batch in self.batches:
+            yield parallel.part(batch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator) -> DataLoader:
+    """Batches of `dataset` in an order drawn from `generator`, the last, smaller one kept.
+
+    Each of several processes gets its share of every batch.
+    """
+    batches = BatchSampler(RandomSampler(dataset, generator=generator), batch_size, drop_last=False)
+    return DataLoader(dataset, batch_sampler=_Shares(batches), generator=generator, collate_fn=lambda batch: batch)
 
 
 def list_scans(root: Path, split: str) -> list[Path]:

@@ -80,31 +80,34 @@ def _exact_float32():
 
 
 @torch.no_grad()
-def score(model, dataset, progress=tqdm) -> Scores:
+def score(model, dataset, progress=tqdm, rank: int = 0, world: int = 1) -> Scores:
     """Reconstruct every image of a data set and compare: the scoring that train.py and predict.py share.
 
     Args:
         model: a `modules.VQVAE`; its layout becomes channels_last, its mode eval.
         dataset: an `OasisDataset`, whose batches are on the model's device.
         progress: called as tqdm is.
+        rank, world: of several processes, each scores every world-th batch; the sum of what they return, which is 0
+            for what another one scored, is what one process returns.
     """
     model = model.eval().to(memory_format=torch.channels_last)
     n_embeddings = model.vector_quantizer.embedding.num_embeddings
     usage = torch.zeros(2, n_embeddings, dtype=torch.int64)
-    values = []
     n = len(dataset)
+    values = torch.zeros(n, dtype=torch.double)
     device_type = model.conv1.weight.device.type
     bar = progress(total=n, desc="Scoring", unit=" images", leave=False)
     with bar, _exact_float32(), torch.autocast(device_type, enabled=False):
-        for start in range(0, n, SCORE_BATCH):
+        for start in range(rank * SCORE_BATCH, n, world * SCORE_BATCH):
             x = dataset.__getitems__(range(start, min(start + SCORE_BATCH, n)))
-            _, x_hat, _, codes = model(x)
-            values.append(ssim(x, x_hat).cpu())
+            codes = model.encode(x)
+            x_hat = model.decode(codes)
+            values[start : start + len(x)] = ssim(x, x_hat)
             foreground = F.avg_pool2d(x, 4)[:, 0] > FOREGROUND
             for row, chosen in enumerate((codes.flatten(), codes[foreground])):
                 usage[row] += torch.bincount(chosen, minlength=n_embeddings).cpu()
             bar.update(len(x))
-    return Scores(torch.cat(values), *usage)
+    return Scores(values, *usage)
 
 
 def perplexity(usage: Tensor) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image, PngImagePlugin
 
+import hardware
 import metrics
 import phantom
 import plots
@@ -29,6 +30,7 @@ THRESHOLD = 0.6  # the report counts the images at or above it
 def main(words: list[str] | None = None) -> None:
     o = parse(words)
     device = runs.choose_device(o.device)
+    hardware.keep_freed_memory()
     path = runs.find(o.path)
     vqvae = runs.load(path, VQVAE.from_state_dict).to(device)
     if o.generator:

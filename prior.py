@@ -5,7 +5,7 @@ between the two, fitted on the training split and kept in generator.pth.
 """
 
 import hashlib
-from pathlib import Path
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import hardware
 from modules import VQVAE, Generator, load_checked, plain_state
 
 # Foreground latents deviate from the background's embedding by this many times their root mean square before they are
@@ -43,8 +44,8 @@ class LatentScale(NamedTuple):
 class Latents(Dataset):
     """A split's encoder outputs z_e, mapped to tanh's range: what the DCGAN learns to draw.
 
-    Encoded once and kept in half precision (512 kB an image) where that fits in half of the free memory; else each
-    batch is encoded when it is asked for.
+    Encoded once and kept in half precision (512 kB an image) where that fits in half of the free memory, on the device
+    or else beside it; else each batch is encoded when it is asked for.
 
     Args:
         vqvae: the trained network, on the device of the data set's batches.
@@ -58,12 +59,15 @@ class Latents(Dataset):
     """
 
     def __init__(self, vqvae: VQVAE, dataset: Dataset, progress=tqdm, stored: bool | None = None):
-        self.vqvae, self.dataset = vqvae.eval(), dataset
+        self.vqvae, self.dataset = vqvae.eval().to(memory_format=torch.channels_last), dataset
         weight = vqvae.vector_quantizer.embedding.weight.detach()
         n, dim = weight.shape
         size = (len(dataset), 64, 64, dim)
-        self.stored = 2 * torch.Size(size).numel() < free_memory() / 2 if stored is None else stored
-        self.kept = torch.empty(size if self.stored else 0, dtype=torch.half)
+        n_bytes = 2 * math.prod(size)
+        device, host = weight.device, torch.device("cpu")
+        self.stored = hardware.fits(n_bytes, device) or hardware.fits(n_bytes, host) if stored is None else stored
+        where = device if hardware.fits(n_bytes, device) else host
+        self.kept = torch.empty(size if self.stored else 0, dtype=torch.half, device=where)
         # Sums by code, so that one pass serves: which code is the background's is known only at its end.
         count = torch.zeros(n, 1, dtype=torch.double)
         first, second = torch.zeros(2, n, dim, dtype=torch.double)
@@ -72,7 +76,7 @@ class Latents(Dataset):
                 z_e = self._encode(range(start, min(start + 32, len(dataset))))
                 rows = z_e.permute(0, 2, 3, 1)
                 if self.stored:
-                    self.kept[start : start + len(rows)] = rows.half().cpu()
+                    self.kept[start : start + len(rows)] = rows.half()
                 codes = vqvae.vector_quantizer.nearest(z_e).flatten().cpu()
                 rows = rows.reshape(-1, dim).cpu().double()
                 count[:, 0] += torch.bincount(codes, minlength=n)
@@ -84,7 +88,6 @@ class Latents(Dataset):
         others = torch.arange(n) != background
         squares = (second - 2 * shift * first + shift**2 * count)[others].sum(0)
         rms = (squares / count[others].sum(0).clamp(min=1)).clamp(min=1e-12).sqrt()
-        device = weight.device
         self.scale = LatentScale(shift.float().to(device), (RANGE_IN_RMS * rms).float().to(device))
 
     @torch.no_grad()
@@ -97,23 +100,11 @@ class Latents(Dataset):
     def __getitems__(self, indices: list[int]) -> Tensor:
         """(B, D, 64, 64) float32 in [-1, 1]."""
         if self.stored:
-            z_e = self.kept[torch.as_tensor(indices)].to(self.scale.shift.device).permute(0, 3, 1, 2).float()
+            kept = self.kept[torch.as_tensor(indices).to(self.kept.device, non_blocking=True)]
+            z_e = kept.to(self.scale.shift.device, non_blocking=True).permute(0, 3, 1, 2).float()
         else:
             z_e = self._encode(indices).half().float()
         return self.scale.to_tanh(z_e)
-
-
-def free_memory() -> int:
-    """Bytes of memory that this process can still have; where the system does not say, 8 GiB."""
-    free = []
-    try:
-        (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
-        free.append(int(line.split()[1]) * 1024)
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        free.append(int(limit) - int(used))  # of a container or a cluster's job; "max" where there is no limit
-    except (OSError, ValueError):
-        pass
-    return min(free, default=8 * 2**30)
 
 
 class Prior:

@@ -226,17 +226,20 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
     }
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA, then MPS, then the CPU.
+    """The device of a name; "auto" is CUDA, then MPS, then the CPU. Of several processes each has a GPU of its own.
 
     Raises:
         RunError: there is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

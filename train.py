@@ -4,12 +4,14 @@
     python train.py --data DIR                           # OASIS elsewhere; or set OASIS_DIR
     python train.py --resume gen_imgs/<run>              # go on after the last complete epoch
     python train.py --only gan --vqvae PATH/vqvae.pth    # the second stage alone
+    torchrun --nproc-per-node=8 train.py --data DIR      # several processes, on a GPU each
 
 Everything goes to a new folder, gen_imgs/<date_time>/: README.md says what is in it.
 """
 
 import argparse
 import copy
+import math
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import hardware
 import metrics
+import parallel
 import phantom
 import plots
 import runs
@@ -46,6 +50,9 @@ DEFAULTS = dict(
     out="gen_imgs",
     only=None,
     vqvae=None,
+    precision="auto",
+    plain=False,
+    fast_path=None,  # what `choose_fast_path` gives; no option of the command line
 )
 DEMO_DEFAULTS = dict(epochs=5, gan_epochs=12)  # what fits in six minutes on two cores
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "gan_epochs", "data", "device"}
@@ -68,8 +75,9 @@ GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what s
 
 
 def main(words: list[str] | None = None) -> None:
+    parallel.start()
     given = parse(words)
-    run = resumed_run(given) if "resume" in given else new_run(given)
+    run = parallel.from_first(lambda: open_run(given))
     o = SimpleNamespace(**run.options)
     device = runs.choose_device(o.device)
     data, note = Path(o.data), phantom.note(o.data)
@@ -77,18 +85,27 @@ def main(words: list[str] | None = None) -> None:
     train_set = OasisDataset(data, "train", device, runs.progress)
     validate_set = OasisDataset(data, "validate", device, runs.progress)
 
-    run.begin(device, {"folder": o.data, "phantoms": bool(note), "images": counts})
-    print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images){phantom.mark(note)}")
-    print(f"Device: {device}. Folder: {run.folder}. If interrupted: python train.py --resume {run.folder}", flush=True)
+    path = parallel.from_first(lambda: choose_fast_path(run, device, counts["train"]))
+    path.set_up()
+    run.options["fast_path"] = path._asdict()
+    if parallel.is_first():
+        run.begin(device, {"folder": o.data, "phantoms": bool(note), "images": counts})
+    n_images = f"{counts['train']} training, {counts['validate']} validation images"
+    processes = f"{parallel.world()} processes, " if parallel.world() > 1 else ""
+    print(f"Data: {data} ({n_images}){phantom.mark(note)}")
+    print(f"Device: {device}. Folder: {run.folder}. If interrupted: python train.py --resume {run.folder}")
+    print(f"Fast path: {processes}{path}", flush=True)
 
     if o.only == "gan":
-        vqvae = runs.load(Path(o.vqvae), VQVAE.from_state_dict)
-        runs.save(plain_state(vqvae), run.folder / "vqvae.pth")  # so that the folder is complete in itself
+        vqvae = parallel.from_first(lambda: runs.load(Path(o.vqvae), VQVAE.from_state_dict))
+        if parallel.is_first():
+            runs.save(plain_state(vqvae), run.folder / "vqvae.pth")  # so that the folder is complete in itself
     else:
         vqvae = train_vqvae(train_set, validate_set, run, device, note)
     if o.only != "vqvae":
         train_gan(vqvae.to(device), train_set, run, device, note)
     print(f"Done. Look at {run.folder}")
+    parallel.stop()
 
 
 def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.Run, device, note: str = "") -> VQVAE:
@@ -108,102 +125,134 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
         runs.RunError: the loss is not finite.
     """
     o = SimpleNamespace(**run.options)
+    path = hardware.FastPath(**run.options["fast_path"])
     torch.manual_seed(runs.derived_seed(o.seed, "vqvae weights"))
-    model = VQVAE(o.n_embeddings, o.embeddings_dim, o.beta).to(device, memory_format=torch.channels_last)
+    model = VQVAE(o.n_embeddings, o.embeddings_dim, o.beta).to(device, memory_format=path.layout)
     average = copy.deepcopy(model)
-    quantizer = model.vector_quantizer
-    optimizer = torch.optim.Adam(model.parameters(), lr=o.lr)
+    optimizer = path.adam(model, o.lr)
     state = run.state.setdefault("vqvae", {"epoch": 0, "losses": []})
     usage = torch.zeros(o.n_embeddings, dtype=torch.int64, device=device)  # of each code since the last revival
     if state["epoch"]:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        usage.copy_(state["usage"])
+        usage.copy_(state["usage"] if parallel.is_first() else 0)  # it is a sum over processes
+    if path.compiled:  # in place, so that structure and keys of the weights stay as they are
+        model.encoder.compile()
+        model.decoder.compile()
+    network = parallel.distributed(model)
 
     n_shown = min(32, len(train_set))
     shown = train_set.__getitems__([i * len(train_set) // n_shown for i in range(n_shown)])
-    if state["epoch"] == 0:
+    if state["epoch"] == 0 and parallel.is_first():
         plots.image_grid(run.folder / "epoch_0.png", shown, f"{n_shown} training images", note)
         plots.single_image(run.folder / "epoch_0_single.png", shown[0], "A training image", note)
 
     for epoch in range(state["epoch"] + 1, o.epochs + 1):
         random = runs.random_generator(o.seed, "vqvae", epoch)
         loader = make_loader(train_set, o.batch_size, random)
+        sizes = batch_sizes(len(train_set), o.batch_size)
         update = (epoch - 1) * len(loader)
         started = time.perf_counter()
-        recon_losses, vq_losses = [], []
+        seen = []
         model.train()
         with runs.progress(total=len(train_set), desc=f"VQ-VAE epoch {epoch}/{o.epochs}", unit=" images") as bar:
-            for x in loader:
-                z_e = model.latents(x)
+            for x, n in zip(loader, sizes, strict=True):
                 if update < K_MEANS_UPDATES:
-                    follow_latents(quantizer, z_e.detach(), update == 0, random)
-                vq_loss, z_q, codes = quantizer(z_e)
-                recon_loss = F.mse_loss(model.decoder(z_q), x)
+                    follow_latents(model, batch_latents(model, x, n, path), update == 0, random)
+                elif update % REVIVE_EVERY == 0:
+                    revive_codes(model, batch_latents(model, x, n, path), optimizer, parallel.total(usage), random)
+                    usage.zero_()
+                with path.autocast():
+                    vq_loss, x_hat, _, codes = network(x)
+                recon_loss = F.mse_loss(x_hat, x)
                 optimizer.zero_grad()
-                (recon_loss + vq_loss).backward()
+                # backward averages over processes, each of which has its share of the batch
+                ((recon_loss + vq_loss) * parallel.weight(n) * parallel.world()).backward()
                 optimizer.step()
                 update += 1
                 if update % CHECK_EVERY == 0:
                     check_finite(recon_loss, f"VQ-VAE epoch {epoch}, update {update}")
                 update_average(average, model, update, AVERAGE_DECAY)
-                usage += torch.bincount(codes.flatten(), minlength=len(usage))
-                if update % REVIVE_EVERY == 0:
-                    revive_codes(quantizer, optimizer, usage, z_e.detach(), codes, random)
-                    usage.zero_()
-                recon_losses.append(recon_loss.detach())
-                vq_losses.append(vq_loss.detach())
-                bar.update(len(x))
+                count_codes(usage, codes, n)
+                seen.append(torch.stack([recon_loss.detach(), vq_loss.detach()]) * parallel.weight(n))
+                bar.update(n)
         seconds = time.perf_counter() - started
 
-        recon_losses = torch.stack(recon_losses)
-        check_finite(recon_losses, f"VQ-VAE epoch {epoch}")
-        losses = recon_losses.tolist()
-        scores = metrics.score(average, validate_set, runs.progress)
-        row = epoch_row("vqvae", epoch, len(losses), len(train_set), seconds) | {
-            "training_loss": mean_by_image(losses, len(train_set), o.batch_size),
-            "vq_loss": mean_by_image(torch.stack(vq_losses).tolist(), len(train_set), o.batch_size),
-            "ssim_mean": scores.ssim.mean().item(),
-            "ssim_min": scores.ssim.min().item(),
-            "ssim_max": scores.ssim.max().item(),
-            "codes_used": int((scores.usage > 0).sum()),
-            "perplexity": metrics.perplexity(scores.usage),
-            "foreground_perplexity": metrics.perplexity(scores.foreground_usage),
-        }
-        print_vqvae_epoch(row, o.n_embeddings, note)
-        best_before = max((r["ssim_mean"] for r in vqvae_rows(run)), default=-1.0)
-        run.rows.append(row)
-        state |= {"epoch": epoch, "losses": state["losses"] + losses, "usage": usage.cpu()}
+        seen = parallel.total(torch.stack(seen))  # (updates, 2)
+        check_finite(seen, f"VQ-VAE epoch {epoch}")
+        scores = metrics.score(average, validate_set, runs.progress, parallel.rank(), parallel.world())
+        scores = metrics.Scores(*(parallel.total(part) for part in scores))
+        all_usage = parallel.total(usage)
+        state |= {"epoch": epoch, "losses": state["losses"] + seen[:, 0].tolist(), "usage": all_usage.cpu()}
         state |= {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        if row["ssim_mean"] > best_before:
-            runs.save(plain_state(average), run.folder / "vqvae.pth")
-        draw_vqvae_epoch(average, shown, epoch, run, note)
-        run.save()
+        if parallel.is_first():
+            row = epoch_row("vqvae", epoch, len(seen), len(train_set), seconds)
+            losses = means_by_image({"training_loss": seen[:, 0], "vq_loss": seen[:, 1]}, sizes)
+            end_vqvae_epoch(average, shown, row | losses, scores, run, note)
 
-    best = max(vqvae_rows(run), key=lambda row: row["ssim_mean"])
-    print(f"Best epoch: {best['epoch']}, validation SSIM {best['ssim_mean']:.4f}{phantom.mark(note)}", flush=True)
-    kept = runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict)
-    draw_codes(kept.to(device), validate_set, run, note)
+    if parallel.is_first():
+        best = max(vqvae_rows(run), key=lambda row: row["ssim_mean"])
+        print(f"Best epoch: {best['epoch']}, validation SSIM {best['ssim_mean']:.4f}{phantom.mark(note)}", flush=True)
+    kept = parallel.from_first(lambda: runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict))
+    if parallel.is_first():
+        draw_codes(kept.to(device), validate_set, run, note)
     return kept.cpu()
 
 
 @torch.no_grad()
-def follow_latents(quantizer, z_e: Tensor, first: bool, random: torch.Generator) -> None:
+def batch_latents(model: VQVAE, x: Tensor, n: int, path: hardware.FastPath) -> Tensor:
+    """z_e (n, D, 64, 64) float32 of a batch of n images, whose share of this process is x."""
+    with path.autocast():
+        z_e = model.latents(x)
+    return parallel.gather(z_e.float(), n)
+
+
+def follow_latents(model: VQVAE, z_e: Tensor, first: bool, random: torch.Generator) -> None:
     """Keep the codebook where the latents z_e (B, D, 64, 64) are while they still move fast."""
+    quantizer = model.vector_quantizer
     if first:
         quantizer.start_from(z_e, random)
     for _ in range(K_MEANS_START_STEPS if first else 1):
         quantizer.k_means_step(z_e, random)
+    parallel.copy_first(quantizer.embedding.weight.detach())
 
 
-def revive_codes(quantizer, optimizer, usage: Tensor, z_e: Tensor, codes: Tensor, random: torch.Generator) -> None:
-    """Move the codes that nothing chose, and forget the momentum that they had elsewhere."""
+def revive_codes(model: VQVAE, z_e: Tensor, optimizer, usage: Tensor, random: torch.Generator) -> None:
+    """Move the codes that nothing chose onto latents z_e (B, D, 64, 64), and forget the momentum they had elsewhere."""
+    quantizer = model.vector_quantizer
     dead = usage == 0
-    quantizer.revive(dead, z_e, codes, random)
+    quantizer.revive(dead, z_e, random)
+    parallel.copy_first(quantizer.embedding.weight.detach())
     moments = optimizer.state[quantizer.embedding.weight]
     moments["exp_avg"][dead] = 0
     moments["exp_avg_sq"][dead] = 0
+
+
+def count_codes(usage: Tensor, codes: Tensor, n: int) -> None:
+    """Add to `usage` how often each code was chosen by this process's share of a batch of n images."""
+    if parallel.weight(n) > 0:
+        codes = codes.flatten()
+        usage.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would make a GPU wait
+
+
+def end_vqvae_epoch(model: VQVAE, shown: Tensor, row: dict, scores: metrics.Scores, run: runs.Run, note: str) -> None:
+    """Print, draw and save what an epoch gave."""
+    row = row | {
+        "ssim_mean": scores.ssim.mean().item(),
+        "ssim_min": scores.ssim.min().item(),
+        "ssim_max": scores.ssim.max().item(),
+        "codes_used": int((scores.usage > 0).sum()),
+        "perplexity": metrics.perplexity(scores.usage),
+        "foreground_perplexity": metrics.perplexity(scores.foreground_usage),
+    }
+    print_vqvae_epoch(row, len(scores.usage), note)
+    best_before = max((r["ssim_mean"] for r in vqvae_rows(run)), default=-1.0)
+    run.rows.append(row)
+    if row["ssim_mean"] > best_before:
+        runs.save(plain_state(model), run.folder / "vqvae.pth")
+    draw_vqvae_epoch(model, shown, row["epoch"], run, note)
+    run.save()
 
 
 @torch.no_grad()
@@ -252,6 +301,7 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
         runs.RunError: the loss is not finite, or a resumed run's vqvae.pth is not the one that it began with.
     """
     o = SimpleNamespace(**run.options)
+    path = hardware.FastPath(**run.options["fast_path"])
     state = run.state.setdefault("gan", {"epoch": 0, "history": {key: [] for key in GAN_COLUMNS}})
     codebook = codebook_hash(vqvae)
     if state.setdefault("codebook", codebook) != codebook:
@@ -262,75 +312,82 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
     torch.manual_seed(runs.derived_seed(o.seed, "gan weights"))
     embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
-    generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init).to(device, memory_format=torch.channels_last)
-    discriminator = Discriminator(embeddings_dim).apply(dcgan_init).to(device, memory_format=torch.channels_last)
+    generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init).to(device, memory_format=path.layout)
+    discriminator = Discriminator(embeddings_dim).apply(dcgan_init).to(device, memory_format=path.layout)
     average = copy.deepcopy(generator)
     prior = Prior(average, latents.scale, vqvae, phantoms=bool(note))
     nets = {"generator": generator, "discriminator": discriminator, "average": average}
     optimizers = {
-        "generator_optimizer": torch.optim.Adam(generator.parameters(), lr=o.gan_lr, betas=o.gan_betas),
-        "discriminator_optimizer": torch.optim.Adam(discriminator.parameters(), lr=o.gan_lr, betas=o.gan_betas),
+        "generator_optimizer": path.adam(generator, o.gan_lr, o.gan_betas),
+        "discriminator_optimizer": path.adam(discriminator, o.gan_lr, o.gan_betas),
     }
     if state["epoch"]:
         for name, part in (nets | optimizers).items():
             part.load_state_dict(state[name])
 
     def noise(n: int, random: torch.Generator) -> Tensor:
-        return torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(device)
+        return torch.randn(n, prior.noise_dim, 1, 1, generator=random)
 
     shown = noise(64, runs.random_generator(o.seed, "gan samples"))
 
     def draw_samples(epoch: int, when: str) -> None:
-        images = prior.sample_images(shown, progress=runs.progress)
+        images = prior.sample_images(shown.to(device), progress=runs.progress)
         plots.image_grid(run.folder / f"gan_epoch_{epoch}.png", images, f"Decoded from 64 noise vectors, {when}", note)
 
-    if state["epoch"] == 0:
+    if state["epoch"] == 0 and parallel.is_first():
         draw_samples(0, "before training")
 
     for epoch in range(state["epoch"] + 1, o.gan_epochs + 1):
         random = runs.random_generator(o.seed, "gan", epoch)
         started = time.perf_counter()
         loader = make_loader(latents, o.gan_batch_size, random)
+        sizes = batch_sizes(len(latents), o.gan_batch_size)
         update = (epoch - 1) * len(loader)
         seen = []
         generator.train()
         discriminator.train()
         with runs.progress(total=len(latents), desc=f"DCGAN epoch {epoch}/{o.gan_epochs}", unit=" images") as bar:
-            for real in loader:
-                fake = generator(noise(len(real), random))
-                d_values = update_discriminator(discriminator, optimizers["discriminator_optimizer"], real, fake)
-                g_loss = update_generator(discriminator, optimizers["generator_optimizer"], fake)
-                seen.append(torch.stack([*d_values, g_loss]))
+            for real, n in zip(loader, sizes, strict=True):
+                fake = generator(parallel.part(noise(n, random)).to(device, non_blocking=True))
+                d_values = update_discriminator(
+                    discriminator, optimizers["discriminator_optimizer"], real, fake, parallel.weight(n)
+                )
+                g_loss = update_generator(
+                    generator, discriminator, optimizers["generator_optimizer"], fake, parallel.weight(n)
+                )
+                seen.append(torch.stack([*d_values, g_loss]) * parallel.weight(n))
                 update += 1
                 if update % CHECK_EVERY == 0:
                     check_finite(g_loss, f"DCGAN epoch {epoch}, update {update}")
                 update_average(average, generator, update, GAN_AVERAGE_DECAY)
-                bar.update(len(real))
+                bar.update(n)
         seconds = time.perf_counter() - started
 
-        seen = torch.stack(seen)  # (updates, 4)
+        seen = parallel.total(torch.stack(seen))  # (updates, 4)
         check_finite(seen, f"DCGAN epoch {epoch}")
-        columns = dict(zip(GAN_COLUMNS, seen.T.tolist(), strict=True))
-        row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | {
-            key: mean_by_image(values, len(latents), o.gan_batch_size) for key, values in columns.items()
-        }
-        print_gan_epoch(row, note)
-        run.rows.append(row)
+        columns = dict(zip(GAN_COLUMNS, seen.T, strict=True))
         state |= {"epoch": epoch} | {name: part.state_dict() for name, part in (nets | optimizers).items()}
         for key, values in columns.items():
-            state["history"][key] = state["history"][key] + values
-        runs.save(prior.checkpoint(), run.folder / "generator.pth")
-        runs.save(plain_state(discriminator), run.folder / "discriminator.pth")
-        draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
-        plots.gan_losses(run.folder / "gan_losses.png", state["history"], note)
-        run.save()
+            state["history"][key] = state["history"][key] + values.tolist()
+        if parallel.is_first():
+            row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | means_by_image(columns, sizes)
+            print_gan_epoch(row, note)
+            run.rows.append(row)
+            runs.save(prior.checkpoint(), run.folder / "generator.pth")
+            runs.save(plain_state(discriminator), run.folder / "discriminator.pth")
+            draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
+            plots.gan_losses(run.folder / "gan_losses.png", state["history"], note)
+            run.save()
     return prior
 
 
-def update_discriminator(discriminator, optimizer, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def update_discriminator(
+    discriminator, optimizer, real: Tensor, fake: Tensor, weight: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step on latents (B, D, 64, 64); returns its loss without the penalty, mean D(x) and mean D(G(z)).
 
-    Real and generated batches go through apart, so that each is normalised by its own statistics.
+    Real and generated batches go through apart, so that each is normalised by its own statistics. `weight` is this
+    process's share of the batch.
     """
     real.requires_grad_(True)
     real_logits = discriminator.logits(real)
@@ -339,16 +396,18 @@ def update_discriminator(discriminator, optimizer, real: Tensor, fake: Tensor) -
     (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
     penalty = R1_GAMMA / 2 * gradient.square().sum((1, 2, 3)).mean()
     optimizer.zero_grad()
-    (loss + penalty).backward()
+    ((loss + penalty) * weight).backward()
+    parallel.sum_gradients(discriminator)
     optimizer.step()
     return loss.detach(), real_logits.detach().sigmoid().mean(), fake_logits.detach().sigmoid().mean()
 
 
-def update_generator(discriminator, optimizer, fake: Tensor) -> Tensor:
-    """One step on the non-saturating loss -log D(G(z)), which it returns."""
+def update_generator(generator, discriminator, optimizer, fake: Tensor, weight: float = 1.0) -> Tensor:
+    """One step on the non-saturating loss -log D(G(z)), which it returns; `weight` as in `update_discriminator`."""
     loss = bce(discriminator.logits(fake), 1)
     optimizer.zero_grad()
-    loss.backward()
+    (loss * weight).backward(inputs=list(generator.parameters()))  # the discriminator's gradients are not needed
+    parallel.sum_gradients(generator)
     optimizer.step()
     return loss.detach()
 
@@ -381,10 +440,17 @@ def epoch_row(stage: str, epoch: int, updates: int, n_images: int, seconds: floa
     return {"stage": stage, "epoch": epoch, "updates": updates} | speed
 
 
-def mean_by_image(by_update: list[float], n_images: int, batch_size: int) -> float:
-    """Mean over images of batch means, the last batch of an epoch being smaller."""
-    last = n_images - (len(by_update) - 1) * batch_size
-    return (sum(by_update[:-1]) * batch_size + by_update[-1] * last) / n_images
+def batch_sizes(n_images: int, batch_size: int) -> list[int]:
+    """How many images each update of an epoch sees: the last batch may be smaller."""
+    return [min(batch_size, n_images - start) for start in range(0, n_images, batch_size)]
+
+
+def means_by_image(by_update: dict[str, Tensor], sizes: list[int]) -> dict[str, float]:
+    """Means over images of batch means."""
+    return {
+        key: (values.double().cpu() @ torch.tensor(sizes).double()).item() / sum(sizes)
+        for key, values in by_update.items()
+    }
 
 
 def check_finite(losses: Tensor, where: str) -> None:
@@ -412,10 +478,39 @@ def print_gan_epoch(row: dict, note: str) -> None:
     print(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}{phantom.mark(note)}", flush=True)
 
 
+def open_run(given: dict) -> runs.Run:
+    """A new run, or the one to go on with."""
+    run = resumed_run(given) if "resume" in given else new_run(given)
+    if parallel.world() == 1:
+        return run
+    if runs.choose_device(run.options["device"]).type == "mps" or ":" in run.options["device"]:
+        raise runs.RunError(
+            f"--device {run.options['device']}: several processes need --device cuda (one GPU each) or cpu"
+        )
+    for name in ("batch_size", "gan_batch_size"):
+        if run.options[name] < parallel.world():
+            option = name.replace("_", "-")
+            raise runs.RunError(
+                f"--{option} {run.options[name]}: less than one image for each of {parallel.world()} processes"
+            )
+    return run
+
+
+def choose_fast_path(run: runs.Run, device: torch.device, n_images: int) -> hardware.FastPath:
+    """The run's way of training: kept when it is resumed, chosen anew where that is on another kind of device."""
+    kept = run.options.get("fast_path")
+    if kept and kept["device"] == device.type:
+        return hardware.FastPath(**kept)
+    n_updates = run.options["epochs"] * math.ceil(n_images / run.options["batch_size"])
+    return hardware.choose_fast_path(device, run.options["precision"], run.options["plain"], n_updates)
+
+
 def new_run(given: dict) -> runs.Run:
     """A run with every option; phantoms are written for it where it has no other data."""
     if given.get("demo") and "data" in given:
         raise runs.RunError("--demo and --data contradict each other; give one of them")
+    if given.get("plain") and given.get("precision") == "bfloat16":
+        raise runs.RunError("--plain and --precision bfloat16 contradict each other; give one of them")
     if (given.get("only") == "gan") != ("vqvae" in given):
         raise runs.RunError("--only gan needs --vqvae PATH, and only then is it used")
     runs.choose_device(given.get("device", DEFAULTS["device"]))  # before phantoms are written for nothing
@@ -486,6 +581,9 @@ def parse(words: list[str] | None) -> dict:
     add(group, "--out", "where the run's folder is made", metavar="DIR")
     add(group, "--seed", "of weights, order and noise", type=seed, metavar="N")
     add(group, "--device", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", metavar="NAME")
+    text = "of the encoder's convolutions; auto is bfloat16 on GPUs that have it, else float32"
+    add(group, "--precision", text, choices=("auto", "float32", "bfloat16"))
+    add(group, "--plain", "nothing that is there for speed alone: standard layout, float32, eager", action="store_true")
     add(group, "--only", "one stage alone; gan needs --vqvae", choices=("vqvae", "gan"))
     add(group, "--vqvae", "trained VQ-VAE for --only gan", metavar="PATH")
     allowed = "--epochs and --gan-epochs (upwards), --data and --device"
@@ -509,9 +607,9 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, runs.RunError) as error:
-        sys.exit(f"train.py: error: {error}")
+        parallel.fail(f"train.py: error: {error}")
     except OSError as error:  # a full disk, a folder that may not be written
-        sys.exit(f"train.py: error: {error.filename or 'output'}: {error.strerror}")
+        parallel.fail(f"train.py: error: {error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
         print("Interrupted. Epochs that were complete are kept; --resume goes on after them.", file=sys.stderr)
         sys.exit(130)

@@ -82,7 +82,6 @@ def test_loader_shuffles_afresh_keeps_the_last_batch_and_repeats_by_seed(data):
     assert torch.equal(first, again) and not torch.equal(first, second)
     everything = dataset.__getitems__(list(range(len(dataset))))
     assert torch.equal(first.sum((1, 2, 3)).sort().values, everything.sum((1, 2, 3)).sort().values)
-    assert torch.equal(torch.cat(list(make_loader(dataset, 4))), everything)
 
 
 def broken_files():

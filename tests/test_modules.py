@@ -159,8 +159,7 @@ def test_revive_moves_only_the_dead_and_prefers_the_costly_cell(random):
     z_e = torch.zeros(1, 2, 4, 4)
     z_e[0, 0, 2:] = 10  # half the latents on each of the first two embeddings ...
     z_e[0, 1, 2:] = torch.linspace(0.5, 1, 8).view(2, 4)  # ... but only the second half deviates
-    codes = quantizer.nearest(z_e)
-    quantizer.revive(torch.tensor([False, False, True, True]), z_e, codes, random)
+    quantizer.revive(torch.tensor([False, False, True, True]), z_e, random)
     weight = quantizer.embedding.weight
     assert weight[:2].tolist() == [[0.0, 0.0], [10.0, 0.0]]
     assert (weight[2:, 0] == 10).all() and (weight[2:, 1] >= 0.5).all()
@@ -170,8 +169,7 @@ def test_revive_leaves_everything_where_nothing_can_be_gained(random):
     quantizer = VectorQuantizer(3, 2)
     before = quantizer.embedding.weight.detach().clone()
     for z_e in (before[0].view(1, 2, 1, 1).repeat(1, 1, 2, 2), torch.full((1, 2, 2, 2), torch.nan)):
-        codes = torch.zeros(1, 2, 2, dtype=torch.int64)
-        quantizer.revive(torch.tensor([False, True, True]), z_e, codes, random)
+        quantizer.revive(torch.tensor([False, True, True]), z_e, random)
         assert torch.equal(quantizer.embedding.weight, before)
 
 

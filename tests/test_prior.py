@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import quiet
 
-import prior as module
+import hardware
 from dataset import OasisDataset
 from modules import VQVAE, Generator
 from prior import Latents, LatentScale, Prior, codebook_hash
@@ -54,7 +54,7 @@ def test_scale_is_fitted_as_defined(vqvae, train_set, latents):
 
 
 def test_stored_latents_equal_encoding_afresh(vqvae, train_set, latents, monkeypatch):
-    monkeypatch.setattr(module, "free_memory", lambda: 0)
+    monkeypatch.setattr(hardware, "free_memory", lambda device: 0)
     afresh = Latents(vqvae, train_set, quiet)
     assert latents.stored and not afresh.stored
     first, second = latents.__getitems__([3, 11, 0]), afresh.__getitems__([3, 11, 0])

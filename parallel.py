@@ -1,0 +1,125 @@
+"""Several processes, as torchrun starts them: who this one is, its share of the work, and what they add up.
+
+A batch is shared out, so that N processes make the update that one would make (to rounding). The first process alone
+writes files and prints. Where there is one process, which is the rule, every function here leaves things as they are.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start() -> None:
+    """Join the processes that torchrun started, if it did; all but the first fall silent, errors apart."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if not is_first():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+
+
+def stop() -> None:
+    """Part from the other processes, when all have done their work."""
+    if world() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def fail(message: str) -> None:
+    """End this process with an error message. Where all have the same error, the first alone says it."""
+    if not is_first():
+        time.sleep(5)  # if the first has failed too, torchrun ends this process now
+    print(message, file=sys.__stderr__)
+    sys.exit(1)
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def share(n: int, of: int | None = None) -> slice:
+    """The part of n things that is this process's, or that of process `of`; sizes differ by one at most."""
+    r = rank() if of is None else of
+    return slice(n * r // world(), n * (r + 1) // world())
+
+
+def part(batch):
+    """This process's share of a batch, a list or a tensor; its first element again where there are too few for all."""
+    mine = batch[share(len(batch))]
+    return mine if len(mine) else batch[:1]
+
+
+def weight(n: int) -> float:
+    """This process's share of a batch of n images, as a fraction: what its mean counts in the mean of all."""
+    part = share(n)
+    return (part.stop - part.start) / n
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the first process, the only one that calls it, in all processes."""
+    made = [make() if is_first() else None]
+    if world() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if world() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(part: Tensor, n: int) -> Tensor:
+    """A batch (n, …) from its parts in all processes, as `share` cut it."""
+    if world() == 1:
+        return part
+    parts = []
+    for r in range(world()):
+        cut = share(n, r)
+        if cut.stop > cut.start:
+            parts.append(part.contiguous() if r == rank() else part.new_empty(cut.stop - cut.start, *part.shape[1:]))
+            dist.broadcast(parts[-1], r)
+    return torch.cat(parts)
+
+
+def copy_first(tensor: Tensor) -> None:
+    """Overwrite a tensor with the first process's."""
+    if world() > 1:
+        dist.broadcast(tensor, 0)
+
+
+def distributed(network: nn.Module) -> nn.Module:
+    """`network`, with gradients that backward averages over all processes; its weights stay where they are."""
+    return DistributedDataParallel(network) if world() > 1 else network
+
+
+def sum_gradients(network: nn.Module) -> None:
+    """Add up a network's gradients over all processes, in one message."""
+    if world() > 1:
+        gradients = [p.grad for p in network.parameters()]
+        flat = total(torch.cat([g.flatten() for g in gradients]))
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))

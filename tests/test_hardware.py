@@ -1,0 +1,151 @@
+"""The fast path against the plain one, and what is chosen where."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PROJECT, quiet
+
+import hardware
+import runs
+import train
+from dataset import OasisDataset
+from hardware import FastPath
+from modules import VQVAE, Generator, dcgan_init
+
+PLAIN = FastPath("cpu", plain=True)
+
+
+def one_update(path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Losses, gradients and new weights of one update."""
+    torch.manual_seed(0)
+    model = VQVAE().to(memory_format=path.layout)
+    with torch.no_grad():  # codes that are far apart, so that rounding does not change which one is nearest
+        model.vector_quantizer.embedding.weight.normal_(generator=torch.Generator().manual_seed(1))
+    if path.compiled:
+        model.encoder.compile()
+        model.decoder.compile()
+    optimizer = path.adam(model, 1e-3)
+    with path.autocast():
+        vq_loss, x_hat, _, _ = model(x)
+    recon_loss = F.mse_loss(x_hat, x)
+    (recon_loss + vq_loss).backward()
+    gradients = {f"gradient of {key}": p.grad.clone() for key, p in model.named_parameters()}
+    optimizer.step()
+    return {"recon_loss": recon_loss, "vq_loss": vq_loss} | gradients | model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "path, tolerance",
+    [(FastPath("cpu"), 1e-4), (FastPath("cpu", compiled=True), 1e-4), (FastPath("cpu", bfloat16=True), 2**-5)],
+    ids=str,
+)
+def test_fast_paths_equal_the_plain_one_within_their_rounding(path, tolerance, images):
+    expected, found = one_update(PLAIN, images[:2]), one_update(path, images[:2])
+    assert found.keys() == expected.keys()  # compiled or not: no prefix
+    for key, value in expected.items():
+        if "vector_quantizer" in key or "loss" in key or "gradient" in key:
+            error = (found[key] - value).norm() / value.norm()
+            assert error <= tolerance, (key, error)
+        else:  # Adam's first step is ±lr wherever a gradient is not 0, whatever its size
+            assert (found[key] - value).abs().max() <= 2.1e-3, key
+
+
+def test_losses_and_distances_stay_float32_under_autocast(images):
+    model = VQVAE()
+    with FastPath("cpu", bfloat16=True).autocast():
+        z_e = model.latents(images[:1])
+        vq_loss, x_hat, z_q, codes = model(images[:1])
+    assert z_e.dtype == torch.bfloat16  # or this would test nothing
+    assert vq_loss.dtype == x_hat.dtype == z_q.dtype == torch.float32
+    assert torch.equal(codes, model.vector_quantizer.nearest(z_e.float()))
+
+
+def test_layout_and_optimizer_are_the_paths():
+    for path, fused in ((PLAIN, False), (FastPath("cpu"), True)):
+        generator = Generator().apply(dcgan_init).to(memory_format=path.layout)
+        assert path.adam(generator, 2e-4, (0.5, 0.999)).defaults["fused"] is fused
+        out = generator(torch.randn(2, 128, 1, 1))
+        assert out.is_contiguous(memory_format=path.layout)
+
+
+def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):
+    train_set, validate_set = (OasisDataset(data, split, progress=quiet) for split in ("train", "validate"))
+    kept = []
+    for compiled in (False, True):
+        options = train.DEFAULTS | dict(epochs=1, batch_size=8, n_embeddings=16, embeddings_dim=8)
+        options["fast_path"] = FastPath("cpu", compiled=compiled)._asdict()
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        run = runs.Run(folder, options)
+        kept.append((train.train_vqvae(train_set, validate_set, run, torch.device("cpu")), run))
+    (eager, run), (compiled, other) = kept
+    assert list(torch.load(folder / "vqvae.pth", weights_only=True)) == list(eager.state_dict())
+    assert other.rows[0]["training_loss"] == pytest.approx(run.rows[0]["training_loss"], rel=1e-3)
+    assert other.rows[0]["ssim_mean"] == pytest.approx(run.rows[0]["ssim_mean"], rel=1e-2)
+
+
+def test_what_is_chosen(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(hardware, "can_compile", lambda device: True)
+    assert hardware.choose_fast_path(cpu, "auto", False, 10**6) == FastPath("cpu")
+    assert hardware.choose_fast_path(cpu, "bfloat16", False, 10) == FastPath("cpu", bfloat16=True)
+    assert hardware.choose_fast_path(cpu, "auto", True, 10) == PLAIN
+    for capability, bfloat16 in (((7, 5), False), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        for n_updates, compiled in ((100, False), (3624, True)):
+            chosen = hardware.choose_fast_path(cuda, "auto", False, n_updates)
+            assert chosen == FastPath("cuda", bfloat16=bfloat16, compiled=compiled)
+    assert not hardware.choose_fast_path(cuda, "float32", False, 10).bfloat16
+    monkeypatch.setattr(hardware, "can_compile", lambda device: False)
+    assert not hardware.choose_fast_path(cuda, "auto", False, 10**6).compiled
+
+
+def python(code: str, **variables) -> str:
+    code = f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n" + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_compiler_nothing_is_compiled(tmp_path):
+    code = "import hardware, torch; print(hardware.can_compile(torch.device('cpu')))"
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    assert python(code, PATH="/nonexistent", CXX="/nonexistent/c++", **cache).split()[-1] == "False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
+def test_freed_memory_is_kept():
+    """The kernel's own count of page faults, over 20 tensors of 32 MB made and dropped one after another."""
+    code = """
+        import resource, torch, hardware
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                torch.ones(32, 64, 64, 64)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        first = faults()
+        hardware.keep_freed_memory()
+        faults()  # until the heap has grown
+        print(first, faults())
+    """
+    before, after = map(int, python(code).split())
+    assert after < before / 10
+
+
+def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = hardware.free_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert hardware.free_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.05)
+
+
+def test_images_that_do_not_fit_on_the_device_are_kept_beside_it(data, monkeypatch):
+    expected = OasisDataset(data, "test", progress=quiet)
+    monkeypatch.setattr(hardware, "fits", lambda n_bytes, device: False)
+    meta = OasisDataset(data, "test", "meta", progress=quiet)  # torch's device that holds no data
+    assert meta.images.device.type == "cpu" and torch.equal(meta.images, expected.images)
+    assert meta.__getitems__([3, 1]).device.type == "meta"

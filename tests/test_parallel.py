@@ -1,0 +1,200 @@
+"""Two processes on the CPU against one: the same updates, the same files, one voice, one end."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from conftest import PROJECT, run_program
+
+import parallel
+import train
+from modules import VQVAE, Discriminator, Generator, dcgan_init
+
+SMALL = ("--batch-size", 7, "--gan-batch-size", 6, "--n-embeddings", 32, "--device", "cpu", "--plain", "--seed", 5)
+EPOCHS = ("--epochs", 2, "--gan-epochs", 1)
+
+
+def torchrun(script, *words, cwd, n=2, **variables) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", script, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def runs_of_one_and_two(data, tmp_path_factory):
+    """The same training in one process and in two, as the program's output and the run's folder."""
+    folder = tmp_path_factory.mktemp("parallel")
+    done = [
+        run_program("train.py", "--data", data, *SMALL, *EPOCHS, "--out", "one", cwd=folder, OMP_NUM_THREADS="1"),
+        torchrun(PROJECT / "train.py", "--data", data, *SMALL, *EPOCHS, "--out", "two", cwd=folder),
+    ]
+    for d in done:
+        assert d.returncode == 0, d.stderr
+    return [(d, next((folder / name).iterdir())) for d, name in zip(done, ("one", "two"), strict=True)]
+
+
+def test_two_processes_give_the_curve_of_one(runs_of_one_and_two):
+    # 15 images in batches of 7: shares of 3 and 4, and a last batch that leaves one of the processes without an image
+    one, two = (torch.load(run / "resume.pth", weights_only=True) for _, run in runs_of_one_and_two)
+    losses = [torch.tensor(saved["state"]["vqvae"]["losses"]) for saved in (one, two)]
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+    for row, other in zip(one["rows"][:2], two["rows"][:2], strict=True):
+        for key in ("training_loss", "vq_loss", "ssim_mean", "ssim_min", "ssim_max"):
+            assert other[key] == pytest.approx(row[key], rel=2e-3), key
+        assert row["codes_used"] == other["codes_used"]
+    assert int(two["state"]["vqvae"]["usage"].sum()) == int(one["state"]["vqvae"]["usage"].sum())
+    # what the DCGAN's discriminator sees before its first step, which magnifies rounding
+    first = [
+        [saved["state"]["gan"]["history"][key][0] for key in ("d_loss", "d_real", "d_fake")] for saved in (one, two)
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-3)
+
+
+def test_validation_counts_every_image_once(runs_of_one_and_two, tmp_path):
+    """One process, scoring what two have trained, gives the same number to the last digit."""
+    _, run = runs_of_one_and_two[1]
+    words = (run / "vqvae.pth", "--split", "validate", "--device", "cpu")
+    done = run_program("predict.py", *words, cwd=tmp_path, OMP_NUM_THREADS="1")
+    rows = torch.load(run / "resume.pth", weights_only=True)["rows"]
+    best = max(rows[:2], key=lambda row: row["ssim_mean"])
+    assert f"SSIM mean: {best['ssim_mean']:.4f}" in done.stdout
+    lines = next(tmp_path.glob("gen_imgs/*/scores.csv")).read_text().splitlines()[1:]
+    scores = torch.tensor([float(line.split(",")[-1]) for line in lines], dtype=torch.double)
+    assert len(scores) == 10 and scores.mean().item() == best["ssim_mean"]
+
+
+def test_one_process_speaks_and_writes(runs_of_one_and_two):
+    (one, run_one), (two, run_two) = runs_of_one_and_two
+
+    def shape(text):
+        return re.sub(r"[\d.]+(e-\d+)?|one|two", "#", text)
+
+    assert shape(one.stdout) == shape(two.stdout).replace("# processes, ", "")
+    assert {path.name for path in run_one.iterdir()} == {path.name for path in run_two.iterdir()}
+    assert len(list(run_two.parent.iterdir())) == 1
+
+
+def test_two_processes_resume_what_one_began(runs_of_one_and_two, data, tmp_path):
+    words = ("--data", data, *SMALL, "--epochs", 1, "--only", "vqvae", "--out", "run")
+    assert run_program("train.py", *words, cwd=tmp_path, OMP_NUM_THREADS="1").returncode == 0
+    (run,) = (tmp_path / "run").iterdir()
+    done = torchrun(PROJECT / "train.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = torch.load(run / "resume.pth", weights_only=True)["rows"][1]
+    _, whole = runs_of_one_and_two[0]
+    expected = torch.load(whole / "resume.pth", weights_only=True)["rows"][1]
+    assert row["ssim_mean"] == pytest.approx(expected["ssim_mean"], rel=2e-3)
+
+
+def test_more_processes_than_images_in_a_batch_are_refused_by_name(data, tmp_path):
+    done = torchrun(PROJECT / "train.py", "--data", data, "--batch-size", 1, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: error: --batch-size 1:") == 1
+    assert not (tmp_path / "gen_imgs").exists()
+
+
+@pytest.mark.parametrize(
+    "death, said",
+    [("raise RuntimeError('the second process broke')", "the second process broke"), ("os.kill(os.getpid(), 9)", "-9")],
+)
+def test_a_worker_that_dies_ends_the_job_with_its_error(data, tmp_path, death, said):
+    script = f"""
+        import os, sys
+        sys.path.insert(0, {str(PROJECT)!r})
+        import parallel, train
+        original = train.batch_sizes
+        def dying(*sizes):
+            if parallel.rank() == 1:
+                {death}
+            return original(*sizes)
+        train.batch_sizes = dying
+        train.main()
+    """
+    (tmp_path / "dying.py").write_text(textwrap.dedent(script))
+    done = torchrun(tmp_path / "dying.py", "--data", data, *SMALL, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def in_two_processes(work, folder) -> list:
+    """What work(rank) returns in each of two processes."""
+    torch.multiprocessing.spawn(_join, (work, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _join(rank, work, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(work(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _gan_update(rank):
+    """One update of each network by plain gradient descent, in float64, on a batch of 5."""
+    torch.manual_seed(0)
+    discriminator, generator = (kind().apply(dcgan_init).double() for kind in (Discriminator, Generator))
+    real, noise = torch.rand(5, 64, 64, 64).double() - 0.5, torch.randn(5, 128, 1, 1).double()
+    weight = parallel.weight(5)
+    fake = generator(parallel.part(noise))
+    step = torch.optim.SGD(discriminator.parameters(), lr=0.1), torch.optim.SGD(generator.parameters(), lr=0.1)
+    train.update_discriminator(discriminator, step[0], parallel.part(real).clone(), fake, weight)
+    train.update_generator(generator, discriminator, step[1], fake, weight)
+    return {
+        f"{type(net).__name__} {key}": v for net in (discriminator, generator) for key, v in net.state_dict().items()
+    }
+
+
+def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
+    """Batch statistics, R1's second derivatives and gradients of a batch cut into 2 and 3, against the batch in one."""
+    expected = _gan_update(0)
+    for found in in_two_processes(_gan_update, tmp_path):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def _codebook(rank):
+    """The codebook after its start and a revival, from a batch of 3 of which each process has a part."""
+    torch.manual_seed(0)
+    model, z_e = VQVAE(16, 4), torch.randn(3, 4, 8, 8)
+    torch.manual_seed(rank)  # what is drawn must not depend on a process's own state
+    random = torch.Generator().manual_seed(1)
+    train.follow_latents(model, parallel.gather(parallel.part(z_e), 3), True, random)
+    optimizer = torch.optim.Adam(model.parameters())
+    model.vector_quantizer(z_e)[0].backward()
+    optimizer.step()
+    usage = torch.zeros(16, dtype=torch.int64)
+    train.count_codes(usage, model.vector_quantizer.nearest(parallel.part(z_e)), 3)
+    usage = parallel.total(usage)
+    before = usage.clone()
+    usage[[2, 7]] = 0
+    train.revive_codes(model, parallel.gather(parallel.part(z_e), 3), optimizer, usage, random)
+    return {"codebook": model.vector_quantizer.embedding.weight.detach(), "usage": before}
+
+
+def test_the_codebook_agrees_across_processes_and_with_one(tmp_path):
+    expected = _codebook(0)
+    assert expected["usage"].sum() == 3 * 64
+    for found in in_two_processes(_codebook, tmp_path):
+        assert torch.equal(found["usage"], expected["usage"])
+        torch.testing.assert_close(found["codebook"], expected["codebook"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 31])
+def test_shares_make_up_the_whole(n, monkeypatch):
+    for world in (1, 2, 3, 8):
+        monkeypatch.setattr(parallel, "world", lambda world=world: world)
+        parts, weights = [], []
+        for rank in range(world):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            parts += list(range(n))[parallel.share(n)]
+            weights.append(parallel.weight(n))
+            assert len(parallel.part(torch.arange(n))) == max(1, round(weights[-1] * n))
+        assert parts == list(range(n)) and sum(weights) == pytest.approx(1)
