@@ -12,7 +12,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from torchvision.utils import make_grid
 
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#777777"  # distinguishable with colour-blind eyes (Okabe and Ito)
 STYLE = {
@@ -29,7 +28,12 @@ STYLE = {
 
 def image_grid(path: Path, images, title: str, note: str = "", columns: int = 8) -> None:
     """Images (N, 1, H, W), `columns` a row, in the order given."""
-    grid = make_grid(images.float().cpu().clamp(0, 1), nrow=columns, padding=4, pad_value=1)[0].numpy()
+    gap, (n, _, h, w) = 4, images.shape
+    columns = min(columns, n)
+    grid = np.ones((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), np.float32)
+    for i, image in enumerate(images[:, 0].float().cpu().clamp(0, 1)):
+        top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
+        grid[top : top + h, left : left + w] = image
     height = 9.6 * grid.shape[0] / grid.shape[1]
     figure, axes = _figure(9.6, height + 0.7, title, note)
     axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")

@@ -1,0 +1,83 @@
+"""The full-size run: both stages with default options on as many images as the full OASIS set has.
+
+    python benchmarks/full_size.py                 # on the GPU if there is one; hours on a CPU
+    python benchmarks/full_size.py --scale 0.02    # a fiftieth of the images, to see that it works
+
+The images are phantoms, repeated under other names (--data DIR repeats the scans of an OASIS folder): what is measured
+is speed. Training time is what train.py records for its epochs' updates; wall time is everything from start to end.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import speed
+import torch
+
+import hardware
+import phantom
+import runs
+from modules import VQVAE
+
+COUNTS = {"train": 9664, "validate": 1120, "test": 544}
+
+
+def enlarge(source: Path, target: Path, scale: float) -> None:
+    """Fill `target` with links to the images of `source`, each as often as it takes."""
+    for split, count in COUNTS.items():
+        files = sorted((source / f"keras_png_slices_{split}").glob("*.png"))
+        folder = target / f"keras_png_slices_{split}"
+        folder.mkdir(parents=True)
+        for i in range(max(2, round(count * scale))):
+            os.symlink(files[i % len(files)].resolve(), folder / f"case_{i // 32:03d}_slice_{i % 32}.nii.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="OASIS folder whose images are repeated (default: phantoms)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images (default: 1)")
+    parser.add_argument("--device", default="auto", help="(default: auto)")
+    parser.add_argument("words", nargs="*", help="options for train.py, after --")
+    o = parser.parse_args()
+    device = runs.choose_device(o.device)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if o.data is None:
+            phantom.write(folder / "phantoms", progress=runs.progress)
+        enlarge(o.data or folder / "phantoms", folder / "data", o.scale)
+        words = ["train.py", "--data", folder / "data", "--device", o.device, "--out", folder / "out", *o.words]
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, words)], cwd=PROJECT, check=True)
+        wall = time.perf_counter() - started
+        (run,) = (folder / "out").iterdir()
+        with open(run / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+    path = hardware.choose_fast_path(device, "auto", False, len(rows) * 302)
+    limit = speed.matrix_product(device, torch.bfloat16 if path.bfloat16 else torch.float32)
+    limit_rate = 2 * 4096**3 / min(speed.timed(limit, device) for _ in range(5))
+    model, training = VQVAE().to(device), 0.0
+    flops = speed.flops_an_image(lambda x: model(x)[:2], device)
+    print(f"\n{speed.processor()}, {runs.environment(device)['device']}, torch {torch.__version__}, {path}")
+    for stage in ("vqvae", "gan"):
+        epochs = [row for row in rows if row["stage"] == stage]
+        seconds = sorted(float(row["seconds"]) for row in epochs)
+        training += sum(seconds)
+        rate = sorted(float(row["images_per_second"]) for row in epochs)[len(epochs) // 2]
+        print(f"{stage}: {len(epochs)} epochs, {sum(seconds):.1f} s, {rate:.0f} images/s (median epoch)", end="")
+        if stage == "vqvae":
+            share = rate * flops / limit_rate
+            print(f", {share:.1%} of {limit_rate / 1e12:.1f} TFLOP/s (a 4096 x 4096 x 4096 matrix product)", end="")
+        print()
+    print(f"Training time: {training:.1f} s. Wall time, from reading the images to the last figure: {wall:.1f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""Ours and its peers side by side, on one machine in one run.
+
+    pip install -r benchmarks/requirements.txt           # the peers; sides whose package is missing are left out
+    python benchmarks/speed.py                           # every part, about ten minutes on two cores
+    python benchmarks/speed.py step --rounds 20          # one part: step, validation, dcgan, loading, start
+    python benchmarks/speed.py --json speed.json
+
+Each side runs in a process of its own, so that none profits from another's settings. The processes wait while one of
+them works, and take turns: in each round every side does its work once. Before the first round each does it three
+times (compiling, caches, allocators). What is printed is the median over rounds, with the smallest and the largest.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import peers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import ToTensor
+from tqdm import tqdm
+
+import hardware
+import metrics
+import phantom
+import runs
+import train
+from dataset import OasisDataset, make_loader
+from hardware import FastPath
+from modules import VQVAE, Discriminator, Generator, dcgan_init
+from prior import Latents
+
+BATCH = 32
+quiet = partial(tqdm, disable=True)
+
+
+class Work(NamedTuple):
+    """What a side does in a round: `once()` handles `n` images; `network(x)` gives the losses, to count its FLOPs."""
+
+    once: Callable[[], object]
+    n: int
+    network: Callable | None = None
+
+
+class Side(NamedTuple):
+    text: str
+    make: Callable[[torch.device, Path], Work]
+
+
+def images(folder: Path, device, n: int = BATCH) -> torch.Tensor:
+    return OasisDataset(folder, "train", device, quiet).__getitems__(range(n))
+
+
+# --- one training step of the VQ-VAE
+
+
+def our_step(path: FastPath | None, device, folder: Path, keep_memory: bool = True) -> Work:
+    """All that train_vqvae does in an update: Adam, the average of the weights, usage counts, revival."""
+    path = path or hardware.choose_fast_path(device, "auto", False, 3624)
+    if keep_memory:
+        path.set_up()
+    x = images(folder, device)
+    model = VQVAE().to(device, memory_format=path.layout)
+    average = VQVAE().to(device, memory_format=path.layout)
+    optimizer, random = path.adam(model, 1e-3), torch.Generator()
+    if path.compiled:
+        model.encoder.compile()
+        model.decoder.compile()
+    usage = torch.zeros(512, dtype=torch.int64, device=device)
+    train.follow_latents(model, train.batch_latents(model, x, BATCH, path), True, random)
+    updates = iter(range(1, 10**9))
+
+    def once() -> None:
+        update = next(updates)
+        if update % train.REVIVE_EVERY == 0:
+            train.revive_codes(model, train.batch_latents(model, x, BATCH, path), optimizer, usage, random)
+            usage.zero_()
+        with path.autocast():
+            vq_loss, x_hat, _, codes = model(x)
+        loss = F.mse_loss(x_hat, x) + vq_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        train.update_average(average, model, update, train.AVERAGE_DECAY)
+        train.count_codes(usage, codes, BATCH)
+
+    return Work(once, BATCH, lambda x: model(x)[:2])
+
+
+def peer_step(make_network: Callable, device, folder: Path) -> Work:
+    network, x = make_network().to(device), images(folder, device)
+    return Work(peers.vqvae_step(network, x), BATCH, network)
+
+
+def report_style() -> torch.nn.Module:
+    return peers.Autoencoder(peers.ReportStyleQuantizer())
+
+
+STEP = {
+    "ours": Side("the default", partial(our_step, None)),
+    "ours, compiled": Side(
+        "the same, encoder and decoder compiled", lambda d, f: our_step(FastPath(d.type, compiled=True), d, f)
+    ),
+    "ours, bfloat16": Side(
+        "the same, --precision bfloat16", lambda d, f: our_step(FastPath(d.type, bfloat16=True), d, f)
+    ),
+    "ours, freed memory given back": Side(
+        "the same, the C library's allocator as it comes", lambda d, f: our_step(FastPath(d.type), d, f, False)
+    ),
+    "ours, --plain": Side(
+        "NCHW, float32, eager, allocator as it comes", lambda d, f: our_step(FastPath(d.type, plain=True), d, f)
+    ),
+    "report's style": Side("NCHW, one-hot matrix, eager", partial(peer_step, report_style)),
+    "vector-quantize-pytorch": Side(
+        "the report's networks, VectorQuantize(dim=64, codebook_size=512)",
+        partial(peer_step, lambda: peers.Autoencoder(peers.PeerQuantizer())),
+    ),
+    "MONAI VQVAE": Side(
+        "channels=(32, 64), num_res_layers=2, num_res_channels=(32, 32), 512 x 64", partial(peer_step, peers.Monai)
+    ),
+}
+
+# --- validation: the network and SSIM
+
+
+def our_validation(device, folder: Path) -> Work:
+    hardware.keep_freed_memory()
+    validate_set, model = OasisDataset(folder, "validate", device, quiet), VQVAE().to(device)
+    return Work(lambda: metrics.score(model, validate_set, quiet), len(validate_set))
+
+
+def peer_validation(device, folder: Path) -> Work:
+    x = OasisDataset(folder, "validate", device, quiet).__getitems__(range(64))
+    network = report_style().to(device)
+    return Work(lambda: peers.validate(network, x), len(x))
+
+
+def ssim_alone(ours: bool, device, folder: Path) -> Work:
+    x = OasisDataset(folder, "validate", device, quiet).__getitems__(range(64))
+    x_hat = x + 0.01 * torch.randn_like(x)
+    if ours:
+        hardware.keep_freed_memory()
+        return Work(lambda: metrics.ssim(x, x_hat), len(x))
+    pairs = list(zip(x[:, 0].cpu().numpy(), x_hat[:, 0].cpu().numpy(), strict=True))
+    return Work(lambda: [peers.structural_similarity(a, b, data_range=1.0) for a, b in pairs], len(x))
+
+
+VALIDATION = {
+    "ours": Side("metrics.score: float32, batches of 32, SSIM in batches", our_validation),
+    "report's style": Side("network and scikit-image, image by image", peer_validation),
+    "ours, SSIM alone": Side("metrics.ssim, batches of 64", partial(ssim_alone, True)),
+    "scikit-image, SSIM alone": Side("structural_similarity, image by image", partial(ssim_alone, False)),
+}
+
+# --- one training step of the DCGAN
+
+
+def latents(device, folder: Path, stored: bool) -> Latents:
+    torch.manual_seed(0)
+    vqvae, train_set = VQVAE().to(device), OasisDataset(folder, "train", device, quiet)
+    train.follow_latents(
+        vqvae, train.batch_latents(vqvae, images(folder, device), BATCH, FastPath("cpu")), True, torch.Generator()
+    )
+    train_set.files, train_set.images = train_set.files[: 4 * BATCH], train_set.images[: 4 * BATCH]
+    return Latents(vqvae, train_set, quiet, stored)
+
+
+def real_batches(kept: Latents) -> Callable[[], torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return lambda: kept.__getitems__(torch.randint(len(kept), (BATCH,), generator=random).tolist())
+
+
+def our_dcgan(stored: bool, device, folder: Path) -> Work:
+    path = hardware.choose_fast_path(device, "auto", False, 7550)
+    path.set_up()
+    real_batch = real_batches(latents(device, folder, stored))
+    generator, discriminator, average = (
+        kind().apply(dcgan_init).to(device, memory_format=path.layout) for kind in (Generator, Discriminator, Generator)
+    )
+    d_optimizer, g_optimizer = path.adam(discriminator, 2e-4, (0.5, 0.999)), path.adam(generator, 2e-4, (0.5, 0.999))
+
+    def once() -> None:
+        fake = generator(torch.randn(BATCH, 128, 1, 1).to(device, non_blocking=True))
+        train.update_discriminator(discriminator, d_optimizer, real_batch(), fake)
+        train.update_generator(generator, discriminator, g_optimizer, fake)
+        train.update_average(average, generator, 100, train.GAN_AVERAGE_DECAY)
+
+    return Work(once, BATCH)
+
+
+def plain_dcgan(stored: bool, device, folder: Path) -> Work:
+    return Work(peers.dcgan_step(real_batches(latents(device, folder, stored)), device), BATCH)
+
+
+DCGAN = {
+    "ours": Side("the default: latents encoded once, kept in half precision", partial(our_dcgan, True)),
+    "ours, re-encoding": Side("the same, each batch encoded when it is asked for", partial(our_dcgan, False)),
+    "plain": Side("NCHW, eager, allocator as it comes; latents kept", partial(plain_dcgan, True)),
+    "plain, re-encoding": Side("the same, each batch encoded", partial(plain_dcgan, False)),
+}
+
+# --- loading
+
+
+class Files(Dataset):
+    """PNG files, each decoded when it is asked for, as tutorials do it."""
+
+    def __init__(self, folder: Path):
+        self.files = sorted((folder / "keras_png_slices_train").glob("*.png"))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        with Image.open(self.files[i]) as image:
+            return ToTensor()(image.convert("L"))
+
+
+def read_all(device, folder: Path) -> Work:
+    n = len(Files(folder))
+    return Work(lambda: OasisDataset(folder, "train", device, quiet), n)
+
+
+def read_all_peer(device, folder: Path) -> Work:
+    files = Files(folder)
+    return Work(lambda: torch.stack([files[i] for i in range(len(files))]), len(files))
+
+
+def our_batches(device, folder: Path) -> Work:
+    train_set = OasisDataset(folder, "train", device, quiet)
+    return Work(lambda: [None for _ in make_loader(train_set, BATCH, torch.Generator())], len(train_set))
+
+
+def peer_batches(workers: int, device, folder: Path) -> Work:
+    loader = DataLoader(Files(folder), BATCH, shuffle=True, num_workers=workers)
+    return Work(lambda: [batch.to(device) for batch in loader], len(loader.dataset))
+
+
+LOADING = {
+    "ours, first read": Side("OasisDataset: PNG files to one uint8 tensor, in threads", read_all),
+    "Pillow + ToTensor, first read": Side("one file after another", read_all_peer),
+    "ours, an epoch's batches": Side("make_loader", our_batches),
+    "DataLoader, an epoch's batches": Side("Pillow + ToTensor, no workers", partial(peer_batches, 0)),
+    "DataLoader, 2 workers": Side("Pillow + ToTensor, two worker processes", partial(peer_batches, 2)),
+}
+
+# --- start-up
+
+
+def command(*words) -> Callable:
+    return lambda device, folder: Work(lambda: subprocess.run([sys.executable, *words], check=True, cwd=PROJECT), 1)
+
+
+START = {
+    "import torch": Side("what every side begins with", command("-c", "import torch")),
+    "ours": Side("import train", command("-c", "import train")),
+    "MONAI": Side("from monai.networks.nets import VQVAE", command("-c", "from monai.networks.nets import VQVAE")),
+    "vector-quantize-pytorch": Side("import vector_quantize_pytorch", command("-c", "import vector_quantize_pytorch")),
+}
+
+PARTS = {"step": STEP, "validation": VALIDATION, "dcgan": DCGAN, "loading": LOADING, "start": START}
+
+
+def matrix_product(device, dtype: torch.dtype) -> Work:
+    a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
+    return Work(lambda: a @ b, 1)
+
+
+LIMITS = {
+    "float32": Side("4096 x 4096 x 4096 matrix product", lambda d, f: matrix_product(d, torch.float32)),
+    "bfloat16": Side("4096 x 4096 x 4096 matrix product", lambda d, f: matrix_product(d, torch.bfloat16)),
+}
+
+
+def flops_an_image(network: Callable, device) -> float:
+    """Floating-point operations of a training step's forward and backward pass, as torch counts them."""
+    x = torch.rand(2, 1, 256, 256, device=device)
+    with FlopCounterMode(display=False) as counter:
+        vq_loss, x_hat = network(x)
+        (F.mse_loss(x_hat, x) + vq_loss).backward()
+    return counter.get_total_flops() / len(x)
+
+
+def timed(work: Work, device: torch.device) -> float:
+    """Seconds that a side's work takes once."""
+    started = time.perf_counter()
+    work.once()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def worker(part: str, name: str, device: torch.device, folder: Path) -> None:
+    """Do a side's work once for each line on standard input; answer with its seconds, at the end with what it took."""
+    side = (PARTS | {"limits": LIMITS})[part][name]
+    try:
+        work = side.make(device, folder)
+    except ImportError as error:
+        print(json.dumps({"missing": error.name}), flush=True)
+        return
+
+    started = time.perf_counter()
+    for _ in range(3):
+        timed(work, device)
+    print(json.dumps({"n": work.n, "warm_up": time.perf_counter() - started}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(timed(work, device)), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    gpu_peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    flops = flops_an_image(work.network, device) if work.network else None
+    print(json.dumps({"peak": peak, "gpu_peak": gpu_peak, "flops_an_image": flops}), flush=True)
+
+
+def measure(part: str, sides: dict[str, Side], o, folder: Path) -> dict[str, dict]:
+    """Start a process for each side, let them take turns, and collect what each took."""
+    running, found = {}, {}
+    for name in sides:
+        words = [sys.executable, __file__, "--worker", part, name, str(folder), "--device", o.device]
+        environment = os.environ | {"OMP_NUM_THREADS": str(o.threads)}
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        answer = json.loads(process.stdout.readline() or "{}")
+        if "n" not in answer:
+            print(f"  {name}: left out ({answer.get('missing', 'it failed')})", flush=True)
+            continue
+        running[name], found[name] = process, answer | {"seconds": []}
+    for _ in range(o.rounds):
+        for name, process in running.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            found[name]["seconds"].append(json.loads(process.stdout.readline()))
+    for name, process in running.items():
+        process.stdin.close()
+        found[name] |= json.loads(process.stdout.readline())
+        process.wait()
+    for result in found.values():
+        seconds = result["seconds"]
+        rates = [result["n"] / s for s in (statistics.median(seconds), max(seconds), min(seconds))]
+        result["rate"], result["rate_least"], result["rate_most"] = rates
+    return found
+
+
+def report(part: str, sides: dict[str, Side], found: dict[str, dict], limits: dict[str, float]) -> None:
+    """A table in Markdown: rates, how many times as fast the first side is, memory, share of the limit."""
+    unit = "runs/s" if part == "start" else "images/s"
+    first = next(iter(found.values()))["rate"]
+    print(
+        f"\n| {part} | configuration | {unit} | least to most | first / this | warm-up / s | peak memory / GB |", end=""
+    )
+    print(" GFLOP an image | share of limit |" if part == "step" else "")
+    print("|---|---|---:|---:|---:|---:|---:|" + "---:|---:|" * (part == "step"))
+    for name, r in found.items():
+        memory = (r["gpu_peak"] or r["peak"]) / 1e9
+        row = f"| {name} | {sides[name].text} | {r['rate']:.4g} | {r['rate_least']:.4g} to {r['rate_most']:.4g} "
+        row += f"| {first / r['rate']:.2f} | {r['warm_up']:.1f} | {memory:.2f} |"
+        if r.get("flops_an_image"):
+            share = r["rate"] * r["flops_an_image"] / limits["float32"]
+            row += f" {r['flops_an_image'] / 1e9:.2f} | {share:.0%} |"
+        print(row)
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=10, help="(default: 10)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: what torch takes)")
+    parser.add_argument("--device", default="auto", help="(default: auto)")
+    parser.add_argument("--json", type=Path, help="file for every figure")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    device = runs.choose_device(o.device)
+    if o.worker:
+        part, name, folder = o.worker
+        return worker(part, name, device, Path(folder))
+    unknown = set(o.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
+
+    machine = runs.environment(device) | {"processor": processor(), "cores": os.cpu_count(), "threads": o.threads}
+    print(json.dumps(machine, indent=2))
+    print(f"Batch {BATCH}, 256x256 phantoms, {o.rounds} rounds, fast path: ", end="")
+    print(hardware.choose_fast_path(device, "auto", False, 3624))
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {"train": range(1, 17), "validate": range(17, 21), "test": range(21, 22)}
+        phantom.write(Path(folder), cases, progress=quiet)
+        found = {"limits": measure("limits", LIMITS, o, Path(folder))}
+        limits = {name: 2 * 4096**3 * r["rate"] for name, r in found["limits"].items()}
+        for name, limit in limits.items():
+            print(f"Matrix product 4096x4096x4096 in {name}: {limit / 1e9:.0f} GFLOP/s")
+        for part in o.parts or PARTS:
+            found[part] = measure(part, PARTS[part], o, Path(folder))
+            report(part, PARTS[part], found[part], limits)
+    if o.json:
+        o.json.write_text(json.dumps({"machine": machine, "rounds": o.rounds, "parts": found}, indent=2) + "\n")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

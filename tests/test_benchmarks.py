@@ -1,0 +1,61 @@
+"""The benchmarks run, and their reference computes what ours does."""
+
+import json
+import subprocess
+import sys
+
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PROJECT
+from skimage.metrics import structural_similarity
+
+from modules import VQVAE
+
+
+def test_the_reports_style_equals_ours_in_losses_and_gradients(images):
+    torch.manual_seed(0)
+    ours, reference = VQVAE(), peers.Autoencoder(peers.ReportStyleQuantizer())
+    with torch.no_grad():
+        ours.vector_quantizer.embedding.weight.normal_()
+    reference.load_state_dict(ours.state_dict())
+    vq_loss, x_hat, _, _ = ours(images)
+    (F.mse_loss(x_hat, images) + vq_loss).backward()
+    other_loss, other_x_hat = reference(images)
+    (F.mse_loss(other_x_hat, images) + other_loss).backward()
+    torch.testing.assert_close(vq_loss, other_loss)
+    torch.testing.assert_close(x_hat, other_x_hat, atol=1e-5, rtol=1e-4)
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert (p.grad - gradients.pop(name)).norm() <= 1e-4 * p.grad.norm(), name
+    assert not gradients
+
+
+def test_the_peers_validation_is_scikit_images(images):
+    reference = peers.Autoencoder(peers.ReportStyleQuantizer())
+    with torch.no_grad():
+        x_hat = reference(images[:2])[1].numpy()
+    expected = [structural_similarity(images[i, 0].numpy(), x_hat[i, 0], data_range=1.0) for i in range(2)]
+    assert peers.validate(reference, images[:2]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_speed_benchmark_runs(tmp_path):
+    command = [sys.executable, PROJECT / "benchmarks" / "speed.py", "loading", "--rounds", "2"]
+    done = subprocess.run([*map(str, command), "--json", "speed.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["parts"]["limits"]["float32"]["rate"] > 0
+    for name, side in found["parts"]["loading"].items():
+        assert len(side["seconds"]) == 2 and side["rate_least"] <= side["rate"] <= side["rate_most"], name
+        assert f"| {name} |" in done.stdout
+    assert found["parts"]["loading"]["ours, first read"]["n"] == 16 * 32
+
+
+def test_the_full_size_benchmark_runs(tmp_path):
+    command = [sys.executable, PROJECT / "benchmarks" / "full_size.py", "--scale", "0.004", "--device", "cpu"]
+    words = ["--", "--epochs", "1", "--gan-epochs", "1", "--n-embeddings", "32"]
+    done = subprocess.run([*map(str, command), *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Data: " in done.stdout and "(39 training, 4 validation images)" in done.stdout
+    assert "Training time: " in done.stdout
