@@ -60,7 +60,7 @@ class OasisDataset(Dataset):
             except DataError as error:
                 return str(error)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter while it decodes
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow releases the interpreter while it decodes
             results = pool.map(read, range(len(self.files)))
             results = list(progress(results, total=len(self.files), desc=f"Reading {split}", unit=" images"))
         errors = [error for error in results if error]

@@ -67,6 +67,12 @@ class FastPath(NamedTuple):
         fused = not self.plain and self.device in ("cpu", "cuda")
         return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=fused)
 
+    def restore(self, optimizer: torch.optim.Adam, saved: dict) -> None:
+        """Load an optimizer's state_dict; whether it is fused is this path's, not that of the run that saved it."""
+        for group in saved["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]
+        optimizer.load_state_dict(saved)
+
     def set_up(self) -> None:
         """Set what holds for the whole process."""
         torch.backends.cudnn.allow_tf32 = not self.plain  # of convolutions; the quantizer's distances stay float32

@@ -1,7 +1,8 @@
 """Several processes, as torchrun starts them: who this one is, its share of the work, and what they add up.
 
-A batch is shared out, so that N processes make the update that one would make (to rounding). The first process alone
-writes files and prints. Where there is one process, which is the rule, every function here leaves things as they are.
+A batch is shared out, so that N processes make the update that one would make, to rounding. (A batch with fewer images
+than processes is the exception in the DCGAN: its BatchNorm sees an image twice.) The first process alone writes files
+and prints. Where there is one process, which is the rule, every function here leaves things as they are.
 """
 
 import os
@@ -21,12 +22,19 @@ def start() -> None:
     """Join the processes that torchrun started, if it did; all but the first fall silent, errors apart."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+        sys.excepthook = _say_later
+
+
+def _say_later(*error) -> None:
+    # If the first process has failed too, torchrun ends this one while it sleeps, and the error is said once.
+    time.sleep(5)
+    traceback.print_exception(*error, file=sys.__stderr__)
 
 
 def stop() -> None:
@@ -39,7 +47,7 @@ def stop() -> None:
 def fail(message: str) -> None:
     """End this process with an error message. Where all have the same error, the first alone says it."""
     if not is_first():
-        time.sleep(5)  # if the first has failed too, torchrun ends this process now
+        time.sleep(5)  # as in _say_later
     print(message, file=sys.__stderr__)
     sys.exit(1)
 

@@ -66,26 +66,27 @@ class Latents(Dataset):
         n_bytes = 2 * math.prod(size)
         device, host = weight.device, torch.device("cpu")
         self.stored = hardware.fits(n_bytes, device) or hardware.fits(n_bytes, host) if stored is None else stored
-        where = device if hardware.fits(n_bytes, device) else host
-        self.kept = torch.empty(size if self.stored else 0, dtype=torch.half, device=where)
+        keep_on = device if hardware.fits(n_bytes, device) else host
+        self.kept = torch.empty(size if self.stored else 0, dtype=torch.half, device=keep_on)
         # Sums by code, so that one pass serves: which code is the background's is known only at its end.
-        count = torch.zeros(n, 1, dtype=torch.double)
-        first, second = torch.zeros(2, n, dim, dtype=torch.double)
+        where = host if device.type == "mps" else device  # which has no float64
+        count = torch.zeros(n, 1, dtype=torch.double, device=where)
+        first, second = torch.zeros(2, n, dim, dtype=torch.double, device=where)
         with progress(total=len(dataset), desc="Encoding", unit=" images") as bar:
             for start in range(0, len(dataset), 32):
                 z_e = self._encode(range(start, min(start + 32, len(dataset))))
                 rows = z_e.permute(0, 2, 3, 1)
                 if self.stored:
                     self.kept[start : start + len(rows)] = rows.half()
-                codes = vqvae.vector_quantizer.nearest(z_e).flatten().cpu()
-                rows = rows.reshape(-1, dim).cpu().double()
+                codes = vqvae.vector_quantizer.nearest(z_e).flatten().to(where)
+                rows = rows.reshape(-1, dim).to(where).double()
                 count[:, 0] += torch.bincount(codes, minlength=n)
                 first.index_add_(0, codes, rows)
                 second.index_add_(0, codes, rows**2)
                 bar.update(len(z_e))
         background = int(count[:, 0].argmax())
-        shift = weight[background].cpu().double()
-        others = torch.arange(n) != background
+        shift = weight[background].to(where).double()
+        others = torch.arange(n, device=where) != background
         squares = (second - 2 * shift * first + shift**2 * count)[others].sum(0)
         rms = (squares / count[others].sum(0).clamp(min=1)).clamp(min=1e-12).sqrt()
         self.scale = LatentScale(shift.float().to(device), (RANGE_IN_RMS * rms).float().to(device))

@@ -115,7 +115,8 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
 
     Args:
         train_set, validate_set: with batches on `device`.
-        run: its options give epochs, batch_size, lr, beta, n_embeddings, embeddings_dim and seed.
+        run: its options give epochs, batch_size, lr, beta, n_embeddings, embeddings_dim, seed and fast_path, the
+            fields of a `hardware.FastPath`.
         note: where the data come from, if they are phantoms; goes into every figure.
 
     Returns:
@@ -135,7 +136,7 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
     if state["epoch"]:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        path.restore(optimizer, state["optimizer"])
         usage.copy_(state["usage"] if parallel.is_first() else 0)  # it is a sum over processes
     if path.compiled:  # in place, so that structure and keys of the weights stay as they are
         model.encoder.compile()
@@ -161,7 +162,9 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                 if update < K_MEANS_UPDATES:
                     follow_latents(model, batch_latents(model, x, n, path), update == 0, random)
                 elif update % REVIVE_EVERY == 0:
-                    revive_codes(model, batch_latents(model, x, n, path), optimizer, parallel.total(usage), random)
+                    dead = parallel.total(usage) == 0
+                    if dead.any() and not dead.all():  # all: nothing was counted yet, in a run of an older version
+                        revive_codes(model, batch_latents(model, x, n, path), optimizer, dead, random)
                     usage.zero_()
                 with path.autocast():
                     vq_loss, x_hat, _, codes = network(x)
@@ -177,10 +180,10 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                 count_codes(usage, codes, n)
                 seen.append(torch.stack([recon_loss.detach(), vq_loss.detach()]) * parallel.weight(n))
                 bar.update(n)
-        seconds = time.perf_counter() - started
-
         seen = parallel.total(torch.stack(seen))  # (updates, 2)
         check_finite(seen, f"VQ-VAE epoch {epoch}")
+        seconds = time.perf_counter() - started  # a GPU has done all of it now
+
         scores = metrics.score(average, validate_set, runs.progress, parallel.rank(), parallel.world())
         scores = metrics.Scores(*(parallel.total(part) for part in scores))
         all_usage = parallel.total(usage)
@@ -218,10 +221,9 @@ def follow_latents(model: VQVAE, z_e: Tensor, first: bool, random: torch.Generat
     parallel.copy_first(quantizer.embedding.weight.detach())
 
 
-def revive_codes(model: VQVAE, z_e: Tensor, optimizer, usage: Tensor, random: torch.Generator) -> None:
+def revive_codes(model: VQVAE, z_e: Tensor, optimizer, dead: Tensor, random: torch.Generator) -> None:
     """Move the codes that nothing chose onto latents z_e (B, D, 64, 64), and forget the momentum they had elsewhere."""
     quantizer = model.vector_quantizer
-    dead = usage == 0
     quantizer.revive(dead, z_e, random)
     parallel.copy_first(quantizer.embedding.weight.detach())
     moments = optimizer.state[quantizer.embedding.weight]
@@ -291,7 +293,7 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     Args:
         vqvae: the trained network, on `device`.
         train_set: with batches on `device`.
-        run: its options give gan_epochs, gan_batch_size, gan_lr and seed.
+        run: its options give gan_epochs, gan_batch_size, gan_lr, gan_betas, seed and fast_path.
         note: where the data come from, if they are phantoms; goes into every figure.
 
     Returns:
@@ -322,8 +324,10 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
         "discriminator_optimizer": path.adam(discriminator, o.gan_lr, o.gan_betas),
     }
     if state["epoch"]:
-        for name, part in (nets | optimizers).items():
-            part.load_state_dict(state[name])
+        for name, net in nets.items():
+            net.load_state_dict(state[name])
+        for name, optimizer in optimizers.items():
+            path.restore(optimizer, state[name])
 
     def noise(n: int, random: torch.Generator) -> Tensor:
         return torch.randn(n, prior.noise_dim, 1, 1, generator=random)
@@ -361,10 +365,10 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
                     check_finite(g_loss, f"DCGAN epoch {epoch}, update {update}")
                 update_average(average, generator, update, GAN_AVERAGE_DECAY)
                 bar.update(n)
-        seconds = time.perf_counter() - started
-
         seen = parallel.total(torch.stack(seen))  # (updates, 4)
         check_finite(seen, f"DCGAN epoch {epoch}")
+        seconds = time.perf_counter() - started
+
         columns = dict(zip(GAN_COLUMNS, seen.T, strict=True))
         state |= {"epoch": epoch} | {name: part.state_dict() for name, part in (nets | optimizers).items()}
         for key, values in columns.items():
@@ -448,7 +452,7 @@ def batch_sizes(n_images: int, batch_size: int) -> list[int]:
 def means_by_image(by_update: dict[str, Tensor], sizes: list[int]) -> dict[str, float]:
     """Means over images of batch means."""
     return {
-        key: (values.double().cpu() @ torch.tensor(sizes).double()).item() / sum(sizes)
+        key: (values.cpu().double() @ torch.tensor(sizes).double()).item() / sum(sizes)
         for key, values in by_update.items()
     }
 
@@ -487,12 +491,11 @@ def open_run(given: dict) -> runs.Run:
         raise runs.RunError(
             f"--device {run.options['device']}: several processes need --device cuda (one GPU each) or cpu"
         )
-    for name in ("batch_size", "gan_batch_size"):
-        if run.options[name] < parallel.world():
+    for stage, name in (("vqvae", "batch_size"), ("gan", "gan_batch_size")):
+        size = run.options[name]
+        if size < parallel.world() and run.options["only"] in (None, stage):
             option = name.replace("_", "-")
-            raise runs.RunError(
-                f"--{option} {run.options[name]}: less than one image for each of {parallel.world()} processes"
-            )
+            raise runs.RunError(f"--{option} {size}: less than one image for each of {parallel.world()} processes")
     return run
 
 
@@ -501,6 +504,8 @@ def choose_fast_path(run: runs.Run, device: torch.device, n_images: int) -> hard
     kept = run.options.get("fast_path")
     if kept and kept["device"] == device.type:
         return hardware.FastPath(**kept)
+    if run.options["only"] == "gan":  # which has neither compiled nor bfloat16 networks
+        return hardware.choose_fast_path(device, "float32", run.options["plain"], 0)
     n_updates = run.options["epochs"] * math.ceil(n_images / run.options["batch_size"])
     return hardware.choose_fast_path(device, run.options["precision"], run.options["plain"], n_updates)
 
@@ -541,7 +546,7 @@ def resumed_run(given: dict) -> runs.Run:
             raise runs.RunError(f"--{option} {given[name]}: the run has {run.options[name]}; it can only be raised")
     if "data" in given:
         given["data"] = str(find_data(given["data"]).resolve())
-    run.options = DEFAULTS | run.options  # options that are younger than the run
+    run.options = DEFAULTS | {"precision": "float32"} | run.options  # options that are younger than the run
     run.options |= {name: value for name, value in given.items() if name != "resume"}
     if run.options["only"] == "gan":
         run.options["vqvae"] = str((run.folder / "vqvae.pth").resolve())

@@ -39,6 +39,9 @@ def enlarge(source: Path, target: Path, scale: float) -> None:
         for i in range(max(2, round(count * scale))):
             os.symlink(files[i % len(files)].resolve(), folder / f"case_{i // 32:03d}_slice_{i % 32}.nii.png")
 
+    if (source / phantom.MARKER).is_file():
+        os.symlink((source / phantom.MARKER).resolve(), target / phantom.MARKER)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,14 +63,17 @@ def main() -> None:
         (run,) = (folder / "out").iterdir()
         with open(run / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
-    path = hardware.choose_fast_path(device, "auto", False, len(rows) * 302)
-    limit = speed.matrix_product(device, torch.bfloat16 if path.bfloat16 else torch.float32)
-    limit_rate = 2 * 4096**3 / min(speed.timed(limit, device) for _ in range(5))
+        path = hardware.FastPath(**runs.read_json(run / "run.json")["options"]["fast_path"])
+    limit = speed.matrix_product(torch.bfloat16 if path.bfloat16 else torch.float32, device, folder)
+    speed.timed(limit, device)
+    limit_rate = speed.PRODUCT_FLOPS / min(speed.timed(limit, device) for _ in range(10))
     model, training = VQVAE().to(device), 0.0
     flops = speed.flops_an_image(lambda x: model(x)[:2], device)
     print(f"\n{speed.processor()}, {runs.environment(device)['device']}, torch {torch.__version__}, {path}")
     for stage in ("vqvae", "gan"):
         epochs = [row for row in rows if row["stage"] == stage]
+        if not epochs:
+            continue
         seconds = sorted(float(row["seconds"]) for row in epochs)
         training += sum(seconds)
         rate = sorted(float(row["images_per_second"]) for row in epochs)[len(epochs) // 2]

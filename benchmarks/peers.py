@@ -23,7 +23,7 @@ class ReportStyleQuantizer(nn.Module):
         weight = self.embedding.weight
         distances = flat.square().sum(1, keepdim=True) + weight.square().sum(1) - 2 * flat @ weight.T
         codes = distances.argmin(1, keepdim=True)
-        one_hot = torch.zeros(len(codes), len(weight)).to(z)
+        one_hot = torch.zeros(len(codes), len(weight), device=z.device, dtype=z.dtype)
         one_hot.scatter_(1, codes, 1)
         z_q = (one_hot @ weight).view(z.shape)
         loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())

@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt           # the peers; sides whose package is missing are left out
     python benchmarks/speed.py                           # every part, about ten minutes on two cores
-    python benchmarks/speed.py step --rounds 20          # one part: step, validation, dcgan, loading, start
+    python benchmarks/speed.py step ssim --rounds 20     # some parts; --help lists them
     python benchmarks/speed.py --json speed.json
 
 Each side runs in a process of its own, so that none profits from another's settings. The processes wait while one of
@@ -11,10 +11,10 @@ times (compiling, caches, allocators). What is printed is the median over rounds
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -52,11 +52,19 @@ quiet = partial(tqdm, disable=True)
 
 
 class Work(NamedTuple):
-    """What a side does in a round: `once()` handles `n` images; `network(x)` gives the losses, to count its FLOPs."""
+    """What a side does in a round.
+
+    Attributes:
+        once: does the work for n images.
+        n: how many images that is; 1 where the work is not one of images.
+        network: x -> (vq_loss, x_hat), to count its floating-point operations.
+        limit: the matrix product that its speed is set against.
+    """
 
     once: Callable[[], object]
     n: int
     network: Callable | None = None
+    limit: str = "float32"
 
 
 class Side(NamedTuple):
@@ -71,37 +79,36 @@ def images(folder: Path, device, n: int = BATCH) -> torch.Tensor:
 # --- one training step of the VQ-VAE
 
 
-def our_step(path: FastPath | None, device, folder: Path, keep_memory: bool = True) -> Work:
-    """All that train_vqvae does in an update: Adam, the average of the weights, usage counts, revival."""
-    path = path or hardware.choose_fast_path(device, "auto", False, 3624)
+def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Work:
+    """An update as train_vqvae makes it, with the average of the weights and the counts of codes.
+
+    Left out: revival, which is one update in ten and only where a code is dead, and the DataLoader, which is a part of
+    its own.
+    """
+    path = hardware.choose_fast_path(device, "auto", False, 3624)._replace(**change)
     if keep_memory:
         path.set_up()
     x = images(folder, device)
     model = VQVAE().to(device, memory_format=path.layout)
-    average = VQVAE().to(device, memory_format=path.layout)
-    optimizer, random = path.adam(model, 1e-3), torch.Generator()
+    average = copy.deepcopy(model)
+    optimizer = path.adam(model, 1e-3)
     if path.compiled:
         model.encoder.compile()
         model.decoder.compile()
     usage = torch.zeros(512, dtype=torch.int64, device=device)
-    train.follow_latents(model, train.batch_latents(model, x, BATCH, path), True, random)
-    updates = iter(range(1, 10**9))
+    train.follow_latents(model, train.batch_latents(model, x, BATCH, path), True, torch.Generator())
 
     def once() -> None:
-        update = next(updates)
-        if update % train.REVIVE_EVERY == 0:
-            train.revive_codes(model, train.batch_latents(model, x, BATCH, path), optimizer, usage, random)
-            usage.zero_()
         with path.autocast():
             vq_loss, x_hat, _, codes = model(x)
         loss = F.mse_loss(x_hat, x) + vq_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        train.update_average(average, model, update, train.AVERAGE_DECAY)
+        train.update_average(average, model, 1000, train.AVERAGE_DECAY)
         train.count_codes(usage, codes, BATCH)
 
-    return Work(once, BATCH, lambda x: model(x)[:2])
+    return Work(once, BATCH, lambda x: model(x)[:2], "bfloat16" if path.bfloat16 else "float32")
 
 
 def peer_step(make_network: Callable, device, folder: Path) -> Work:
@@ -113,19 +120,29 @@ def report_style() -> torch.nn.Module:
     return peers.Autoencoder(peers.ReportStyleQuantizer())
 
 
+def matrix_product(dtype: torch.dtype, device, folder: Path) -> Work:
+    """The most that the machine computes: TF32 on a GPU, as convolutions do there."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
+    return Work(lambda: a @ b, 1)
+
+
+PRODUCT_FLOPS = 2 * 4096**3
+LIMITS = {
+    "float32": Side("matrix product, 4096 x 4096 x 4096", partial(matrix_product, torch.float32)),
+    "bfloat16": Side("matrix product, 4096 x 4096 x 4096", partial(matrix_product, torch.bfloat16)),
+}
 STEP = {
-    "ours": Side("the default", partial(our_step, None)),
-    "ours, compiled": Side(
-        "the same, encoder and decoder compiled", lambda d, f: our_step(FastPath(d.type, compiled=True), d, f)
-    ),
-    "ours, bfloat16": Side(
-        "the same, --precision bfloat16", lambda d, f: our_step(FastPath(d.type, bfloat16=True), d, f)
-    ),
+    "ours": Side("the default", partial(our_step, {})),
+    "ours, compiled": Side("the same, compiled", partial(our_step, {"compiled": True})),
+    "ours, not compiled": Side("the same, not compiled", partial(our_step, {"compiled": False})),
+    "ours, bfloat16": Side("the same, --precision bfloat16", partial(our_step, {"bfloat16": True})),
     "ours, freed memory given back": Side(
-        "the same, the C library's allocator as it comes", lambda d, f: our_step(FastPath(d.type), d, f, False)
+        "the same, the C library's allocator as it comes", partial(our_step, {}, keep_memory=False)
     ),
     "ours, --plain": Side(
-        "NCHW, float32, eager, allocator as it comes", lambda d, f: our_step(FastPath(d.type, plain=True), d, f)
+        "NCHW, float32, eager, allocator as it comes",
+        partial(our_step, {"plain": True, "bfloat16": False, "compiled": False}, keep_memory=False),
     ),
     "report's style": Side("NCHW, one-hot matrix, eager", partial(peer_step, report_style)),
     "vector-quantize-pytorch": Side(
@@ -165,8 +182,10 @@ def ssim_alone(ours: bool, device, folder: Path) -> Work:
 VALIDATION = {
     "ours": Side("metrics.score: float32, batches of 32, SSIM in batches", our_validation),
     "report's style": Side("network and scikit-image, image by image", peer_validation),
-    "ours, SSIM alone": Side("metrics.ssim, batches of 64", partial(ssim_alone, True)),
-    "scikit-image, SSIM alone": Side("structural_similarity, image by image", partial(ssim_alone, False)),
+}
+SSIM = {
+    "ours": Side("metrics.ssim, a batch of 64", partial(ssim_alone, True)),
+    "scikit-image": Side("structural_similarity, image by image", partial(ssim_alone, False)),
 }
 
 # --- one training step of the DCGAN
@@ -253,11 +272,13 @@ def peer_batches(workers: int, device, folder: Path) -> Work:
     return Work(lambda: [batch.to(device) for batch in loader], len(loader.dataset))
 
 
-LOADING = {
-    "ours, first read": Side("OasisDataset: PNG files to one uint8 tensor, in threads", read_all),
-    "Pillow + ToTensor, first read": Side("one file after another", read_all_peer),
-    "ours, an epoch's batches": Side("make_loader", our_batches),
-    "DataLoader, an epoch's batches": Side("Pillow + ToTensor, no workers", partial(peer_batches, 0)),
+READING = {
+    "ours": Side("OasisDataset: PNG files to one uint8 tensor, in threads", read_all),
+    "Pillow + ToTensor": Side("one file after another", read_all_peer),
+}
+BATCHES = {
+    "ours": Side("make_loader", our_batches),
+    "DataLoader": Side("Pillow + ToTensor, no worker processes", partial(peer_batches, 0)),
     "DataLoader, 2 workers": Side("Pillow + ToTensor, two worker processes", partial(peer_batches, 2)),
 }
 
@@ -269,23 +290,29 @@ def command(*words) -> Callable:
 
 
 START = {
-    "import torch": Side("what every side begins with", command("-c", "import torch")),
     "ours": Side("import train", command("-c", "import train")),
+    "torch": Side("import torch: what every side begins with", command("-c", "import torch")),
     "MONAI": Side("from monai.networks.nets import VQVAE", command("-c", "from monai.networks.nets import VQVAE")),
     "vector-quantize-pytorch": Side("import vector_quantize_pytorch", command("-c", "import vector_quantize_pytorch")),
 }
 
-PARTS = {"step": STEP, "validation": VALIDATION, "dcgan": DCGAN, "loading": LOADING, "start": START}
-
-
-def matrix_product(device, dtype: torch.dtype) -> Work:
-    a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
-    return Work(lambda: a @ b, 1)
-
-
-LIMITS = {
-    "float32": Side("4096 x 4096 x 4096 matrix product", lambda d, f: matrix_product(d, torch.float32)),
-    "bfloat16": Side("4096 x 4096 x 4096 matrix product", lambda d, f: matrix_product(d, torch.bfloat16)),
+PARTS = {
+    "step": STEP | LIMITS,
+    "validation": VALIDATION,
+    "ssim": SSIM,
+    "dcgan": DCGAN,
+    "reading": READING,
+    "batches": BATCHES,
+    "start": START,
+}
+TITLES = {
+    "step": "VQ-VAE, a training step",
+    "validation": "Validation: network and SSIM",
+    "ssim": "SSIM alone",
+    "dcgan": "DCGAN, a training step",
+    "reading": "First read of the PNG files",
+    "batches": "An epoch's batches",
+    "start": "Start-up",
 }
 
 
@@ -304,12 +331,23 @@ def timed(work: Work, device: torch.device) -> float:
     work.once()
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter() - started
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has had at most: on the GPU, else in main memory (where Linux says it)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def worker(part: str, name: str, device: torch.device, folder: Path) -> None:
     """Do a side's work once for each line on standard input; answer with its seconds, at the end with what it took."""
-    side = (PARTS | {"limits": LIMITS})[part][name]
+    side = PARTS[part][name]
     try:
         work = side.make(device, folder)
     except ImportError as error:
@@ -319,13 +357,12 @@ def worker(part: str, name: str, device: torch.device, folder: Path) -> None:
     started = time.perf_counter()
     for _ in range(3):
         timed(work, device)
-    print(json.dumps({"n": work.n, "warm_up": time.perf_counter() - started}), flush=True)
+    print(json.dumps({"n": work.n, "limit": work.limit, "warm_up": time.perf_counter() - started}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(timed(work, device)), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    gpu_peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = peak_memory(device) if part in ("step", "validation", "dcgan") else None  # elsewhere it says nothing
     flops = flops_an_image(work.network, device) if work.network else None
-    print(json.dumps({"peak": peak, "gpu_peak": gpu_peak, "flops_an_image": flops}), flush=True)
+    print(json.dumps({"peak": peak, "flops_an_image": flops}), flush=True)
 
 
 def measure(part: str, sides: dict[str, Side], o, folder: Path) -> dict[str, dict]:
@@ -356,23 +393,26 @@ def measure(part: str, sides: dict[str, Side], o, folder: Path) -> dict[str, dic
     return found
 
 
-def report(part: str, sides: dict[str, Side], found: dict[str, dict], limits: dict[str, float]) -> None:
-    """A table in Markdown: rates, how many times as fast the first side is, memory, share of the limit."""
-    unit = "runs/s" if part == "start" else "images/s"
+def report(part: str, found: dict[str, dict]) -> None:
+    """A table in Markdown: speed, how many times as fast the first side is, and for steps the share of the limit."""
+    limits = {name: PRODUCT_FLOPS * found[name]["rate"] for name in LIMITS if name in found}
+    unit = "starts/s" if part == "start" else "images/s"
+    columns = [TITLES[part], "configuration", unit, "least to most", "ours / this", "warm-up / s", "peak memory / GB"]
+    columns += ["GFLOP an image", "share of the limit"] if part == "step" else []
+    print("\n| " + " | ".join(columns) + " |\n|---|---|" + "---:|" * (len(columns) - 2))
     first = next(iter(found.values()))["rate"]
-    print(
-        f"\n| {part} | configuration | {unit} | least to most | first / this | warm-up / s | peak memory / GB |", end=""
-    )
-    print(" GFLOP an image | share of limit |" if part == "step" else "")
-    print("|---|---|---:|---:|---:|---:|---:|" + "---:|---:|" * (part == "step"))
     for name, r in found.items():
-        memory = (r["gpu_peak"] or r["peak"]) / 1e9
-        row = f"| {name} | {sides[name].text} | {r['rate']:.4g} | {r['rate_least']:.4g} to {r['rate_most']:.4g} "
-        row += f"| {first / r['rate']:.2f} | {r['warm_up']:.1f} | {memory:.2f} |"
-        if r.get("flops_an_image"):
-            share = r["rate"] * r["flops_an_image"] / limits["float32"]
-            row += f" {r['flops_an_image'] / 1e9:.2f} | {share:.0%} |"
-        print(row)
+        if name in limits:
+            continue
+        cells = [name, PARTS[part][name].text, f"{r['rate']:.4g}", f"{r['rate_least']:.4g} to {r['rate_most']:.4g}"]
+        cells += [f"{first / r['rate']:.2f}", f"{r['warm_up']:.1f}", f"{r['peak'] / 1e9:.2f}" if r["peak"] else ""]
+        if part == "step":
+            share = r["rate"] * r["flops_an_image"] / limits[r["limit"]]
+            cells += [f"{r['flops_an_image'] / 1e9:.2f}", f"{share:.0%} of {r['limit']}"]
+        print("| " + " | ".join(cells) + " |")
+    for name, limit in limits.items():
+        least, most = (PRODUCT_FLOPS * found[name][key] / 1e9 for key in ("rate_least", "rate_most"))
+        print(f"\nLimit, {name}: {limit / 1e9:.0f} GFLOP/s ({least:.0f} to {most:.0f}), {LIMITS[name].text}.")
     sys.stdout.flush()
 
 
@@ -400,13 +440,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = {"train": range(1, 17), "validate": range(17, 21), "test": range(21, 22)}
         phantom.write(Path(folder), cases, progress=quiet)
-        found = {"limits": measure("limits", LIMITS, o, Path(folder))}
-        limits = {name: 2 * 4096**3 * r["rate"] for name, r in found["limits"].items()}
-        for name, limit in limits.items():
-            print(f"Matrix product 4096x4096x4096 in {name}: {limit / 1e9:.0f} GFLOP/s")
+        found = {}
         for part in o.parts or PARTS:
             found[part] = measure(part, PARTS[part], o, Path(folder))
-            report(part, PARTS[part], found[part], limits)
+            report(part, found[part])
     if o.json:
         o.json.write_text(json.dumps({"machine": machine, "rounds": o.rounds, "parts": found}, indent=2) + "\n")
 

@@ -18,17 +18,19 @@ def test_the_reports_style_equals_ours_in_losses_and_gradients(images):
     torch.manual_seed(0)
     ours, reference = VQVAE(), peers.Autoencoder(peers.ReportStyleQuantizer())
     with torch.no_grad():
-        ours.vector_quantizer.embedding.weight.normal_()
+        ours.vector_quantizer.embedding.weight.normal_(std=ours.latents(images).std().item())
     reference.load_state_dict(ours.state_dict())
     vq_loss, x_hat, _, _ = ours(images)
     (F.mse_loss(x_hat, images) + vq_loss).backward()
-    other_loss, other_x_hat = reference(images)
-    (F.mse_loss(other_x_hat, images) + other_loss).backward()
-    torch.testing.assert_close(vq_loss, other_loss)
-    torch.testing.assert_close(x_hat, other_x_hat, atol=1e-5, rtol=1e-4)
+    reference.double()  # the exact side; in float32 it is off by up to 1.2e-4 itself
+    other_loss, other_x_hat = reference(images.double())
+    (F.mse_loss(other_x_hat, images.double()) + other_loss).backward()
+    assert vq_loss.item() == pytest.approx(other_loss.item(), rel=1e-5)
+    assert (x_hat - other_x_hat).abs().max() <= 1e-5
     gradients = {name: p.grad for name, p in reference.named_parameters()}
     for name, p in ours.named_parameters():
-        assert (p.grad - gradients.pop(name)).norm() <= 1e-4 * p.grad.norm(), name
+        exact = gradients.pop(name)
+        assert (p.grad - exact).norm() <= 2e-4 * exact.norm(), name
     assert not gradients
 
 
@@ -41,15 +43,15 @@ def test_the_peers_validation_is_scikit_images(images):
 
 
 def test_the_speed_benchmark_runs(tmp_path):
-    command = [sys.executable, PROJECT / "benchmarks" / "speed.py", "loading", "--rounds", "2"]
+    command = [sys.executable, PROJECT / "benchmarks" / "speed.py", "reading", "batches", "--rounds", "2"]
     done = subprocess.run([*map(str, command), "--json", "speed.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "speed.json").read_text())
-    assert found["parts"]["limits"]["float32"]["rate"] > 0
-    for name, side in found["parts"]["loading"].items():
-        assert len(side["seconds"]) == 2 and side["rate_least"] <= side["rate"] <= side["rate_most"], name
-        assert f"| {name} |" in done.stdout
-    assert found["parts"]["loading"]["ours, first read"]["n"] == 16 * 32
+    for part in ("reading", "batches"):
+        for name, side in found["parts"][part].items():
+            assert len(side["seconds"]) == 2 and side["rate_least"] <= side["rate"] <= side["rate_most"], name
+            assert f"| {name} |" in done.stdout
+        assert found["parts"][part]["ours"]["n"] == 16 * 32
 
 
 def test_the_full_size_benchmark_runs(tmp_path):
@@ -57,5 +59,5 @@ def test_the_full_size_benchmark_runs(tmp_path):
     words = ["--", "--epochs", "1", "--gan-epochs", "1", "--n-embeddings", "32"]
     done = subprocess.run([*map(str, command), *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Data: " in done.stdout and "(39 training, 4 validation images)" in done.stdout
+    assert "(39 training, 4 validation images) (phantoms)" in done.stdout
     assert "Training time: " in done.stdout

@@ -20,7 +20,7 @@ PLAIN = FastPath("cpu", plain=True)
 
 
 def one_update(path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Losses, gradients and new weights of one update."""
+    """Losses and gradients of one update."""
     torch.manual_seed(0)
     model = VQVAE().to(memory_format=path.layout)
     with torch.no_grad():  # codes that are far apart, so that rounding does not change which one is nearest
@@ -28,14 +28,11 @@ def one_update(path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
     if path.compiled:
         model.encoder.compile()
         model.decoder.compile()
-    optimizer = path.adam(model, 1e-3)
     with path.autocast():
         vq_loss, x_hat, _, _ = model(x)
     recon_loss = F.mse_loss(x_hat, x)
     (recon_loss + vq_loss).backward()
-    gradients = {f"gradient of {key}": p.grad.clone() for key, p in model.named_parameters()}
-    optimizer.step()
-    return {"recon_loss": recon_loss, "vq_loss": vq_loss} | gradients | model.state_dict()
+    return {"recon_loss": recon_loss, "vq_loss": vq_loss} | {key: p.grad for key, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -47,11 +44,8 @@ def test_fast_paths_equal_the_plain_one_within_their_rounding(path, tolerance, i
     expected, found = one_update(PLAIN, images[:2]), one_update(path, images[:2])
     assert found.keys() == expected.keys()  # compiled or not: no prefix
     for key, value in expected.items():
-        if "vector_quantizer" in key or "loss" in key or "gradient" in key:
-            error = (found[key] - value).norm() / value.norm()
-            assert error <= tolerance, (key, error)
-        else:  # Adam's first step is ±lr wherever a gradient is not 0, whatever its size
-            assert (found[key] - value).abs().max() <= 2.1e-3, key
+        error = (found[key] - value).norm() / value.norm()
+        assert error <= tolerance, (key, error)
 
 
 def test_losses_and_distances_stay_float32_under_autocast(images):
@@ -64,12 +58,31 @@ def test_losses_and_distances_stay_float32_under_autocast(images):
     assert torch.equal(codes, model.vector_quantizer.nearest(z_e.float()))
 
 
-def test_layout_and_optimizer_are_the_paths():
-    for path, fused in ((PLAIN, False), (FastPath("cpu"), True)):
+def test_layout_is_the_paths():
+    for path in (PLAIN, FastPath("cpu")):
         generator = Generator().apply(dcgan_init).to(memory_format=path.layout)
-        assert path.adam(generator, 2e-4, (0.5, 0.999)).defaults["fused"] is fused
-        out = generator(torch.randn(2, 128, 1, 1))
-        assert out.is_contiguous(memory_format=path.layout)
+        assert generator(torch.randn(2, 128, 1, 1)).is_contiguous(memory_format=path.layout)
+
+
+def test_adam_is_adam_fused_or_not_and_can_change_over_on_resuming():
+    """Five steps against the definition (Kingma and Ba 2015, algorithm 1), the last two after a change of path."""
+    gradients = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    expected, m, v = torch.ones(7, dtype=torch.double), 0, 0
+    for t, g in enumerate(gradients, 1):
+        m, v = 0.5 * m + 0.5 * g, 0.999 * v + 0.001 * g**2
+        expected = expected - 2e-4 * (m / (1 - 0.5**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    for first, second in ((PLAIN, FastPath("cpu")), (FastPath("cpu"), PLAIN)):
+        network = torch.nn.Linear(7, 1, bias=False).double()
+        torch.nn.init.ones_(network.weight)
+        optimizer = first.adam(network, 2e-4, (0.5, 0.999))
+        for t, g in enumerate(gradients):
+            if t == 3:
+                saved, optimizer = optimizer.state_dict(), second.adam(network, 2e-4, (0.5, 0.999))
+                second.restore(optimizer, saved)
+                assert optimizer.param_groups[0]["fused"] is (not second.plain)
+            network.weight.grad = g[None].clone()
+            optimizer.step()
+        torch.testing.assert_close(network.weight[0].detach(), expected, rtol=1e-9, atol=0)
 
 
 def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):
@@ -85,7 +98,6 @@ def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):
     (eager, run), (compiled, other) = kept
     assert list(torch.load(folder / "vqvae.pth", weights_only=True)) == list(eager.state_dict())
     assert other.rows[0]["training_loss"] == pytest.approx(run.rows[0]["training_loss"], rel=1e-3)
-    assert other.rows[0]["ssim_mean"] == pytest.approx(run.rows[0]["ssim_mean"], rel=1e-2)
 
 
 def test_what_is_chosen(monkeypatch):

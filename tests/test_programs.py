@@ -257,7 +257,9 @@ def test_raised_epochs_outlast_an_interruption(trained, folder):
     saved = torch.load(copied / "resume.pth", weights_only=True)
     assert saved["options"]["epochs"] == 3 and "gan" not in saved["state"]
     assert not (copied / "generator.pth").exists() and not (copied / "gan_epoch_2.png").exists()
-    del saved["options"]["gan_betas"]  # as if the run were older than this option
+    for younger in ("gan_betas", "precision", "plain", "fast_path"):  # as if the run were older than these options
+        del saved["options"][younger]
+    saved["state"]["vqvae"]["usage"].zero_()  # what older runs may have saved
     torch.save(saved, copied / "resume.pth")
     done = run_program("train.py", "--resume", copied, cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -102,10 +102,9 @@ def test_reviving_forgets_the_momentum_of_the_dead(random):
     moments = optimizer.state[quantizer.embedding.weight]
     before = moments["exp_avg"].clone() + 1
     moments["exp_avg"] += 1
-    usage = torch.tensor([5, 0, 1, 1, 0, 2, 2, 2])
+    dead = torch.tensor([5, 0, 1, 1, 0, 2, 2, 2]) == 0
     alive = quantizer.embedding.weight.detach().clone()
-    train.revive_codes(model, torch.randn(1, 4, 8, 8), optimizer, usage, random)
-    dead = usage == 0
+    train.revive_codes(model, torch.randn(1, 4, 8, 8), optimizer, dead, random)
     assert not moments["exp_avg"][dead].any() and not moments["exp_avg_sq"][dead].any()
     assert torch.equal(moments["exp_avg"][~dead], before[~dead])
     assert torch.equal(quantizer.embedding.weight[~dead], alive[~dead])
