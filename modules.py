@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Rows whose distances to the codebook are held at once: 8192 x 512 float32 are 16 MB, near a CPU's cache. A GPU would
-# rather have one large piece of work.
-ROWS_AT_ONCE = {"cpu": 8192, "cuda": 262144}
+# Images whose distances to the codebook are held at once, 8 MB each: near a CPU's cache; on a GPU one piece of work.
+IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
 
 
 class ResidualBlock(nn.Module):
@@ -135,14 +134,20 @@ class VectorQuantizer(nn.Module):
 
         Computed in float32, under autocast too.
         """
-        rows = _rows(z)
-        at_once = ROWS_AT_ONCE.get(z.device.type, ROWS_AT_ONCE["cpu"])
         codebook = self.embedding.weight.float()
-        # |z - e|² is least where z·e - |e|²/2 is greatest: one matrix product, and |z|² is never needed.
+        half_norms = codebook.square().sum(1) / -2
+
+        def likeness(part: Tensor) -> Tensor:
+            # |z - e|² is least where z·e - |e|²/2 is greatest: one matrix product, and |z|² is never needed. On a CPU
+            # a 1x1 convolution computes it 1.5 times as fast; on a GPU it would not be float32, but TF32.
+            if part.device.type == "cpu":
+                return F.conv2d(part, codebook[:, :, None, None], half_norms)
+            return torch.addmm(half_norms, _rows(part), codebook.T).view(len(part), *part.shape[2:], -1).movedim(-1, 1)
+
         with torch.autocast(z.device.type, enabled=False):
-            half_norms = codebook.square().sum(1) / -2
-            best = [torch.addmm(half_norms, part, codebook.T).argmax(1) for part in rows.split(at_once)]
-        return torch.cat(best).view(z.shape[0], *z.shape[2:])
+            parts = z.float().contiguous(memory_format=torch.channels_last)
+            parts = parts.split(IMAGES_AT_ONCE.get(z.device.type, 4))
+            return torch.cat([likeness(part).argmax(1) for part in parts])
 
     def look_up(self, codes: Tensor) -> Tensor:
         """Embeddings (B, D, H, W) of codes (B, H, W)."""
