@@ -114,6 +114,7 @@ def test_run_json(trained, data):
         "images": {"train": 15, "validate": 10, "test": 10},
     }
     assert record["seed"] == 5 and record["options"]["batch_size"] == 4 and record["options"]["lr"] == 1e-3
+    assert record["options"]["fast_path"] == {"device": "cpu", "plain": False, "bfloat16": False, "compiled": False}
     assert record["torch"] == torch.__version__ and record["device"] == "cpu" and record["resumed"] == []
     assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", record["commit"])
 
@@ -322,6 +323,8 @@ def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp
         (("--lr", "nan"), "--lr"),
         (("--epochs", "1.5"), "--epochs"),
         (("--demo", "--data", "."), "--demo and --data"),
+        (("--plain", "--precision", "bfloat16"), "--plain and --precision"),
+        (("--precision", "float16"), "--precision"),
         (("--vqvae", "x.pth"), "--only gan"),
     ],
 )

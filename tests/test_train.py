@@ -11,6 +11,7 @@ import metrics
 import runs
 import train
 from dataset import OasisDataset
+from hardware import FastPath
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 
 
@@ -150,3 +151,15 @@ def test_means_by_image_weigh_the_smaller_last_batch():
     assert train.means_by_image({"a": torch.tensor([1.0, 1.0, 4.0])}, sizes) == {
         "a": pytest.approx((8 * 1 + 2 * 4) / 10)
     }
+
+
+def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.hardware, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    run = runs.Run(tmp_path, train.DEFAULTS | {"fast_path": FastPath("cpu", bfloat16=True)._asdict()})
+    assert train.choose_fast_path(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
+    assert train.choose_fast_path(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
+    assert train.choose_fast_path(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 updates do not repay it
+    run.options |= {"fast_path": None, "only": "gan"}
+    assert train.choose_fast_path(run, cuda, 9664) == FastPath("cuda")
