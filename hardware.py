@@ -67,6 +67,12 @@ class FastPath(NamedTuple):
         fused = not self.plain and self.device in ("cpu", "cuda")
         return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=fused)
 
+    def compile(self, vqvae: nn.Module) -> None:
+        """Compile encoder and decoder if that was chosen: in place, so that structure and keys of the weights stay."""
+        if self.compiled:
+            vqvae.encoder.compile()
+            vqvae.decoder.compile()
+
     def restore(self, optimizer: torch.optim.Adam, saved: dict) -> None:
         """Load an optimizer's state_dict; whether it is fused is this path's, not that of the run that saved it."""
         for group in saved["param_groups"]:

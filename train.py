@@ -138,9 +138,7 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
         average.load_state_dict(state["average"])
         path.restore(optimizer, state["optimizer"])
         usage.copy_(state["usage"] if parallel.is_first() else 0)  # it is a sum over processes
-    if path.compiled:  # in place, so that structure and keys of the weights stay as they are
-        model.encoder.compile()
-        model.decoder.compile()
+    path.compile(model)
     network = parallel.distributed(model)
 
     n_shown = min(32, len(train_set))

@@ -92,9 +92,7 @@ def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Wo
     model = VQVAE().to(device, memory_format=path.layout)
     average = copy.deepcopy(model)
     optimizer = path.adam(model, 1e-3)
-    if path.compiled:
-        model.encoder.compile()
-        model.decoder.compile()
+    path.compile(model)
     usage = torch.zeros(512, dtype=torch.int64, device=device)
     train.follow_latents(model, train.batch_latents(model, x, BATCH, path), True, torch.Generator())
 

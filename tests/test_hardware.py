@@ -25,9 +25,7 @@ def one_update(path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
     model = VQVAE().to(memory_format=path.layout)
     with torch.no_grad():  # codes that are far apart, so that rounding does not change which one is nearest
         model.vector_quantizer.embedding.weight.normal_(generator=torch.Generator().manual_seed(1))
-    if path.compiled:
-        model.encoder.compile()
-        model.decoder.compile()
+    path.compile(model)
     with path.autocast():
         vq_loss, x_hat, _, _ = model(x)
     recon_loss = F.mse_loss(x_hat, x)
