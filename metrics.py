@@ -1,6 +1,7 @@
 """Measures: SSIM as scikit-image computes it, the one scoring function, and how the codebook is used."""
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,16 +56,27 @@ def _window_sum(image: Tensor) -> Tensor:
     return image
 
 
+def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair of images (B, 1, H, W), peak 1: 10 log10(1 / mean squared error).
+
+    Returns:
+        (B,) float64 on the CPU, in dB; infinite where the two are equal.
+    """
+    return -10 * (x_hat - x).square().mean((1, 2, 3)).cpu().double().log10()
+
+
 class Scores(NamedTuple):
     """What `score` measures on a data set.
 
     Attributes:
         ssim: (N,) float64 on the CPU, in the data set's order.
-        usage: (n_embeddings,) int64, how many positions use each code.
-        foreground_usage: the same, counting foreground positions only.
+        psnr: (N,) float64, peak signal-to-noise ratio in dB, of the same images.
+        usage: (64·64, n_embeddings) int32, how many images have which code at a position, row by row.
+        foreground_usage: (n_embeddings,) int64, how many foreground positions of all images have each code.
     """
 
     ssim: Tensor
+    psnr: Tensor
     usage: Tensor
     foreground_usage: Tensor
 
@@ -94,30 +106,59 @@ def score(model, dataset, progress=tqdm, rank: int = 0, world: int = 1) -> Score
     """
     model = model.eval().to(memory_format=torch.channels_last)
     n_embeddings = model.vector_quantizer.embedding.num_embeddings
-    usage = torch.zeros(2, n_embeddings, dtype=torch.int64)
     n = len(dataset)
-    values = torch.zeros(n, dtype=torch.double)
-    device_type = model.conv1.weight.device.type
+    similarity, noise_ratio = torch.zeros(2, n, dtype=torch.double)
+    device = model.conv1.weight.device
+    usage = torch.zeros(64 * 64, n_embeddings, dtype=torch.int32, device=device)
+    foreground_usage = torch.zeros(n_embeddings, dtype=torch.int64)
     bar = progress(total=n, desc="Scoring", unit=" images", leave=False)
-    with bar, _exact_float32(), torch.autocast(device_type, enabled=False):
+    with bar, _exact_float32(), torch.autocast(device.type, enabled=False):
         for start in range(rank * SCORE_BATCH, n, world * SCORE_BATCH):
             x = dataset.__getitems__(range(start, min(start + SCORE_BATCH, n)))
             codes = model.encode(x)
             x_hat = model.decode(codes)
-            values[start : start + len(x)] = ssim(x, x_hat)
+            here = slice(start, start + len(x))
+            similarity[here], noise_ratio[here] = ssim(x, x_hat), psnr(x, x_hat)
+            by_position = codes.flatten(1).T  # (64·64, B)
+            usage.scatter_add_(1, by_position, torch.ones_like(by_position, dtype=torch.int32))
             foreground = F.avg_pool2d(x, 4)[:, 0] > FOREGROUND
-            for row, chosen in enumerate((codes.flatten(), codes[foreground])):
-                usage[row] += torch.bincount(chosen, minlength=n_embeddings).cpu()
+            foreground_usage += torch.bincount(codes[foreground], minlength=n_embeddings).cpu()
             bar.update(len(x))
-    return Scores(values, *usage)
+    return Scores(similarity, noise_ratio, usage.cpu(), foreground_usage)
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """Entropy in bits of the distributions that counts (…, n) are drawn from, as estimated by their shares: (…).
+
+    Between 0 and log2(n); 0 where nothing was counted. With few counts it is an underestimate: k of them give at most
+    log2(k), whatever they are drawn from.
+    """
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return -torch.xlogy(p, p).sum(-1) / math.log(2)
 
 
 def perplexity(usage: Tensor) -> float:
-    """exp of the entropy of code counts (n_embeddings,): how many equally used codes would carry as much.
+    """2 to the entropy of code counts (n_embeddings,): how many equally used codes would carry as much.
 
-    Between 1 and n_embeddings; 0 where nothing was counted.
+    Between 1 and n_embeddings; 1 where nothing was counted.
     """
-    if usage.sum() == 0:
-        return 0.0
-    p = usage[usage > 0].double() / usage.sum()
-    return torch.exp(-(p * p.log()).sum()).item()
+    return 2 ** entropy(usage).item()
+
+
+def codebook_use(scores: Scores) -> dict[str, float]:
+    """How the codebook is used on a data set, by the names of metrics.csv.
+
+    Of the bits, `bits_raw` spends log2(n_embeddings) on each position of an image, `bits_entropy` what an ideal coder
+    needs that knows how often each code is used, and `bits_entropy_by_position` one that knows it for each position.
+    """
+    overall = scores.usage.sum(0)
+    positions, n_embeddings = scores.usage.shape
+    return {
+        "codes_used": int((overall > 0).sum()),
+        "codes_used_10_times": int((overall >= 10).sum()),
+        "perplexity": perplexity(overall),
+        "foreground_perplexity": perplexity(scores.foreground_usage),
+        "bits_raw": positions * math.log2(n_embeddings),
+        "bits_entropy": positions * entropy(overall).item(),
+        "bits_entropy_by_position": entropy(scores.usage).sum().item(),
+    }

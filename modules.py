@@ -99,8 +99,8 @@ class _StraightThrough(torch.autograd.Function):
 class VectorQuantizer(nn.Module):
     """Replaces each latent vector by the nearest vector of a learned codebook (arXiv 1711.00937, eq. 1 and 2).
 
-    The embeddings start uniform in ±1/n_embeddings. With that start alone nearly all of them stay unused, so
-    training calls `start_from`, `k_means_step` and `revive` when it wants them; nothing here does so by itself.
+    The embeddings start uniform in ±1/n_embeddings. With that start alone nearly all of them stay unused, so training
+    moves them (`codebook.KMeans`); nothing here does so by itself.
 
     Args:
         n_embeddings: size of the codebook.
@@ -142,7 +142,7 @@ class VectorQuantizer(nn.Module):
             # a 1x1 convolution computes it 1.5 times as fast; on a GPU it would not be float32, but TF32.
             if part.device.type == "cpu":
                 return F.conv2d(part, codebook[:, :, None, None], half_norms)
-            return torch.addmm(half_norms, _rows(part), codebook.T).view(len(part), *part.shape[2:], -1).movedim(-1, 1)
+            return torch.addmm(half_norms, rows(part), codebook.T).view(len(part), *part.shape[2:], -1).movedim(-1, 1)
 
         with torch.autocast(z.device.type, enabled=False):
             parts = z.float().contiguous(memory_format=torch.channels_last)
@@ -153,56 +153,8 @@ class VectorQuantizer(nn.Module):
         """Embeddings (B, D, H, W) of codes (B, H, W)."""
         return self.embedding(codes).permute(0, 3, 1, 2)
 
-    @torch.no_grad()
-    def start_from(self, z_e: Tensor, generator: torch.Generator) -> None:
-        """Put every embedding on a random latent of z_e (B, D, H, W).
 
-        `generator` is a CPU generator here and below, so that every device draws the same.
-        """
-        rows = _rows(z_e)
-        pick = torch.randint(len(rows), (self.embedding.num_embeddings,), generator=generator)
-        self.embedding.weight.copy_(rows[pick.to(rows.device)])
-
-    @torch.no_grad()
-    def k_means_step(self, z_e: Tensor, generator: torch.Generator) -> None:
-        """Move each embedding to the mean of the latents z_e (B, D, H, W) nearest to it, and `revive` the others."""
-        rows = _rows(z_e)
-        codes = self.nearest(z_e).flatten()
-        counts = torch.bincount(codes, minlength=self.embedding.num_embeddings)
-        sums = torch.zeros_like(self.embedding.weight).index_add_(0, codes, rows)
-        used = counts > 0
-        self.embedding.weight[used] = sums[used] / counts[used, None]
-        self._revive(~used, rows, codes, generator)
-
-    @torch.no_grad()
-    def revive(self, dead: Tensor, z_e: Tensor, generator: torch.Generator) -> None:
-        """Move the embeddings marked in `dead` (n_embeddings,) bool onto latents of z_e (B, D, H, W).
-
-        A cell (the positions that share a code) is drawn in proportion to its sum of squared quantization errors,
-        then one of its members uniformly. Drawing the cell by its cost puts codes where the loss is, as splitting
-        does in the LBG algorithm (Linde, Buzo and Gray 1980); drawing the member uniformly keeps single outliers,
-        which unsettle the decoder, from being favoured.
-        """
-        self._revive(dead, _rows(z_e), self.nearest(z_e).flatten(), generator)
-
-    def _revive(self, dead: Tensor, rows: Tensor, codes: Tensor, generator: torch.Generator) -> None:
-        n_dead = int(dead.sum())
-        if n_dead == 0:
-            return
-        errors = (rows - self.embedding.weight[codes]).square().sum(1)
-        n = self.embedding.num_embeddings
-        costs = torch.zeros(n, device=rows.device).index_add_(0, codes, errors).cpu().double()
-        if not costs.sum() > 0:  # every latent lies on its embedding, or they are not finite: nothing to gain
-            return
-        cells = torch.multinomial(costs, n_dead, replacement=True, generator=generator)
-        order = codes.argsort(stable=True)
-        counts = torch.bincount(codes, minlength=n).cpu()
-        starts = counts.cumsum(0) - counts
-        members = (torch.rand(n_dead, generator=generator, dtype=torch.double) * counts[cells]).long()
-        self.embedding.weight[dead] = rows[order[(starts[cells] + members).to(rows.device)]]
-
-
-def _rows(z: Tensor) -> Tensor:
+def rows(z: Tensor) -> Tensor:
     """Latents (B, D, H, W) as float32 vectors (B·H·W, D), in the order of codes (B, H, W)."""
     return z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 

@@ -86,6 +86,29 @@ def recon_losses(path: Path, losses: list[float], updates: list[int], means: lis
     _save(figure, path)
 
 
+def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
+    """PSNR and SSIM against the bits of an image's codes, a point for each epoch.
+
+    Args:
+        rows: with "psnr_mean", "ssim_mean" and, in bits an image, "bits_raw", "bits_entropy" and
+            "bits_entropy_by_position".
+    """
+    with plt.rc_context(STYLE):
+        figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True, layout="constrained")
+    _title(upper, f"Rate and distortion on the validation split, epochs 1 to {len(rows)}", note)
+    rates = (("bits_raw", GREY, "as they are"), ("bits_entropy", BLUE, "entropy of all codes"))
+    rates += (("bits_entropy_by_position", ORANGE, "entropy by position"),)
+    for axes, key in ((upper, "psnr_mean"), (lower, "ssim_mean")):
+        for rate, colour, label in rates:
+            x, y = ([row[name] for row in rows] for name in (rate, key))
+            axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=0.6, label=label)
+            axes.annotate("last", (x[-1], y[-1]), (4, 4), textcoords="offset points", fontsize=9)
+    upper.set(ylabel="PSNR / dB")
+    lower.set(xlabel="bits an image", ylabel="SSIM (1 = identical)", xlim=(0, None))
+    lower.legend(loc="lower left")
+    _save(figure, path)
+
+
 def gan_losses(path: Path, history: dict[str, list[float]], note: str = "") -> None:
     """The DCGAN's losses by update (above), and how sure the discriminator is (below).
 

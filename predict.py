@@ -79,6 +79,16 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
 
     mark = phantom.mark(note)
     above = int((ssim >= THRESHOLD).sum())
+    use = metrics.codebook_use(scores)
+    print(f"PSNR mean: {scores.psnr.mean():.2f} dB, from {scores.psnr.min():.2f} to {scores.psnr.max():.2f} dB{mark}")
+    print(
+        f"Codes used: {use['codes_used']} of {scores.usage.shape[1]}, {use['codes_used_10_times']} of them 10 times or "
+        f"more; perplexity {use['perplexity']:.1f}, in the foreground {use['foreground_perplexity']:.1f}{mark}"
+    )
+    print(
+        f"Bits an image: {use['bits_raw']:.0f} for the codes as they are; entropy {use['bits_entropy']:.0f}, "
+        f"by position {use['bits_entropy_by_position']:.0f}{mark}"
+    )
     print(f"SSIM mean: {ssim.mean():.4f}{mark}")
     print(f"Min SSIM score: {ssim.min():.4f}{mark}")
     print(f"Max SSIM score: {ssim.max():.4f}{mark}")

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import codebook
 import hardware
 import metrics
 import parallel
@@ -39,6 +40,7 @@ DEFAULTS = dict(
     beta=0.25,
     n_embeddings=512,
     embeddings_dim=64,
+    codebook="kmeans",
     gan_epochs=25,
     gan_batch_size=32,
     gan_lr=2e-4,
@@ -57,12 +59,6 @@ DEFAULTS = dict(
 DEMO_DEFAULTS = dict(epochs=5, gan_epochs=12)  # what fits in six minutes on two cores
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "gan_epochs", "data", "device"}
 
-# Codebook. For the first updates the encoder's output changes faster than Adam can move embeddings at lr 1e-3, and
-# nearly all codes die; a k-means step on each batch keeps them where the latents are. Later, codes that nothing chose
-# for REVIVE_EVERY updates are moved to where the quantization error is.
-K_MEANS_UPDATES = 100
-K_MEANS_START_STEPS = 10  # on the first batch alone
-REVIVE_EVERY = 10
 # At a constant rate the weights wander from update to update, and with them the black background's level, to which
 # SSIM is very sensitive. What is scored and kept is an exponential average of them.
 AVERAGE_DECAY = 0.99
@@ -115,8 +111,8 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
 
     Args:
         train_set, validate_set: with batches on `device`.
-        run: its options give epochs, batch_size, lr, beta, n_embeddings, embeddings_dim, seed and fast_path, the
-            fields of a `hardware.FastPath`.
+        run: its options give epochs, batch_size, lr, beta, n_embeddings, embeddings_dim, codebook (a way
+            of `codebook.WAYS`), seed and fast_path (the fields of a `hardware.FastPath`).
         note: where the data come from, if they are phantoms; goes into every figure.
 
     Returns:
@@ -132,12 +128,12 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
     average = copy.deepcopy(model)
     optimizer = path.adam(model, o.lr)
     state = run.state.setdefault("vqvae", {"epoch": 0, "losses": []})
-    usage = torch.zeros(o.n_embeddings, dtype=torch.int64, device=device)  # of each code since the last revival
+    way = codebook.WAYS[o.codebook](model.vector_quantizer, optimizer)
     if state["epoch"]:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         path.restore(optimizer, state["optimizer"])
-        usage.copy_(state["usage"] if parallel.is_first() else 0)  # it is a sum over processes
+        way.restore(state)
     path.compile(model)
     network = parallel.distributed(model)
 
@@ -157,26 +153,16 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
         model.train()
         with runs.progress(total=len(train_set), desc=f"VQ-VAE epoch {epoch}/{o.epochs}", unit=" images") as bar:
             for x, n in zip(loader, sizes, strict=True):
-                if update < K_MEANS_UPDATES:
-                    follow_latents(model, batch_latents(model, x, n, path), update == 0, random)
-                elif update % REVIVE_EVERY == 0:
-                    dead = parallel.total(usage) == 0
-                    if dead.any() and not dead.all():  # all: nothing was counted yet, in a run of an older version
-                        revive_codes(model, batch_latents(model, x, n, path), optimizer, dead, random)
-                    usage.zero_()
-                with path.autocast():
-                    vq_loss, x_hat, _, codes = network(x)
-                recon_loss = F.mse_loss(x_hat, x)
-                optimizer.zero_grad()
-                # backward averages over processes, each of which has its share of the batch
-                ((recon_loss + vq_loss) * parallel.weight(n) * parallel.world()).backward()
-                optimizer.step()
+                weight = parallel.weight(n)
+                way.before_update(update, lambda x=x, n=n: batch_latents(model, x, n, path), random)
+                recon_loss, vq_loss, codes = update_vqvae(network, optimizer, x, path, weight * parallel.world())
+                if weight:
+                    way.after_update(codes)
                 update += 1
                 if update % CHECK_EVERY == 0:
                     check_finite(recon_loss, f"VQ-VAE epoch {epoch}, update {update}")
                 update_average(average, model, update, AVERAGE_DECAY)
-                count_codes(usage, codes, n)
-                seen.append(torch.stack([recon_loss.detach(), vq_loss.detach()]) * parallel.weight(n))
+                seen.append(torch.stack([recon_loss, vq_loss]) * weight)
                 bar.update(n)
         seen = parallel.total(torch.stack(seen))  # (updates, 2)
         check_finite(seen, f"VQ-VAE epoch {epoch}")
@@ -184,8 +170,7 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
 
         scores = metrics.score(average, validate_set, runs.progress, parallel.rank(), parallel.world())
         scores = metrics.Scores(*(parallel.total(part) for part in scores))
-        all_usage = parallel.total(usage)
-        state |= {"epoch": epoch, "losses": state["losses"] + seen[:, 0].tolist(), "usage": all_usage.cpu()}
+        state |= {"epoch": epoch, "losses": state["losses"] + seen[:, 0].tolist()} | way.state()
         state |= {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         if parallel.is_first():
             row = epoch_row("vqvae", epoch, len(seen), len(train_set), seconds)
@@ -209,31 +194,20 @@ def batch_latents(model: VQVAE, x: Tensor, n: int, path: hardware.FastPath) -> T
     return parallel.gather(z_e.float(), n)
 
 
-def follow_latents(model: VQVAE, z_e: Tensor, first: bool, random: torch.Generator) -> None:
-    """Keep the codebook where the latents z_e (B, D, 64, 64) are while they still move fast."""
-    quantizer = model.vector_quantizer
-    if first:
-        quantizer.start_from(z_e, random)
-    for _ in range(K_MEANS_START_STEPS if first else 1):
-        quantizer.k_means_step(z_e, random)
-    parallel.copy_first(quantizer.embedding.weight.detach())
+def update_vqvae(
+    network: nn.Module, optimizer, x: Tensor, path: hardware.FastPath, weight: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step on images x (B, 1, 256, 256); returns its reconstruction loss, its vq_loss and the codes.
 
-
-def revive_codes(model: VQVAE, z_e: Tensor, optimizer, dead: Tensor, random: torch.Generator) -> None:
-    """Move the codes that nothing chose onto latents z_e (B, D, 64, 64), and forget the momentum they had elsewhere."""
-    quantizer = model.vector_quantizer
-    quantizer.revive(dead, z_e, random)
-    parallel.copy_first(quantizer.embedding.weight.detach())
-    moments = optimizer.state[quantizer.embedding.weight]
-    moments["exp_avg"][dead] = 0
-    moments["exp_avg_sq"][dead] = 0
-
-
-def count_codes(usage: Tensor, codes: Tensor, n: int) -> None:
-    """Add to `usage` how often each code was chosen by this process's share of a batch of n images."""
-    if parallel.weight(n) > 0:
-        codes = codes.flatten()
-        usage.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would make a GPU wait
+    `weight` multiplies the loss: backward averages over processes, each of which has its share of the batch.
+    """
+    with path.autocast():
+        vq_loss, x_hat, _, codes = network(x)
+    recon_loss = F.mse_loss(x_hat, x)
+    optimizer.zero_grad()
+    ((recon_loss + vq_loss) * weight).backward()
+    optimizer.step()
+    return recon_loss.detach(), vq_loss.detach(), codes
 
 
 def end_vqvae_epoch(model: VQVAE, shown: Tensor, row: dict, scores: metrics.Scores, run: runs.Run, note: str) -> None:
@@ -242,11 +216,10 @@ def end_vqvae_epoch(model: VQVAE, shown: Tensor, row: dict, scores: metrics.Scor
         "ssim_mean": scores.ssim.mean().item(),
         "ssim_min": scores.ssim.min().item(),
         "ssim_max": scores.ssim.max().item(),
-        "codes_used": int((scores.usage > 0).sum()),
-        "perplexity": metrics.perplexity(scores.usage),
-        "foreground_perplexity": metrics.perplexity(scores.foreground_usage),
+        "psnr_mean": scores.psnr.mean().item(),
     }
-    print_vqvae_epoch(row, len(scores.usage), note)
+    row |= metrics.codebook_use(scores)
+    print_vqvae_epoch(row, scores.usage.shape[1], note)
     best_before = max((r["ssim_mean"] for r in vqvae_rows(run)), default=-1.0)
     run.rows.append(row)
     if row["ssim_mean"] > best_before:
@@ -265,6 +238,7 @@ def draw_vqvae_epoch(model: VQVAE, shown: Tensor, epoch: int, run: runs.Run, not
     plots.ssim_by_epoch(run.folder / "train_ssim_scores.png", *ssim, note)
     updates, means = [row["updates"] for row in rows], [row["training_loss"] for row in rows]
     plots.recon_losses(run.folder / "train_recon_losses.png", run.state["vqvae"]["losses"], updates, means, note)
+    plots.rate_distortion(run.folder / "rate_distortion.png", rows, note)
 
 
 def draw_codes(model: VQVAE, validate_set: OasisDataset, run: runs.Run, note: str) -> None:
@@ -303,8 +277,8 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     o = SimpleNamespace(**run.options)
     path = hardware.FastPath(**run.options["fast_path"])
     state = run.state.setdefault("gan", {"epoch": 0, "history": {key: [] for key in GAN_COLUMNS}})
-    codebook = codebook_hash(vqvae)
-    if state.setdefault("codebook", codebook) != codebook:
+    codebook_now = codebook_hash(vqvae)
+    if state.setdefault("codebook", codebook_now) != codebook_now:
         raise runs.RunError(f"{run.folder / 'vqvae.pth'}: has changed since the DCGAN began; start a new run with it")
     latents = Latents(vqvae, train_set, runs.progress, state.get("stored"))
     state["stored"] = latents.stored  # a resumed run must see the same rounding
@@ -468,7 +442,7 @@ def print_vqvae_epoch(row: dict, n_embeddings: int, note: str) -> None:
     print(f"Min SSIM loss: {row['ssim_min']}{phantom.mark(note)}")
     print(
         f"Codebook usage: {row['codes_used']} of {n_embeddings} codes, perplexity {row['perplexity']:.1f}, "
-        f"in the foreground {row['foreground_perplexity']:.1f}{phantom.mark(note)}",
+        f"in the foreground {row['foreground_perplexity']:.1f}; PSNR {row['psnr_mean']:.2f} dB{phantom.mark(note)}",
         flush=True,
     )
 
@@ -598,6 +572,8 @@ def parse(words: list[str] | None) -> dict:
     add(group, "--beta", "weight of the commitment loss", type=weight, metavar="B")
     add(group, "--n-embeddings", "size of the codebook", type=count, metavar="N")
     add(group, "--embeddings-dim", "length of an embedding", type=count, metavar="D")
+    text = "how embeddings come to where the latents are; paper: by the loss alone, ema: as moving averages"
+    add(group, "--codebook", text, choices=codebook.WAYS)
     group = parser.add_argument_group("DCGAN")
     add(group, "--gan-epochs", "passes over the training latents", type=count, metavar="N")
     add(group, "--gan-batch-size", "latents an update", type=count, metavar="N")

@@ -37,13 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
+import codebook
 import hardware
 import metrics
 import phantom
 import runs
 import train
 from dataset import OasisDataset, make_loader
-from hardware import FastPath
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 from prior import Latents
 
@@ -79,6 +79,14 @@ def images(folder: Path, device, n: int = BATCH) -> torch.Tensor:
 # --- one training step of the VQ-VAE
 
 
+def start_codebook(vqvae: VQVAE, x: torch.Tensor, optimizer=None) -> codebook.KMeans:
+    """A codebook in use, as after the first updates."""
+    way = codebook.KMeans(vqvae.vector_quantizer, optimizer)
+    with torch.no_grad():
+        way.before_update(0, lambda: vqvae.latents(x), torch.Generator())
+    return way
+
+
 def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Work:
     """An update as train_vqvae makes it, with the average of the weights and the counts of codes.
 
@@ -93,18 +101,12 @@ def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Wo
     average = copy.deepcopy(model)
     optimizer = path.adam(model, 1e-3)
     path.compile(model)
-    usage = torch.zeros(512, dtype=torch.int64, device=device)
-    train.follow_latents(model, train.batch_latents(model, x, BATCH, path), True, torch.Generator())
+    way = start_codebook(model, x, optimizer)
 
     def once() -> None:
-        with path.autocast():
-            vq_loss, x_hat, _, codes = model(x)
-        loss = F.mse_loss(x_hat, x) + vq_loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        _, _, codes = train.update_vqvae(model, optimizer, x, path)
         train.update_average(average, model, 1000, train.AVERAGE_DECAY)
-        train.count_codes(usage, codes, BATCH)
+        way.after_update(codes)
 
     return Work(once, BATCH, lambda x: model(x)[:2], "bfloat16" if path.bfloat16 else "float32")
 
@@ -192,9 +194,7 @@ SSIM = {
 def latents(device, folder: Path, stored: bool) -> Latents:
     torch.manual_seed(0)
     vqvae, train_set = VQVAE().to(device), OasisDataset(folder, "train", device, quiet)
-    train.follow_latents(
-        vqvae, train.batch_latents(vqvae, images(folder, device), BATCH, FastPath("cpu")), True, torch.Generator()
-    )
+    start_codebook(vqvae, images(folder, device))
     train_set.files, train_set.images = train_set.files[: 4 * BATCH], train_set.images[: 4 * BATCH]
     return Latents(vqvae, train_set, quiet, stored)
 

@@ -4,12 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import quiet
-from skimage.metrics import structural_similarity
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import codebook
 from dataset import OasisDataset
-from metrics import SCORE_BATCH, perplexity, score, ssim
+from metrics import SCORE_BATCH, Scores, codebook_use, entropy, perplexity, score, ssim
 from modules import VQVAE
 
 
@@ -62,23 +64,26 @@ def test_score_is_a_plain_loop(data):
     dataset = OasisDataset(data, "validate", progress=quiet)
     model = VQVAE()
     with torch.no_grad():
-        model.vector_quantizer.start_from(model.latents(dataset[0][None]), torch.Generator().manual_seed(0))
+        z_e = model.latents(dataset[0][None])
+    codebook.start_from(model.vector_quantizer, z_e, torch.Generator().manual_seed(0))
     scores = score(model, dataset, progress=quiet)
-    usage, foreground_usage = np.zeros(512, int), np.zeros(512, int)
+    usage, foreground_usage = np.zeros((64, 64, 512), int), np.zeros(512, int)
     for i in range(len(dataset)):
         x = dataset[i]
         with torch.no_grad():
             _, x_hat, _, codes = model(x[None])
         expected = structural_similarity(x[0].numpy(), x_hat[0, 0].numpy(), data_range=1.0)
         assert scores.ssim[i].item() == pytest.approx(expected, abs=1e-5)
+        expected = peak_signal_noise_ratio(x[0].numpy(), x_hat[0, 0].numpy(), data_range=1.0)
+        assert scores.psnr[i].item() == pytest.approx(expected, abs=1e-3)
         for row in range(64):
             for column in range(64):
                 k = codes[0, row, column]
-                usage[k] += 1
+                usage[row, column, k] += 1
                 pixels = x[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
                 foreground_usage[k] += pixels.double().mean() > 0.04
     # another batch size may round a latent to the other side of a boundary between two codes
-    assert abs(scores.usage.numpy() - usage).sum() <= 4
+    assert abs(scores.usage.numpy() - usage.reshape(4096, 512)).sum() <= 4
     assert abs(scores.foreground_usage.numpy() - foreground_usage).sum() <= 4
     assert scores.usage.sum() == len(dataset) * 64 * 64
 
@@ -113,4 +118,26 @@ def test_perplexity_closed_forms():
     assert perplexity(torch.tensor([7, 7, 7, 7, 0, 0])) == pytest.approx(4)
     assert perplexity(torch.tensor([0, 9])) == pytest.approx(1)
     assert perplexity(torch.tensor([3, 1])) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
-    assert perplexity(torch.zeros(5, dtype=torch.int64)) == 0
+    assert perplexity(torch.zeros(5, dtype=torch.int64)) == 1
+
+
+def test_entropy_is_scipys():
+    counts = np.random.default_rng(0).integers(0, 4, (6, 9))
+    counts[2] = 0
+    counts[2, 4] = 7
+    expected = scipy.stats.entropy(counts, base=2, axis=1)
+    torch.testing.assert_close(entropy(torch.from_numpy(counts)), torch.from_numpy(expected))
+    assert entropy(torch.zeros(3, 5)).tolist() == [0, 0, 0]
+
+
+def test_bits_of_codes_known_by_construction():
+    """Half of the positions always have one code, the others one of two, equally often."""
+    usage = torch.zeros(4096, 512, dtype=torch.int32)
+    usage[:2048, 0] = 100
+    usage[2048:, 1] = usage[2048:, 2] = 50
+    use = codebook_use(Scores(torch.ones(100), torch.ones(100), usage, torch.tensor([0, 12, 9])))
+    assert use["bits_raw"] == 9 * 4096
+    assert use["bits_entropy"] == pytest.approx(1.5 * 4096)  # shares 1/2, 1/4, 1/4
+    assert use["bits_entropy_by_position"] == pytest.approx(2048)
+    assert (use["codes_used"], use["codes_used_10_times"]) == (3, 3)
+    assert use["perplexity"] == pytest.approx(2**1.5)

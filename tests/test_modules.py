@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import codebook
 from modules import VQVAE, Discriminator, Generator, ResidualBlock, VectorQuantizer, load_checked, plain_state
 
 STRUCTURES = Path(__file__).parent / "structures"  # as printed in the report
@@ -62,7 +63,7 @@ def test_residual_block_is_its_formula():
 def test_encode_and_decode_are_the_two_halves_of_forward(images):
     vqvae = VQVAE().eval()
     with torch.no_grad():
-        vqvae.vector_quantizer.start_from(vqvae.latents(images), torch.Generator().manual_seed(0))
+        codebook.start_from(vqvae.vector_quantizer, vqvae.latents(images), torch.Generator().manual_seed(0))
         _, x_hat, _, codes = vqvae(images)
     assert torch.equal(vqvae.encode(images), codes)
     assert codes.unique().numel() > 50  # else the comparison would show little
@@ -131,46 +132,6 @@ def test_quantizer_stays_float32_under_autocast():
         assert torch.equal(quantizer.nearest(z_e), plain[2])
     assert mixed[0].dtype == mixed[1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
-
-
-def test_start_from_takes_latents(random):
-    quantizer, z_e = VectorQuantizer(20, 4), torch.randn(2, 4, 8, 8)
-    quantizer.start_from(z_e, random)
-    rows = {tuple(row.tolist()) for row in z_e.permute(0, 2, 3, 1).reshape(-1, 4)}
-    assert all(tuple(row.tolist()) in rows for row in quantizer.embedding.weight)
-
-
-def test_k_means_steps_find_separate_clusters(random):
-    centres = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
-    rows = centres.repeat(64, 1) + 0.1 * torch.randn(256, 2, generator=random)
-    z_e = rows.T.reshape(1, 2, 16, 16)
-    quantizer = VectorQuantizer(4, 2)  # starts at ±1/4, near none of them: all latents fall into few cells
-    for _ in range(6):
-        quantizer.k_means_step(z_e, random)
-    expected = torch.stack([rows[i::4].mean(0) for i in range(4)])
-    found = quantizer.embedding.weight[quantizer.nearest(expected.T.reshape(1, 2, 2, 2)).flatten()]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-def test_revive_moves_only_the_dead_and_prefers_the_costly_cell(random):
-    quantizer = VectorQuantizer(4, 2)
-    with torch.no_grad():
-        quantizer.embedding.weight.copy_(torch.tensor([[0.0, 0.0], [10.0, 0.0], [99.0, 99.0], [99.0, 98.0]]))
-    z_e = torch.zeros(1, 2, 4, 4)
-    z_e[0, 0, 2:] = 10  # half the latents on each of the first two embeddings ...
-    z_e[0, 1, 2:] = torch.linspace(0.5, 1, 8).view(2, 4)  # ... but only the second half deviates
-    quantizer.revive(torch.tensor([False, False, True, True]), z_e, random)
-    weight = quantizer.embedding.weight
-    assert weight[:2].tolist() == [[0.0, 0.0], [10.0, 0.0]]
-    assert (weight[2:, 0] == 10).all() and (weight[2:, 1] >= 0.5).all()
-
-
-def test_revive_leaves_everything_where_nothing_can_be_gained(random):
-    quantizer = VectorQuantizer(3, 2)
-    before = quantizer.embedding.weight.detach().clone()
-    for z_e in (before[0].view(1, 2, 1, 1).repeat(1, 1, 2, 2), torch.full((1, 2, 2, 2), torch.nan)):
-        quantizer.revive(torch.tensor([False, True, True]), z_e, random)
-        assert torch.equal(quantizer.embedding.weight, before)
 
 
 def test_discriminator_logits_are_what_the_sigmoid_gets():

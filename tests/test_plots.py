@@ -51,7 +51,9 @@ def test_the_note_stands_under_every_title(figures):
     plots.recon_losses(path, [0.5, 0.4], [2], [0.45], note)
     plots.gan_losses(path, history, note)
     plots.scores(path, [0.5], 0.6, "T", note)
-    assert len(figures) == 7
+    row = dict(psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
+    plots.rate_distortion(path, [row], note)
+    assert len(figures) == 8
     for figure in figures:
         first, second = figure.axes[0].get_title().split("\n")
         assert first and second == note
@@ -85,3 +87,14 @@ def test_epoch_means_stand_in_the_middle_of_their_updates(figures):
     each, means = figures[0].axes[0].lines
     assert each.get_xdata().tolist() == [1, 2, 3, 4]
     assert means.get_xdata().tolist() == [1.5, 3.5] and means.get_ydata().tolist() == [3.0, 1.0]
+
+
+def test_rate_distortion_has_a_point_for_each_epoch_and_rate(figures):
+    rows = [
+        dict(psnr_mean=30.0 + n, ssim_mean=0.9 + n / 100, bits_raw=100, bits_entropy=50 + n, bits_entropy_by_position=n)
+        for n in range(3)
+    ]
+    plots.rate_distortion(None, rows)
+    for axes, quality in zip(figures[0].axes, ([30, 31, 32], [0.9, 0.91, 0.92]), strict=True):
+        assert [list(line.get_xdata()) for line in axes.lines] == [[100, 100, 100], [50, 51, 52], [0, 1, 2]]
+        assert all(list(line.get_ydata()) == quality for line in axes.lines)

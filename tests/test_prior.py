@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import quiet
 
+import codebook
 import hardware
 from dataset import OasisDataset
 from modules import VQVAE, Generator
@@ -22,9 +23,9 @@ def vqvae(train_set):
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         z_e = model.latents(train_set.__getitems__(range(15)))
-    model.vector_quantizer.start_from(z_e, random)
+    codebook.start_from(model.vector_quantizer, z_e, random)
     for _ in range(3):
-        model.vector_quantizer.k_means_step(z_e, random)
+        codebook.k_means_step(model.vector_quantizer, z_e, random)
     return model
 
 

@@ -12,7 +12,7 @@ import runs
 import train
 from dataset import OasisDataset
 from hardware import FastPath
-from modules import VQVAE, Discriminator, Generator, dcgan_init
+from modules import Discriminator, Generator, dcgan_init
 
 
 def test_discriminators_loss_is_its_definition():
@@ -93,25 +93,6 @@ def test_average_of_a_short_run_forgets_its_start():
     assert average.weight.item() == pytest.approx(1, abs=0.05)
 
 
-def test_reviving_forgets_the_momentum_of_the_dead(random):
-    model = VQVAE(8, 4)
-    quantizer = model.vector_quantizer
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    vq_loss, _, _ = quantizer(torch.randn(1, 4, 8, 8))
-    vq_loss.backward()
-    optimizer.step()
-    moments = optimizer.state[quantizer.embedding.weight]
-    before = moments["exp_avg"].clone() + 1
-    moments["exp_avg"] += 1
-    dead = torch.tensor([5, 0, 1, 1, 0, 2, 2, 2]) == 0
-    alive = quantizer.embedding.weight.detach().clone()
-    train.revive_codes(model, torch.randn(1, 4, 8, 8), optimizer, dead, random)
-    assert not moments["exp_avg"][dead].any() and not moments["exp_avg_sq"][dead].any()
-    assert torch.equal(moments["exp_avg"][~dead], before[~dead])
-    assert torch.equal(quantizer.embedding.weight[~dead], alive[~dead])
-    assert (quantizer.embedding.weight[dead] != alive[dead]).any(1).all()
-
-
 def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
     """The report's system kept the wrong epoch; here SSIM is made to fall after the second."""
     train_set = OasisDataset(data, "train", progress=quiet)
@@ -121,7 +102,7 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
     def falling(model, dataset, progress, rank, world):
         seen.append(copy.deepcopy(model.state_dict()))
         ssim = torch.tensor([[0.2, 0.4], [0.5, 0.7], [0.1, 0.9], [0.6, 0.6]][len(seen) - 1], dtype=torch.double)
-        return metrics.Scores(ssim, torch.ones(16, dtype=torch.int64), torch.ones(16, dtype=torch.int64))
+        return metrics.Scores(ssim, 20 + ssim, torch.ones(4096, 16), torch.ones(16))
 
     monkeypatch.setattr(train.metrics, "score", falling)
     options = train.DEFAULTS | dict(epochs=4, batch_size=15, n_embeddings=16, embeddings_dim=4)
