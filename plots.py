@@ -90,12 +90,14 @@ def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
     """PSNR and SSIM against the bits of an image's codes, a point for each epoch.
 
     Args:
-        rows: with "psnr_mean", "ssim_mean" and, in bits an image, "bits_raw", "bits_entropy" and
+        rows: with "epoch", "psnr_mean", "ssim_mean" and, in bits an image, "bits_raw", "bits_entropy" and
             "bits_entropy_by_position".
     """
     with plt.rc_context(STYLE):
         figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True, layout="constrained")
-    _title(upper, f"Rate and distortion on the validation split, epochs 1 to {len(rows)}", note)
+    _title(
+        upper, f"Rate and distortion on the validation split, epochs {rows[0]['epoch']} to {rows[-1]['epoch']}", note
+    )
     rates = (("bits_raw", GREY, "as they are"), ("bits_entropy", BLUE, "entropy of all codes"))
     rates += (("bits_entropy_by_position", ORANGE, "entropy by position"),)
     for axes, key in ((upper, "psnr_mean"), (lower, "ssim_mean")):

@@ -238,6 +238,7 @@ def draw_vqvae_epoch(model: VQVAE, shown: Tensor, epoch: int, run: runs.Run, not
     plots.ssim_by_epoch(run.folder / "train_ssim_scores.png", *ssim, note)
     updates, means = [row["updates"] for row in rows], [row["training_loss"] for row in rows]
     plots.recon_losses(run.folder / "train_recon_losses.png", run.state["vqvae"]["losses"], updates, means, note)
+    rows = [row for row in rows if "psnr_mean" in row]  # those of an older version have none
     plots.rate_distortion(run.folder / "rate_distortion.png", rows, note)
 
 

@@ -61,3 +61,21 @@ def test_the_full_size_benchmark_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "(39 training, 4 validation images) (phantoms)" in done.stdout
     assert "Training time: " in done.stdout
+
+
+def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path):
+    command = [sys.executable, PROJECT / "benchmarks" / "ablation.py", "--data", data, "--out", tmp_path / "runs"]
+    words = ["--rows", "paper", "report", "--seeds", "0", "--epochs", "2"]
+    for trained in (["paper, seed 0 …", "report, seed 0 …"], []):  # the second time nothing is missing
+        done = subprocess.run([*map(str, command), *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if "…" in line] == trained
+    epochs, codebooks = {}, {}
+    for name in ("paper", "report"):
+        (saved,) = (tmp_path / "runs" / f"{name}-0").glob("*/resume.pth")
+        saved = torch.load(saved, weights_only=True)
+        epochs[name] = len(saved["rows"])
+        codebooks[name] = saved["state"]["vqvae"]["model"]["vector_quantizer.embedding.weight"]
+        assert f"| {saved['rows'][-1]['ssim_mean']:.4f} | " in done.stdout or name == "paper"
+    assert epochs == {"paper": 2, "report": 1}
+    assert codebooks["report"].abs().max() <= 1 / 512 and not torch.equal(codebooks["paper"], codebooks["report"])

@@ -51,7 +51,7 @@ def test_the_note_stands_under_every_title(figures):
     plots.recon_losses(path, [0.5, 0.4], [2], [0.45], note)
     plots.gan_losses(path, history, note)
     plots.scores(path, [0.5], 0.6, "T", note)
-    row = dict(psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
+    row = dict(epoch=1, psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
     plots.rate_distortion(path, [row], note)
     assert len(figures) == 8
     for figure in figures:
@@ -91,7 +91,8 @@ def test_epoch_means_stand_in_the_middle_of_their_updates(figures):
 
 def test_rate_distortion_has_a_point_for_each_epoch_and_rate(figures):
     rows = [
-        dict(psnr_mean=30.0 + n, ssim_mean=0.9 + n / 100, bits_raw=100, bits_entropy=50 + n, bits_entropy_by_position=n)
+        dict(epoch=n + 1, psnr_mean=30.0 + n, ssim_mean=0.9 + n / 100)
+        | dict(bits_raw=100, bits_entropy=50 + n, bits_entropy_by_position=n)
         for n in range(3)
     ]
     plots.rate_distortion(None, rows)

@@ -237,6 +237,19 @@ def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
     assert len(json.loads((killed / "run.json").read_text())["resumed"]) == 2
 
 
+def test_resuming_a_codebook_of_moving_averages(data, folder):
+    words = ("--data", data, *SMALL, "--only", "vqvae", "--codebook", "ema")
+    whole = new_run(run_program("train.py", *words, "--epochs", 2, "--out", "ema", cwd=folder), folder / "ema")
+    half = new_run(run_program("train.py", *words, "--epochs", 1, "--out", "ema_1", cwd=folder), folder / "ema_1")
+    done = run_program("train.py", "--resume", half, "--epochs", 2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    saved = [torch.load(run / "resume.pth", weights_only=True)["state"]["vqvae"] for run in (whole, half)]
+    for key in ("model", "average"):
+        assert all(torch.equal(value, saved[1][key][name]) for name, value in saved[0][key].items())
+    for key in ("ema_counts", "ema_sums"):
+        assert torch.equal(saved[0][key], saved[1][key]) and not torch.equal(saved[0][key], torch.ones(64, 1))
+
+
 def test_raising_the_epochs_of_a_complete_run(trained, data, folder):
     _, run = trained
     done = run_program(
@@ -259,8 +272,10 @@ def test_raised_epochs_outlast_an_interruption(trained, folder):
     saved = torch.load(copied / "resume.pth", weights_only=True)
     assert saved["options"]["epochs"] == 3 and "gan" not in saved["state"]
     assert not (copied / "generator.pth").exists() and not (copied / "gan_epoch_2.png").exists()
-    for younger in ("gan_betas", "precision", "plain", "fast_path"):  # as if the run were older than these options
+    for younger in ("gan_betas", "precision", "plain", "fast_path", "codebook"):  # as if the run were older than these
         del saved["options"][younger]
+    for row in saved["rows"]:
+        row.pop("psnr_mean", None)
     saved["state"]["vqvae"]["usage"].zero_()  # what older runs may have saved
     torch.save(saved, copied / "resume.pth")
     done = run_program("train.py", "--resume", copied, cwd=folder)

@@ -1,0 +1,149 @@
+"""What each way of keeping the codebook in use gives: the table of README.md, from short runs of train.py.
+
+    python benchmarks/ablation.py --data DIR --out OUT                  # trains what OUT does not hold yet, then prints
+    python benchmarks/ablation.py --data DIR --out OUT --rows paper ema --seeds 0 --epochs 2
+
+One run after the other, each in a process of its own. A row is a way of codebook.py, or one that this file makes of it,
+and is trained for six epochs unless it says otherwise. No figure is of the test split.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve()
+sys.path.insert(0, str(HERE.parent.parent))
+
+import codebook  # noqa: E402
+import runs  # noqa: E402
+import train  # noqa: E402
+
+
+class StartOnly(codebook.KMeans):
+    """The k-means steps of the first updates; a code that dies later stays dead."""
+
+    REVIVE_EVERY = sys.maxsize
+
+
+class EmaAlive(codebook.KMeans):
+    """Moving averages as in `Ema`, with the start and the revival of `KMeans`."""
+
+    def __init__(self, quantizer, optimizer):
+        super().__init__(quantizer, optimizer)
+        self.ema = codebook.Ema(quantizer, optimizer)
+
+    def before_update(self, update, latents, random):
+        super().before_update(update, latents, random)
+        if update < self.K_MEANS_UPDATES:
+            self.ema.sums.copy_(self.embeddings)
+        else:
+            self.ema.before_update(update, latents, random)
+
+    def revive(self, dead, z_e, random):
+        codebook.move_dead(self.quantizer, dead, z_e, random)
+        self.ema.counts[dead] = 1
+        self.ema.sums[dead] = self.embeddings[dead]
+
+
+class Frozen(codebook.Paper):
+    """The codebook stays at its random start: the report's program computed the codebook term and did not use it."""
+
+    def __init__(self, quantizer, optimizer):
+        super().__init__(quantizer, optimizer)
+        quantizer.embedding.weight.requires_grad_(False)
+
+
+class Row(NamedTuple):
+    text: str
+    way: type[codebook.Paper]
+    averaged: bool = True  # whether the weights' average is scored
+    epochs: int | None = None  # None: as many as --epochs
+
+
+ROWS = {
+    "kmeans": Row("`kmeans`: k-means steps for 100 updates, then revival (the default)", codebook.KMeans),
+    "start": Row("the same without revival", StartOnly),
+    "unaveraged": Row("`kmeans`, weights not averaged", codebook.KMeans, averaged=False),
+    "paper": Row("`paper`: random start, loss alone", codebook.Paper),
+    "ema": Row("`ema`: random start, moving averages", codebook.Ema),
+    "ema-alive": Row("moving averages with the start and revival of `kmeans`", EmaAlive),
+    "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, averaged=False, epochs=1),
+}
+
+
+def main() -> None:
+    o = parse()
+    if o.train:
+        train_row(ROWS[o.train], o)
+        return
+    for name in o.rows:
+        for seed in o.seeds:
+            folder = run_folder(o.out, name, seed)
+            if find_run(folder) is None:
+                words = ["--data", o.data, "--out", folder, "--train", name, "--seeds", str(seed)]
+                words += ["--epochs", str(ROWS[name].epochs or o.epochs)]
+                print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
+                done = subprocess.run([sys.executable, HERE, *words], stdout=subprocess.DEVNULL)
+                if done.returncode:
+                    sys.exit(f"ablation.py: error: {name}, seed {seed} failed; its message is above")
+    print_table(o)
+
+
+def train_row(row: Row, o: argparse.Namespace) -> None:
+    codebook.WAYS[o.train] = row.way
+    if not row.averaged:
+        train.AVERAGE_DECAY = 0.0
+    words = ["--data", o.data, "--out", o.out, "--only", "vqvae", "--codebook", o.train]
+    train.main([*words, "--epochs", str(o.epochs), "--seed", str(o.seeds[0])])
+
+
+def run_folder(out: str, name: str, seed: int) -> Path:
+    return Path(out) / f"{name}-{seed}"
+
+
+def find_run(folder: Path) -> Path | None:
+    """The folder's complete run; train.py draws decoded.png last."""
+    return next((path.parent for path in sorted(folder.glob("*/decoded.png"))), None)
+
+
+def print_table(o: argparse.Namespace) -> None:
+    """Markdown; the seeds of a row side by side, each at the epoch that its vqvae.pth is of."""
+    seeds = " and ".join(map(str, o.seeds))
+    print(f"Validation split, seeds {seeds}, best of {o.epochs} epochs. Loss: greatest of a batch after 20 updates.\n")
+    print("| codebook | SSIM, mean | SSIM, min | PSNR / dB | codes used | foreground perplexity | loss |")
+    print("|---|" + "---:|" * 6)
+    columns = (("ssim_mean", ".4f"), ("ssim_min", ".4f"), ("psnr_mean", ".2f"))
+    columns += (("codes_used", ".0f"), ("foreground_perplexity", ".0f"), ("loss", ".3f"))
+    for name in o.rows:
+        found = [read_run(find_run(run_folder(o.out, name, seed))) for seed in o.seeds]
+        cells = [" ".join(format(row[key], form) for row in found) for key, form in columns]
+        print(f"| {ROWS[name].text} | " + " | ".join(cells) + " |")
+
+
+def read_run(folder: Path) -> dict[str, float]:
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items() if key != "stage"} for row in csv.DictReader(file)]
+    losses = runs.load(folder / "resume.pth")["state"]["vqvae"]["losses"]
+    return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses[20:], default=mean(losses))}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--epochs", type=int, metavar="N", default=6, help="default: 6")
+    parser.add_argument("--train", choices=ROWS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except runs.RunError as error:
+        sys.exit(f"ablation.py: error: {error}")
