@@ -11,8 +11,8 @@ import argparse
 import csv
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve()
@@ -119,16 +119,19 @@ def print_table(o: argparse.Namespace) -> None:
     columns = (("ssim_mean", ".4f"), ("ssim_min", ".4f"), ("psnr_mean", ".2f"))
     columns += (("codes_used", ".0f"), ("foreground_perplexity", ".0f"), ("loss", ".3f"))
     for name in o.rows:
-        found = [read_run(find_run(run_folder(o.out, name, seed))) for seed in o.seeds]
+        found = [read_run(find_run(run_folder(o.out, name, seed)), o.epochs) for seed in o.seeds]
         cells = [" ".join(format(row[key], form) for row in found) for key, form in columns]
         print(f"| {ROWS[name].text} | " + " | ".join(cells) + " |")
 
 
-def read_run(folder: Path) -> dict[str, float]:
+def read_run(folder: Path, epochs: int) -> dict[str, float]:
+    """The best of a run's first epochs: a longer run with the same options serves as well."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if key != "stage"} for row in csv.DictReader(file)]
     losses = runs.load(folder / "resume.pth")["state"]["vqvae"]["losses"]
-    return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses[20:], default=mean(losses))}
+    rows = rows[:epochs]
+    losses = losses[20 : int(sum(row["updates"] for row in rows))]
+    return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses, default=nan)}
 
 
 def parse() -> argparse.Namespace:
