@@ -17,7 +17,8 @@ from modules import VectorQuantizer, rows
 class Paper:
     """arXiv 1711.00937 and nothing else: a start at random, uniform in ±1/n_embeddings, and the loss's codebook term.
 
-    Most codes are never chosen, and what is never chosen never moves.
+    Most codes are never chosen, and what is never chosen never moves. Also the interface of the other ways: each method
+    here does nothing.
 
     Args:
         quantizer: its embeddings are moved in place.
@@ -32,12 +33,13 @@ class Paper:
         """(n_embeddings, D), to be read and written without a gradient."""
         return self.quantizer.embedding.weight.detach()
 
-    def before_update(self, update: int, latents: Callable[[], Tensor], random: torch.Generator) -> None:
+    def before_update(self, update: int, latents: Callable[[], Tensor], n: int, random: torch.Generator) -> None:
         """Move embeddings before an update.
 
         Args:
             update: 0, 1, … of the run.
-            latents: gives z_e (B, D, 64, 64) of the whole batch of all processes; called only where it is needed.
+            latents: gives z_e (B, D, 64, 64) of this process's part of the batch; called only where it is needed.
+            n: images in the batch of all processes.
             random: a generator on the CPU, so that every device draws the same.
         """
 
@@ -68,9 +70,9 @@ class KMeans(Paper):
         super().__init__(quantizer, optimizer)
         self.usage = torch.zeros(len(self.embeddings), dtype=torch.int64, device=self.embeddings.device)
 
-    def before_update(self, update: int, latents: Callable[[], Tensor], random: torch.Generator) -> None:
+    def before_update(self, update: int, latents: Callable[[], Tensor], n: int, random: torch.Generator) -> None:
         if update < self.K_MEANS_UPDATES:
-            z_e = latents()
+            z_e = parallel.gather(latents(), n)
             if update == 0:
                 start_from(self.quantizer, z_e, random)
             for _ in range(self.START_STEPS if update == 0 else 1):
@@ -79,7 +81,7 @@ class KMeans(Paper):
         elif update % self.REVIVE_EVERY == 0:
             dead = parallel.total(self.usage) == 0
             if dead.any() and not dead.all():  # all: nothing was counted yet, in a run of an older version
-                self.revive(dead, latents(), random)
+                self.revive(dead, parallel.gather(latents(), n), random)
             self.usage.zero_()
 
     def revive(self, dead: Tensor, z_e: Tensor, random: torch.Generator) -> None:
@@ -92,7 +94,7 @@ class KMeans(Paper):
 
     def after_update(self, codes: Tensor) -> None:
         codes = codes.flatten()
-        self.usage.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would make a GPU wait
+        self.usage.scatter_add_(0, codes, torch.ones_like(codes))
 
     def state(self) -> dict[str, Tensor]:
         return {"usage": parallel.total(self.usage).cpu()}
@@ -105,8 +107,11 @@ class Ema(Paper):
     """Each embedding is an exponential moving average of the latents that chose it (arXiv 1711.00937, appendix A.1).
 
     N ← γN + (1 - γ)n and m ← γm + (1 - γ)Σz over the n latents of a batch that chose it; e = m / N. The loss's
-    codebook term passes no gradient on then. The start is that of `Paper`, with N = 1 and m = e: what nothing chose
-    stays where it is. γ = 0.99 as in DeepMind's Sonnet.
+    codebook term, still a part of the vq_loss that is recorded, passes no gradient on then. The start is that of
+    `Paper`, with N = 1 and m = e: what nothing chose stays where it is. γ = 0.99 as in the paper.
+
+    DeepMind's Sonnet (sonnet.nets.VectorQuantizerEMA) starts with N = 0 and smooths N, and quantizes a batch before it
+    moves the embeddings; here they move first.
     """
 
     DECAY = 0.99
@@ -117,14 +122,13 @@ class Ema(Paper):
         self.counts = torch.ones(len(self.embeddings), 1, device=self.embeddings.device)
         self.sums = self.embeddings.clone()
 
-    def before_update(self, update: int, latents: Callable[[], Tensor], random: torch.Generator) -> None:
-        counts, sums = cells(self.quantizer, latents())[1:]
-        self.counts.lerp_(counts[:, None].float(), 1 - self.DECAY)
-        self.sums.lerp_(sums, 1 - self.DECAY)
-        alive = self.counts[:, 0] > 1e-20  # others have decayed to where float32 loses their digits
-        self.embeddings[alive] = self.sums[alive] / self.counts[alive]
-        for tensor in (self.counts, self.sums, self.embeddings):
-            parallel.copy_first(tensor)
+    def before_update(self, update: int, latents: Callable[[], Tensor], n: int, random: torch.Generator) -> None:
+        mine = parallel.weight(n) > 0  # else the part is an image that another process counts
+        _, counts, sums = cells(self.quantizer, latents())
+        self.counts.lerp_(parallel.total(counts * mine)[:, None].float(), 1 - self.DECAY)
+        self.sums.lerp_(parallel.total(sums * mine), 1 - self.DECAY)
+        alive = self.counts > 1e-20  # others have decayed to where float32 loses their digits
+        self.embeddings.copy_(torch.where(alive, self.sums / self.counts, self.embeddings))
 
     def state(self) -> dict[str, Tensor]:
         return {"ema_counts": self.counts, "ema_sums": self.sums}
@@ -146,7 +150,8 @@ def cells(quantizer: VectorQuantizer, z_e: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     codes = quantizer.nearest(z_e).flatten()
     weight = quantizer.embedding.weight.detach()
-    counts = torch.bincount(codes, minlength=len(weight))
+    counts = torch.zeros(len(weight), dtype=torch.int64, device=codes.device)
+    counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would make a GPU wait
     return codes, counts, torch.zeros_like(weight).index_add_(0, codes, rows(z_e))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SCORE_BATCH = 32  # fixed, so that a score does not depend on how a model was trained
+PRIOR_COUNT = 32.0  # images' worth of the overall shares that `adaptive_bits` begins with at each position
 FOREGROUND = 0.04  # a code position is foreground where its 4x4 pixels have a greater mean
 
 
@@ -58,6 +59,8 @@ def _window_sum(image: Tensor) -> Tensor:
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair of images (B, 1, H, W), peak 1: 10 log10(1 / mean squared error).
+
+    As for SSIM, x_hat is not clamped, and the background counts.
 
     Returns:
         (B,) float64 on the CPU, in dB; infinite where the two are equal.
@@ -134,7 +137,7 @@ def entropy(counts: Tensor) -> Tensor:
     log2(k), whatever they are drawn from.
     """
     p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-    return -torch.xlogy(p, p).sum(-1) / math.log(2)
+    return torch.special.entr(p).sum(-1) / math.log(2)
 
 
 def perplexity(usage: Tensor) -> float:
@@ -145,11 +148,28 @@ def perplexity(usage: Tensor) -> float:
     return 2 ** entropy(usage).item()
 
 
+def adaptive_bits(usage: Tensor) -> float:
+    """Bits that an adaptive coder spends on all images whose codes at each position are counted in (positions, n).
+
+    The coder knows how often each code is used overall, p, and learns what is frequent at a position from the images
+    that it has coded: its probability of code k is (n_k + PRIOR_COUNT p_k) / (n + PRIOR_COUNT) after n images, n_k of
+    which had it there. The product of these over images is a ratio of gamma functions (Dirichlet-multinomial), the
+    same in every order of the images, and nothing but p has to be stored beside the codes.
+    """
+    usage = usage[:, usage.sum(0) > 0].double()
+    prior = PRIOR_COUNT * usage.sum(0) / usage.sum()
+    n = usage.sum(1)
+    codes = torch.lgamma(usage + prior) - torch.lgamma(prior)
+    total = torch.lgamma(n + PRIOR_COUNT) - math.lgamma(PRIOR_COUNT)
+    return (total.sum() - codes.sum()).item() / math.log(2)
+
+
 def codebook_use(scores: Scores) -> dict[str, float]:
     """How the codebook is used on a data set, by the names of metrics.csv.
 
-    Of the bits, `bits_raw` spends log2(n_embeddings) on each position of an image, `bits_entropy` what an ideal coder
-    needs that knows how often each code is used, and `bits_entropy_by_position` one that knows it for each position.
+    Bits are those of an image: `bits_raw` for log2(n_embeddings) at each position, `bits_entropy` for the entropy of
+    all codes together, `bits_adaptive` for `adaptive_bits`, `bits_entropy_by_position` for the entropies of the codes
+    at each position: no coder reaches that, for N images show at most log2(N) bits of an entropy.
     """
     overall = scores.usage.sum(0)
     positions, n_embeddings = scores.usage.shape
@@ -160,5 +180,6 @@ def codebook_use(scores: Scores) -> dict[str, float]:
         "foreground_perplexity": perplexity(scores.foreground_usage),
         "bits_raw": positions * math.log2(n_embeddings),
         "bits_entropy": positions * entropy(overall).item(),
+        "bits_adaptive": adaptive_bits(scores.usage) / len(scores.ssim),
         "bits_entropy_by_position": entropy(scores.usage).sum().item(),
     }

@@ -99,7 +99,7 @@ def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
         upper, f"Rate and distortion on the validation split, epochs {rows[0]['epoch']} to {rows[-1]['epoch']}", note
     )
     rates = (("bits_raw", GREY, "as they are"), ("bits_entropy", BLUE, "entropy of all codes"))
-    rates += (("bits_entropy_by_position", ORANGE, "entropy by position"),)
+    rates += (("bits_entropy_by_position", ORANGE, "entropy by position (of these images: a lower bound)"),)
     for axes, key in ((upper, "psnr_mean"), (lower, "ssim_mean")):
         for rate, colour, label in rates:
             x, y = ([row[name] for row in rows] for name in (rate, key))

@@ -86,8 +86,8 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
         f"more; perplexity {use['perplexity']:.1f}, in the foreground {use['foreground_perplexity']:.1f}{mark}"
     )
     print(
-        f"Bits an image: {use['bits_raw']:.0f} for the codes as they are; entropy {use['bits_entropy']:.0f}, "
-        f"by position {use['bits_entropy_by_position']:.0f}{mark}"
+        f"Bits an image: {use['bits_raw']:.0f} for the codes as they are, entropy {use['bits_entropy']:.0f}; "
+        f"by position {use['bits_adaptive']:.0f} adaptively, entropy {use['bits_entropy_by_position']:.0f}{mark}"
     )
     print(f"SSIM mean: {ssim.mean():.4f}{mark}")
     print(f"Min SSIM score: {ssim.min():.4f}{mark}")

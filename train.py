@@ -154,8 +154,8 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
         with runs.progress(total=len(train_set), desc=f"VQ-VAE epoch {epoch}/{o.epochs}", unit=" images") as bar:
             for x, n in zip(loader, sizes, strict=True):
                 weight = parallel.weight(n)
-                way.before_update(update, lambda x=x, n=n: batch_latents(model, x, n, path), random)
-                recon_loss, vq_loss, codes = update_vqvae(network, optimizer, x, path, weight * parallel.world())
+                way.before_update(update, lambda x=x: batch_latents(model, x, path), n, random)
+                recon_loss, vq_loss, codes = update_vqvae(network, optimizer, x, path, weight)
                 if weight:
                     way.after_update(codes)
                 update += 1
@@ -187,11 +187,10 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
 
 
 @torch.no_grad()
-def batch_latents(model: VQVAE, x: Tensor, n: int, path: hardware.FastPath) -> Tensor:
-    """z_e (n, D, 64, 64) float32 of a batch of n images, whose share of this process is x."""
+def batch_latents(model: VQVAE, x: Tensor, path: hardware.FastPath) -> Tensor:
+    """z_e (B, D, 64, 64) float32 of images x, as training computes them."""
     with path.autocast():
-        z_e = model.latents(x)
-    return parallel.gather(z_e.float(), n)
+        return model.latents(x).float()
 
 
 def update_vqvae(
@@ -199,13 +198,13 @@ def update_vqvae(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step on images x (B, 1, 256, 256); returns its reconstruction loss, its vq_loss and the codes.
 
-    `weight` multiplies the loss: backward averages over processes, each of which has its share of the batch.
+    `weight` is this process's share of the batch.
     """
     with path.autocast():
         vq_loss, x_hat, _, codes = network(x)
     recon_loss = F.mse_loss(x_hat, x)
     optimizer.zero_grad()
-    ((recon_loss + vq_loss) * weight).backward()
+    ((recon_loss + vq_loss) * weight * parallel.world()).backward()  # which averages over processes
     optimizer.step()
     return recon_loss.detach(), vq_loss.detach(), codes
 

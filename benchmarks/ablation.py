@@ -4,7 +4,8 @@
     python benchmarks/ablation.py --data DIR --out OUT --rows paper ema --seeds 0 --epochs 2
 
 One run after the other, each in a process of its own. A row is a way of codebook.py, or one that this file makes of it,
-and is trained for six epochs unless it says otherwise. No figure is of the test split.
+and is trained for six epochs unless it says otherwise. A run that was interrupted begins anew: train.py does not
+know the ways of this file. No figure is of the test split.
 """
 
 import argparse
@@ -36,12 +37,12 @@ class EmaAlive(codebook.KMeans):
         super().__init__(quantizer, optimizer)
         self.ema = codebook.Ema(quantizer, optimizer)
 
-    def before_update(self, update, latents, random):
-        super().before_update(update, latents, random)
+    def before_update(self, update, latents, n, random):
+        super().before_update(update, latents, n, random)
         if update < self.K_MEANS_UPDATES:
             self.ema.sums.copy_(self.embeddings)
         else:
-            self.ema.before_update(update, latents, random)
+            self.ema.before_update(update, latents, n, random)
 
     def revive(self, dead, z_e, random):
         codebook.move_dead(self.quantizer, dead, z_e, random)
@@ -83,9 +84,10 @@ def main() -> None:
     for name in o.rows:
         for seed in o.seeds:
             folder = run_folder(o.out, name, seed)
-            if find_run(folder) is None:
+            epochs = ROWS[name].epochs or o.epochs
+            if find_run(folder, epochs) is None:
                 words = ["--data", o.data, "--out", folder, "--train", name, "--seeds", str(seed)]
-                words += ["--epochs", str(ROWS[name].epochs or o.epochs)]
+                words += ["--epochs", str(epochs)]
                 print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
                 done = subprocess.run([sys.executable, HERE, *words], stdout=subprocess.DEVNULL)
                 if done.returncode:
@@ -105,9 +107,10 @@ def run_folder(out: str, name: str, seed: int) -> Path:
     return Path(out) / f"{name}-{seed}"
 
 
-def find_run(folder: Path) -> Path | None:
-    """The folder's complete run; train.py draws decoded.png last."""
-    return next((path.parent for path in sorted(folder.glob("*/decoded.png"))), None)
+def find_run(folder: Path, epochs: int) -> Path | None:
+    """A run in the folder that has so many epochs."""
+    logs = sorted(folder.glob("*/metrics.csv"))
+    return next((log.parent for log in logs if len(log.read_text().splitlines()) > epochs), None)
 
 
 def print_table(o: argparse.Namespace) -> None:
@@ -119,7 +122,8 @@ def print_table(o: argparse.Namespace) -> None:
     columns = (("ssim_mean", ".4f"), ("ssim_min", ".4f"), ("psnr_mean", ".2f"))
     columns += (("codes_used", ".0f"), ("foreground_perplexity", ".0f"), ("loss", ".3f"))
     for name in o.rows:
-        found = [read_run(find_run(run_folder(o.out, name, seed)), o.epochs) for seed in o.seeds]
+        epochs = ROWS[name].epochs or o.epochs
+        found = [read_run(find_run(run_folder(o.out, name, seed), epochs), epochs) for seed in o.seeds]
         cells = [" ".join(format(row[key], form) for row in found) for key, form in columns]
         print(f"| {ROWS[name].text} | " + " | ".join(cells) + " |")
 

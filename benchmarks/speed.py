@@ -83,7 +83,7 @@ def start_codebook(vqvae: VQVAE, x: torch.Tensor, optimizer=None) -> codebook.KM
     """A codebook in use, as after the first updates."""
     way = codebook.KMeans(vqvae.vector_quantizer, optimizer)
     with torch.no_grad():
-        way.before_update(0, lambda: vqvae.latents(x), torch.Generator())
+        way.before_update(0, lambda: vqvae.latents(x), len(x), torch.Generator())
     return way
 
 

@@ -70,7 +70,7 @@ def test_reviving_forgets_the_momentum_of_the_dead(random):
 
 def one_update(way, update, z_e, random):
     """As train_vqvae makes it: the way's own step, the loss's, the count."""
-    way.before_update(update, lambda: z_e, random)
+    way.before_update(update, lambda: z_e, len(z_e), random)
     vq_loss, _, codes = way.quantizer(z_e)
     way.optimizer.zero_grad()
     if vq_loss.requires_grad:
@@ -98,7 +98,7 @@ def test_k_means_uses_every_code_from_the_first_update_and_revives_later(random,
         one_update(way, update, torch.randn(2, 4, 8, 8, generator=random), random)
     assert way.quantizer.embedding.weight[3].min() > 900 and way.usage[3] == 0
     z_e = torch.randn(2, 4, 8, 8, generator=random)
-    way.before_update(20, lambda: z_e, random)
+    way.before_update(20, lambda: z_e, 2, random)
     assert (codebook.rows(z_e) == way.quantizer.embedding.weight[3]).all(1).any()  # it lies on a latent
     assert not way.usage.any()
 
@@ -108,7 +108,7 @@ def test_paper_leaves_the_codebook_to_the_loss(random):
     z_e = torch.randn(2, 4, 8, 8, generator=random)
     assert way.embeddings.abs().max() <= 1 / 16  # uniform in ±1/n_embeddings
     before = way.embeddings.clone()
-    way.before_update(0, lambda: pytest.fail("no latents are needed"), random)
+    way.before_update(0, lambda: pytest.fail("no latents are needed"), 2, random)
     assert torch.equal(way.embeddings, before)
     one_update(way, 0, z_e, random)
     moved = (way.embeddings != before).any(1)
@@ -141,7 +141,7 @@ def test_ema_keeps_what_nothing_chooses_where_it_is_even_after_very_many_updates
     way.sums.copy_(way.embeddings)
     z_e = torch.randn(1, 4, 2, 2, generator=random)
     for update in range(12_000):  # 0.99 to this power is below float32's least number
-        way.before_update(update, lambda: z_e, random)
+        way.before_update(update, lambda: z_e, len(z_e), random)
     torch.testing.assert_close(way.embeddings[5], torch.full((4,), 1e3), rtol=1e-5, atol=0)
     assert way.embeddings.isfinite().all()
 
@@ -164,3 +164,5 @@ def test_a_way_goes_on_from_its_state(name, random):
         for each in (way, again):
             one_update(each, 96 + update, batches[update], torch.Generator().manual_seed(update))
     assert torch.equal(way.embeddings, again.embeddings)
+    for key, value in way.state().items():  # what revival at update 110 goes by
+        assert torch.equal(value, again.state()[key]), key

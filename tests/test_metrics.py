@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import codebook
 from dataset import OasisDataset
-from metrics import SCORE_BATCH, Scores, codebook_use, entropy, perplexity, score, ssim
+from metrics import PRIOR_COUNT, SCORE_BATCH, Scores, adaptive_bits, codebook_use, entropy, perplexity, score, ssim
 from modules import VQVAE
 
 
@@ -141,3 +141,16 @@ def test_bits_of_codes_known_by_construction():
     assert use["bits_entropy_by_position"] == pytest.approx(2048)
     assert (use["codes_used"], use["codes_used_10_times"]) == (3, 3)
     assert use["perplexity"] == pytest.approx(2**1.5)
+
+
+def test_adaptive_bits_are_those_of_coding_one_image_after_the_other():
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 5, (40, 7)) // random.integers(1, 4, 7)  # (images, positions)
+    usage = np.stack([(codes == k).sum(0) for k in range(6)], 1)  # the sixth code is never used
+    p = usage.sum(0) / usage.sum()
+    bits, seen = 0.0, np.zeros((7, 6))
+    for n, image in enumerate(codes):
+        for position, k in enumerate(image):
+            bits -= math.log2((seen[position, k] + PRIOR_COUNT * p[k]) / (n + PRIOR_COUNT))
+            seen[position, k] += 1
+    assert adaptive_bits(torch.from_numpy(usage)) == pytest.approx(bits)

@@ -174,15 +174,16 @@ def _codebook(rank):
     for name, kind in codebook.WAYS.items():
         torch.manual_seed(0)
         model, batches = VQVAE(16, 4), torch.randn(4, 3, 4, 8, 8)
-        torch.manual_seed(rank)  # what is drawn must not depend on a process's own state
-        random = torch.Generator().manual_seed(1)
+        random = torch.Generator().manual_seed(1 + rank)  # the first process's draws are to count
         optimizer = torch.optim.Adam(model.parameters())
         way = kind(model.vector_quantizer, optimizer)
         for update, z_e in zip((0, 1, 109, 110), batches, strict=True):
             if update == 110 and name == "kmeans":
                 way.usage[[2, 7]] = 0
+                if parallel.world() > 1 and rank == 0:
+                    way.usage[5] = 0  # which the other process has counted
             part = parallel.part(z_e)
-            way.before_update(update, lambda part=part: parallel.gather(part, 3), random)
+            way.before_update(update, lambda part=part: part, 3, random)
             vq_loss, _, codes = model.vector_quantizer(z_e)  # the whole batch: gradients are not what is tested here
             if vq_loss.requires_grad:
                 optimizer.zero_grad()
