@@ -13,6 +13,13 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
+# longer versions of two tests, by hand: 10,000 damaged PNGs and as many checkpoints; 100 kills
+fuzz: .venv/installed
+	FUZZ=10000 .venv/bin/python -m pytest tests/test_fuzz.py
+
+kills: .venv/installed
+	KILLS=100 .venv/bin/python -m pytest -s tests/test_interruption.py -k killed
+
 # written last, so that an installation that was interrupted starts again
 .venv/installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 …" if sys.version_info < (3, 11) else 0)'
@@ -21,4 +28,4 @@ test: .venv/installed
 	.venv/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test fuzz kills

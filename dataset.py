@@ -6,6 +6,7 @@ them is a 256x256 scan. Folders of label maps beside them (keras_png_slices_seg_
 
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,10 @@ SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
 DEFAULT_DATA = Path("keras_png_slices_data")
 DEFAULT_PHANTOMS = Path("phantoms")
+MOST_BYTES = 16 * 2**20  # of a file; 256x256 pixels take half a megabyte uncompressed in the richest kind of PNG
+
+# Pillow's own guard against images that fill the memory; here their size is looked at before anything is decoded.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DataError(Exception):
@@ -41,16 +46,25 @@ class OasisDataset(Dataset):
         split: "train", "validate" or "test".
         device: where batches are made; the images are kept there too if they take at most half of its free memory.
         progress: called as tqdm is, with an iterable, `total`, `desc` and `unit`.
+        skip_bad: leave out files that cannot be used, instead of raising an error that lists them.
 
     Attributes:
         images: (N, 1, 256, 256) uint8.
         files: the N paths, in the same order.
+        skipped: for each file that was left out, a line that names it and says what is wrong.
 
     Raises:
-        DataError: a folder is missing or empty, or a file is not a readable 256x256 PNG.
+        DataError: a folder is missing or empty, a file is not a readable 256x256 PNG, or all images are black.
     """
 
-    def __init__(self, root: str | Path, split: str, device: str | torch.device = "cpu", progress=tqdm):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        device: str | torch.device = "cpu",
+        progress=tqdm,
+        skip_bad: bool = False,
+    ):
         self.files = list_scans(Path(root), split)
         pixels = np.empty((len(self.files), 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
 
@@ -63,10 +77,15 @@ class OasisDataset(Dataset):
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow releases the interpreter while it decodes
             results = pool.map(read, range(len(self.files)))
             results = list(progress(results, total=len(self.files), desc=f"Reading {split}", unit=" images"))
-        errors = [error for error in results if error]
-        if errors:
-            more = f" ({len(errors) - 1} more such files in this folder)" if len(errors) > 1 else ""
-            raise DataError(errors[0] + more)
+        self.skipped = [error for error in results if error]
+        good = [i for i, error in enumerate(results) if not error]
+        if self.skipped and (not skip_bad or not good):
+            raise DataError(_report(self.skipped, len(results)))
+        if self.skipped:
+            self.files, pixels = [self.files[i] for i in good], pixels[good]
+        if not pixels.any():
+            folder = printable(self.files[0].parent)
+            raise DataError(f"{folder}: every image is black; put the split's scans there")
         self.device = torch.device(device)
         self.images = torch.from_numpy(pixels)
         if hardware.fits(self.images.nbytes, self.device):
@@ -82,10 +101,59 @@ class OasisDataset(Dataset):
         batch = self.images[torch.as_tensor(indices).to(self.images.device, non_blocking=True)]
         return batch.to(self.device, non_blocking=True).float() / 255
 
+    def name(self, i: int) -> str:
+        """The name of image i's file, as it can be printed."""
+        return printable(self.files[i].name)
+
     def case_and_slice(self, i: int) -> tuple[int | None, int | None]:
         """The numbers in image i's file name, None where its name has none."""
-        found = re.search(r"case_(\d+)_slice_(\d+)", self.files[i].name)
-        return (int(found[1]), int(found[2])) if found else (None, None)
+        return case_and_slice(self.files[i])
+
+
+def case_and_slice(path: Path) -> tuple[int | None, int | None]:
+    found = re.search(r"case_([0-9]+)_slice_([0-9]+)", path.name)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def printable(path: str | Path) -> str:
+    """A path as one printable line: what is no character, or would end the line, is shown by its number."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def _report(errors: list[str], n_files: int) -> str:
+    """One line for one bad file; for more, a line each."""
+    advice = "or leave such files out with --skip-bad"
+    if len(errors) == 1:
+        return f"{errors[0]}, {advice}"
+    return "\n  ".join([f"{len(errors)} of {n_files} files cannot be used:", *errors]) + f"\n{advice.capitalize()}."
+
+
+def say_skipped(dataset: OasisDataset, split: str) -> None:
+    """Print what --skip-bad left out of a split, if anything."""
+    if dataset.skipped:
+        n = len(dataset.skipped)
+        print("\n  ".join([f"Left out of {split}: {n} of {n + len(dataset)} files.", *dataset.skipped]), flush=True)
+
+
+def refuse_shared_cases(root: Path) -> None:
+    """Refuse data in which a case, that is a subject, is in two splits: what is tested would have been trained on.
+
+    Raises:
+        DataError: names the first such case and how many there are.
+    """
+    where: dict[int, str] = {}
+    shared = {}
+    for split in SPLITS:
+        for case in {case_and_slice(path)[0] for path in list_scans(root, split)} - {None}:
+            if where.setdefault(case, split) != split:
+                shared[case] = (where[case], split)
+    if shared:
+        case, (first, second) = min(shared.items())
+        more = f" (and {len(shared) - 1} more cases are in two splits)" if len(shared) > 1 else ""
+        raise DataError(
+            f"{printable(root)}: case {case} is in keras_png_slices_{first} and keras_png_slices_{second}{more}, so "
+            "that scores would be of subjects seen in training; mend the splits, or allow it with --allow-shared-cases"
+        )
 
 
 class _Shares:
@@ -118,20 +186,24 @@ def list_scans(root: Path, split: str) -> list[Path]:
         DataError: the folder is missing or holds no PNG.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; name the folder that holds keras_png_slices_train with --data")
+        raise DataError(
+            f"{printable(root)}: no such folder; name the folder that holds keras_png_slices_train with --data"
+        )
     folder = root / f"keras_png_slices_{split}"
     if not folder.is_dir():
-        raise DataError(f"{folder}: missing; the data folder (--data) must hold it, as the OASIS PNG set does")
+        raise DataError(
+            f"{printable(folder)}: missing; the data folder (--data) must hold it, as the OASIS PNG set does"
+        )
     try:
         files = [path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != "."]
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
     if not files:
-        raise DataError(f"{folder}: holds no .png files; put the split's scans there")
+        raise DataError(f"{printable(folder)}: holds no .png files; put the split's scans there")
 
     def natural(path: Path) -> tuple:
-        parts = re.split(r"(\d+)", path.name)
-        return [int(part) if part.isdigit() else part for part in parts], path.name
+        parts = re.split(r"([0-9]+)", path.name)  # text and digits in turn
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
     return sorted(files, key=natural)
 
@@ -140,21 +212,31 @@ def read_png(path: Path) -> np.ndarray:
     """A 256x256 PNG as uint8 grey: 8-bit grey as it is, 16-bit grey scaled by 65535, colour and palettes converted.
 
     Raises:
-        DataError: it cannot be decoded, is truncated, or has another size.
+        DataError: it cannot be read or decoded, is truncated or animated, or has another size.
     """
+    name = printable(path)
     try:
+        if not path.is_file():  # a pipe of that name would be waited for
+            what = "a folder" if path.is_dir() else "a link to nothing" if path.is_symlink() else "not a regular file"
+            raise DataError(f"{name}: is {what}; replace or remove it")
+        if path.stat().st_size > MOST_BYTES:
+            raise DataError(f"{name}: is larger than {MOST_BYTES >> 20} MiB; replace or remove it")
         with Image.open(path, formats=["PNG"]) as image:
             if image.size != (IMAGE_SIZE, IMAGE_SIZE):  # known from the header, before anything is decoded
                 width, height = image.size
-                raise DataError(f"{path}: is {width}x{height} pixels, not 256x256; resize or remove it")
+                raise DataError(f"{name}: is {width}x{height} pixels, not 256x256; resize or remove it")
+            if getattr(image, "n_frames", 1) != 1:
+                raise DataError(f"{name}: is an animation; replace or remove it")
             if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
                 return np.rint(np.asarray(image, np.float64) * (255 / 65535)).astype(np.uint8)
             return np.asarray(image if image.mode == "L" else image.convert("L"))
     except DataError:
         raise
     except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError, zlib.error, …
-        reason = str(error).replace(str(path), "").strip() or type(error).__name__
-        raise DataError(f"{path}: cannot be decoded as PNG ({reason}); replace or remove it") from None
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{name}: cannot be read ({error.strerror}); replace or remove it") from None
+        reason = printable(error).replace(name, "").strip() or type(error).__name__
+        raise DataError(f"{name}: cannot be decoded as PNG ({reason}); replace or remove it") from None
 
 
 def find_data(named: str | None) -> Path | None:

@@ -44,9 +44,31 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def fail(message: str) -> None:
-    """End this process with an error message. Where all have the same error, the first alone says it."""
-    if not is_first():
+def run(main: Callable[[], None], name: str, errors: tuple[type[Exception], ...]) -> None:
+    """Run a program's `main`. What its user can mend ends it with one line and exit status 1, never with a traceback.
+
+    Args:
+        name: the program's, for the line.
+        errors: exceptions whose message is that line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold what is no character
+    try:
+        main()
+    except errors as error:
+        _fail(f"{name}: error: {error}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        _fail(f"{name}: error: {error.filename or 'output'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        _fail(f"{name}: error: out of memory; try a smaller batch, codebook or number of samples")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    if not is_first():  # where all processes have the same error, the first alone says it
         time.sleep(5)  # as in _say_later
     print(message, file=sys.__stderr__)
     sys.exit(1)

@@ -4,7 +4,10 @@ Images are grey values in [0, 1], drawn with that fixed range and never rescaled
 `note` is drawn under the title; it says where the data come from when they are phantoms.
 """
 
+import functools
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +29,20 @@ STYLE = {
 }
 
 
+def _never_fatal(draw: Callable[..., None]) -> Callable[..., None]:
+    """A figure that cannot be drawn is worth a warning, not hours of training."""
+
+    @functools.wraps(draw)
+    def attempt(path: Path, *args, **settings) -> None:
+        try:
+            draw(path, *args, **settings)
+        except Exception as error:
+            print(f"warning: {path}: could not be drawn, and is left out ({error})", file=sys.stderr)
+
+    return attempt
+
+
+@_never_fatal
 def image_grid(path: Path, images, title: str, note: str = "", columns: int = 8) -> None:
     """Images (N, 1, H, W), `columns` a row, in the order given."""
     gap, (n, _, h, w) = 4, images.shape
@@ -41,6 +58,7 @@ def image_grid(path: Path, images, title: str, note: str = "", columns: int = 8)
     _save(figure, path)
 
 
+@_never_fatal
 def single_image(path: Path, image, title: str, note: str = "") -> None:
     """One image (1, H, W), with the scale of its grey values and pixel axes."""
     figure, axes = _figure(5.2, 4.8, title, note)
@@ -51,6 +69,7 @@ def single_image(path: Path, image, title: str, note: str = "") -> None:
     _save(figure, path)
 
 
+@_never_fatal
 def code_map(path: Path, codes, n_embeddings: int, title: str, note: str = "") -> None:
     """The indices (64, 64) of one image's codes, as colours."""
     figure, axes = _figure(5.2, 4.8, title, note)
@@ -63,6 +82,7 @@ def code_map(path: Path, codes, n_embeddings: int, title: str, note: str = "") -
     _save(figure, path)
 
 
+@_never_fatal
 def ssim_by_epoch(path: Path, mean: list[float], least: list[float], greatest: list[float], note: str = "") -> None:
     """Mean validation SSIM by epoch, with the range from the worst to the best image."""
     epochs = np.arange(1, len(mean) + 1)
@@ -75,6 +95,7 @@ def ssim_by_epoch(path: Path, mean: list[float], least: list[float], greatest: l
     _save(figure, path)
 
 
+@_never_fatal
 def recon_losses(path: Path, losses: list[float], updates: list[int], means: list[float], note: str = "") -> None:
     """Reconstruction loss of each update, and the mean of each epoch, whose numbers of updates are `updates`."""
     ends = np.cumsum(updates)
@@ -86,6 +107,7 @@ def recon_losses(path: Path, losses: list[float], updates: list[int], means: lis
     _save(figure, path)
 
 
+@_never_fatal
 def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
     """PSNR and SSIM against the bits of an image's codes, a point for each epoch.
 
@@ -111,6 +133,7 @@ def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
     _save(figure, path)
 
 
+@_never_fatal
 def gan_losses(path: Path, history: dict[str, list[float]], note: str = "") -> None:
     """The DCGAN's losses by update (above), and how sure the discriminator is (below).
 
@@ -135,6 +158,7 @@ def gan_losses(path: Path, history: dict[str, list[float]], note: str = "") -> N
     _save(figure, path)
 
 
+@_never_fatal
 def scores(path: Path, ssim, threshold: float, title: str, note: str = "") -> None:
     """SSIM of each image, in the data set's order, with the threshold and the mean."""
     ssim = np.asarray(ssim)
@@ -166,6 +190,9 @@ def _smooth(x: np.ndarray, y: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 def _save(figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    os.replace(temporary, path)  # a figure of this name is never half written
+    try:
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)  # a figure of this name is never half written
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ Everything goes to a new folder, gen_imgs/<date_time>_predict/: README.md says w
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import torch
@@ -17,10 +16,11 @@ from PIL import Image, PngImagePlugin
 
 import hardware
 import metrics
+import parallel
 import phantom
 import plots
 import runs
-from dataset import SPLITS, DataError, OasisDataset, find_data
+from dataset import SPLITS, DataError, OasisDataset, find_data, say_skipped
 from modules import VQVAE
 from prior import Prior
 
@@ -35,11 +35,12 @@ def main(words: list[str] | None = None) -> None:
     vqvae = runs.load(path, VQVAE.from_state_dict).to(device)
     if o.generator:
         prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
-        folder = draw_samples(prior, o.samples, o.seed, o.out)
+        folder = draw_samples(prior, o.samples or 64, o.seed or 0, o.out)
     else:
         record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
         data = data_folder(o.data, record)
-        dataset = OasisDataset(data, o.split, device, runs.progress)
+        dataset = OasisDataset(data, o.split, device, runs.progress, o.skip_bad)
+        say_skipped(dataset, o.split)
         folder = score_split(vqvae, dataset, o.split, o.out, phantom.note(data))
     print(f"Look at {folder}")
 
@@ -66,13 +67,13 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
         writer = csv.writer(file)
         writer.writerow(["file", "case", "slice", "ssim"])
         for i, value in enumerate(ssim.tolist()):
-            writer.writerow([dataset.files[i].name, *dataset.case_and_slice(i), value])
+            writer.writerow([dataset.name(i), *dataset.case_and_slice(i), value])
 
     for name, i in (("best", int(ssim.argmax())), ("worst", int(ssim.argmin()))):
         x = dataset.__getitems__([i])
         with torch.no_grad():
             x_hat = vqvae(x)[1]
-        title = f"{name.capitalize()} {split} image, {dataset.files[i].name}"
+        title = f"{name.capitalize()} {split} image, {dataset.name(i)}"
         plots.single_image(folder / f"{name}_recon_before.png", x[0], title, note)
         plots.single_image(folder / f"{name}_recon.png", x_hat[0], f"Its reconstruction, SSIM {ssim[i]:.4f}", note)
     plots.scores(folder / f"{split}_ssim_scores.png", ssim, THRESHOLD, f"SSIM of the {split} split", note)
@@ -116,24 +117,22 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="vqvae.pth of a run, as given or under gen_imgs/")
     parser.add_argument("--data", metavar="DIR", help="OASIS folder (default: what run.json beside PATH records)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and say so")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
     parser.add_argument("--out", metavar="DIR", default="gen_imgs", help="where the folder is made (default: gen_imgs)")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
-    count = runs.number(int, 1, "a whole number of 1 or more")
+    count = runs.number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
     seed = runs.number(int, 0, "a whole number of 0 or more")
-    group.add_argument("--samples", metavar="N", type=count, default=64, help="how many (default: 64)")
-    group.add_argument("--seed", metavar="S", type=seed, default=0, help="of the noise (default: 0)")
-    return parser.parse_args(words)
+    group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
+    group.add_argument("--seed", metavar="S", type=seed, help="of the noise (default: 0)")
+    o = parser.parse_args(words)
+    for name, value in (("--samples", o.samples), ("--seed", o.seed)):
+        if value is not None and not o.generator:
+            parser.error(f"{name} is for new brains; name the generator.pth with --generator, or leave it out")
+    return o
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, runs.RunError) as error:
-        sys.exit(f"predict.py: error: {error}")
-    except OSError as error:  # a full disk, a folder that may not be written
-        sys.exit(f"predict.py: error: {error.filename or 'output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    parallel.run(main, "predict.py", (DataError, runs.RunError))

@@ -2,10 +2,12 @@
 
 import argparse
 import csv
+import io
 import json
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -155,9 +157,10 @@ def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:
 
 def save(contents: Any, path: Path) -> None:
     """torch.save that never leaves a torn file."""
+    buffer = io.BytesIO()  # torch's own writer hides that a disk is full
+    torch.save(contents, buffer)
     with atomically(path) as temporary:
-        with open(temporary, "wb") as file:  # torch's own writer would hide that a disk is full
-            torch.save(contents, file)
+        Path(temporary).write_bytes(buffer.getbuffer())
 
 
 def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) -> Any:
@@ -182,6 +185,8 @@ def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) ->
         return build(contents)
     except ValueError as error:
         raise RunError(f"{path}: {error}") from None
+    except Exception:  # what a file of another origin holds can be anything: sparse, quantized, complex tensors, …
+        raise RunError(f"{path}: does not hold what is wanted here; it was not loaded") from None
 
 
 def write_json(path: Path, contents: dict) -> None:
@@ -259,6 +264,50 @@ def random_generator(seed: int, stream: str, epoch: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, stream, epoch))
 
 
+class Stopped(SystemExit):
+    """A signal asked the program to stop; it ends with 128 and the signal's number, 130 or 143, as shells have it."""
+
+
+class _Stop:
+    """Whether a signal has asked the program to stop."""
+
+    signal = 0
+
+
+def stop_at_signals() -> None:
+    """From now on SIGINT and SIGTERM let the step at hand end: the progress bar it belongs to raises `Stopped` then.
+
+    A second signal ends the program at once.
+    """
+
+    def note(number: int, frame) -> None:
+        _Stop.signal = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, note)
+
+
+class _Bar(tqdm):
+    """A progress bar that ends the program between two steps when a signal has asked for it."""
+
+    def update(self, n: float = 1) -> bool | None:
+        shown = super().update(n)
+        _check_stop()
+        return shown
+
+    def __iter__(self):
+        for element in super().__iter__():
+            yield element
+            _check_stop()
+
+
+def _check_stop() -> None:
+    if _Stop.signal:
+        raise Stopped(128 + _Stop.signal)
+
+
 class _PlainLines:
     """A file for tqdm whose updates become lines of their own on standard error."""
 
@@ -276,4 +325,4 @@ def progress(*args, **settings) -> tqdm:
     if not sys.stderr.isatty():
         settings |= {"file": _PlainLines(), "mininterval": 15, "maxinterval": 15, "delay": 5}
         settings["bar_format"] = "{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(*args, **settings)
+    return _Bar(*args, **settings)

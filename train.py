@@ -12,6 +12,7 @@ Everything goes to a new folder, gen_imgs/<date_time>/: README.md says what is i
 import argparse
 import copy
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,17 @@ import parallel
 import phantom
 import plots
 import runs
-from dataset import SPLITS, DataError, OasisDataset, demo_data, find_data, list_scans, make_loader
+from dataset import (
+    SPLITS,
+    DataError,
+    OasisDataset,
+    demo_data,
+    find_data,
+    list_scans,
+    make_loader,
+    refuse_shared_cases,
+    say_skipped,
+)
 from modules import VQVAE, Discriminator, Generator, dcgan_init, plain_state
 from prior import Latents, Prior, codebook_hash
 
@@ -47,6 +58,8 @@ DEFAULTS = dict(
     gan_betas=(0.5, 0.999),
     data=None,
     demo=False,
+    skip_bad=False,
+    allow_shared_cases=False,
     seed=0,
     device="auto",
     out="gen_imgs",
@@ -71,15 +84,21 @@ GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what s
 
 
 def main(words: list[str] | None = None) -> None:
-    parallel.start()
     given = parse(words)
+    runs.stop_at_signals()
+    parallel.start()
     run = parallel.from_first(lambda: open_run(given))
     o = SimpleNamespace(**run.options)
     device = runs.choose_device(o.device)
     data, note = Path(o.data), phantom.note(o.data)
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
-    train_set = OasisDataset(data, "train", device, runs.progress)
-    validate_set = OasisDataset(data, "validate", device, runs.progress)
+    if not o.allow_shared_cases:
+        refuse_shared_cases(data)
+    train_set = OasisDataset(data, "train", device, runs.progress, o.skip_bad)
+    validate_set = OasisDataset(data, "validate", device, runs.progress, o.skip_bad)
+    for split, dataset in (("train", train_set), ("validate", validate_set)):
+        say_skipped(dataset, split)
+        counts[split] = len(dataset)
 
     path = parallel.from_first(lambda: choose_fast_path(run, device, counts["train"]))
     path.set_up()
@@ -92,14 +111,18 @@ def main(words: list[str] | None = None) -> None:
     print(f"Device: {device}. Folder: {run.folder}. If interrupted: python train.py --resume {run.folder}")
     print(f"Fast path: {processes}{path}", flush=True)
 
-    if o.only == "gan":
-        vqvae = parallel.from_first(lambda: runs.load(Path(o.vqvae), VQVAE.from_state_dict))
-        if parallel.is_first():
-            runs.save(plain_state(vqvae), run.folder / "vqvae.pth")  # so that the folder is complete in itself
-    else:
-        vqvae = train_vqvae(train_set, validate_set, run, device, note)
-    if o.only != "vqvae":
-        train_gan(vqvae.to(device), train_set, run, device, note)
+    try:
+        if o.only == "gan":
+            vqvae = parallel.from_first(lambda: runs.load(Path(o.vqvae), VQVAE.from_state_dict))
+            if parallel.is_first():
+                runs.save(plain_state(vqvae), run.folder / "vqvae.pth")  # so that the folder is complete in itself
+        else:
+            vqvae = train_vqvae(train_set, validate_set, run, device, note)
+        if o.only != "vqvae":
+            train_gan(vqvae.to(device), train_set, run, device, note)
+    except runs.Stopped:
+        print(how_to_go_on(run), file=sys.stderr)
+        raise
     print(f"Done. Look at {run.folder}")
     parallel.stop()
 
@@ -160,12 +183,12 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                     way.after_update(codes)
                 update += 1
                 if update % CHECK_EVERY == 0:
-                    check_finite(recon_loss, f"VQ-VAE epoch {epoch}, update {update}")
+                    check_finite(recon_loss[None], f"VQ-VAE epoch {epoch}", update)
                 update_average(average, model, update, AVERAGE_DECAY)
                 seen.append(torch.stack([recon_loss, vq_loss]) * weight)
                 bar.update(n)
         seen = parallel.total(torch.stack(seen))  # (updates, 2)
-        check_finite(seen, f"VQ-VAE epoch {epoch}")
+        check_finite(seen, f"VQ-VAE epoch {epoch}", update)
         seconds = time.perf_counter() - started  # a GPU has done all of it now
 
         scores = metrics.score(average, validate_set, runs.progress, parallel.rank(), parallel.world())
@@ -334,11 +357,11 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
                 seen.append(torch.stack([*d_values, g_loss]) * parallel.weight(n))
                 update += 1
                 if update % CHECK_EVERY == 0:
-                    check_finite(g_loss, f"DCGAN epoch {epoch}, update {update}")
+                    check_finite(g_loss[None], f"DCGAN epoch {epoch}", update)
                 update_average(average, generator, update, GAN_AVERAGE_DECAY)
                 bar.update(n)
         seen = parallel.total(torch.stack(seen))  # (updates, 4)
-        check_finite(seen, f"DCGAN epoch {epoch}")
+        check_finite(seen, f"DCGAN epoch {epoch}", update)
         seconds = time.perf_counter() - started
 
         columns = dict(zip(GAN_COLUMNS, seen.T, strict=True))
@@ -429,9 +452,14 @@ def means_by_image(by_update: dict[str, Tensor], sizes: list[int]) -> dict[str, 
     }
 
 
-def check_finite(losses: Tensor, where: str) -> None:
-    if not losses.isfinite().all():
-        raise runs.RunError(f"{where}: the loss is not finite; try a lower learning rate")
+def check_finite(losses: Tensor, where: str, update: int) -> None:
+    """Raise RunError if one of the losses (updates, …), the last of which is that of `update`, is not finite."""
+    bad = ~losses.isfinite().reshape(len(losses), -1).all(1)
+    if bad.any():
+        first = update - len(losses) + 1 + int(bad.nonzero()[0])
+        raise runs.RunError(
+            f"{where}, update {first}: the loss is not finite; try a lower learning rate (complete epochs are kept)"
+        )
 
 
 def print_vqvae_epoch(row: dict, n_embeddings: int, note: str) -> None:
@@ -506,6 +534,16 @@ def new_run(given: dict) -> runs.Run:
     return runs.Run(None, defaults | given | {"demo": demo, "data": str(data.resolve())})
 
 
+def how_to_go_on(run: runs.Run) -> str:
+    """What to say when a run is stopped."""
+    if not (run.folder / runs.RESUME_FILE).exists():
+        return "Stopped. No epoch was complete, so there is nothing to go on from."
+    epoch = {stage: part["epoch"] for stage, part in run.state.items()}
+    in_vqvae = "vqvae" in epoch and epoch["vqvae"] < run.options["epochs"]
+    at = f"VQ-VAE epoch {epoch['vqvae'] + 1}" if in_vqvae else f"DCGAN epoch {epoch.get('gan', 0) + 1}"
+    return f"Stopped. It goes on with {at} by: python train.py --resume {shlex.quote(str(run.folder))}"
+
+
 def resumed_run(given: dict) -> runs.Run:
     """The run to go on with, its options changed as `given` where that is allowed."""
     run = runs.Run.open(given["resume"])
@@ -536,6 +574,7 @@ def parse(words: list[str] | None) -> dict:
     """The options given, and only those, by name."""
     count = runs.number(int, 1, "a whole number of 1 or more")
     seed = runs.number(int, 0, "a whole number of 0 or more")
+    size = runs.number(int, 1, "a whole number from 1 to 65536", below=65537)
     rate = runs.number(float, sys.float_info.min, "a number above 0")
     weight = runs.number(float, 0, "a number of 0 or more")
     beta = runs.number(float, 0, "a number from 0 to below 1", below=1)
@@ -554,6 +593,9 @@ def parse(words: list[str] | None) -> dict:
     add(group, "--data", f"folder of keras_png_slices_train, _validate and _test (default: {places})", metavar="DIR")
     demo = f"{DEMO_DEFAULTS['epochs']} and {DEMO_DEFAULTS['gan_epochs']} epochs"
     add(group, "--demo", f"train on phantoms, written to ./phantoms once, for {demo}", action="store_true")
+    add(group, "--skip-bad", "leave out scans that cannot be used, and say so", action="store_true")
+    text = "accept data with a subject in two splits, of which scores would be too good"
+    add(group, "--allow-shared-cases", text, action="store_true")
     group = parser.add_argument_group("run")
     add(group, "--out", "where the run's folder is made", metavar="DIR")
     add(group, "--seed", "of weights, order and noise", type=seed, metavar="N")
@@ -570,9 +612,9 @@ def parse(words: list[str] | None) -> dict:
     add(group, "--batch-size", "images an update", type=count, metavar="N")
     add(group, "--lr", "learning rate of Adam", type=rate, metavar="RATE")
     add(group, "--beta", "weight of the commitment loss", type=weight, metavar="B")
-    add(group, "--n-embeddings", "size of the codebook", type=count, metavar="N")
-    add(group, "--embeddings-dim", "length of an embedding", type=count, metavar="D")
-    text = "how embeddings come to where the latents are; paper: by the loss alone, ema: as moving averages"
+    add(group, "--n-embeddings", "size of the codebook", type=size, metavar="N")
+    add(group, "--embeddings-dim", "length of an embedding", type=size, metavar="D")
+    text = "how codes are kept in use; kmeans: from data, with revival; paper: by the loss alone; ema: moving averages"
     add(group, "--codebook", text, choices=codebook.WAYS)
     group = parser.add_argument_group("DCGAN")
     add(group, "--gan-epochs", "passes over the training latents", type=count, metavar="N")
@@ -583,12 +625,4 @@ def parse(words: list[str] | None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, runs.RunError) as error:
-        parallel.fail(f"train.py: error: {error}")
-    except OSError as error:  # a full disk, a folder that may not be written
-        parallel.fail(f"train.py: error: {error.filename or 'output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        print("Interrupted. Epochs that were complete are kept; --resume goes on after them.", file=sys.stderr)
-        sys.exit(130)
+    parallel.run(main, "train.py", (DataError, runs.RunError))

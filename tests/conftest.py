@@ -1,6 +1,8 @@
 """Phantoms and helpers for the tests. Nothing here needs OASIS data or the network."""
 
+import csv
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -43,3 +45,35 @@ def run_program(script: str, *words, cwd: Path, **variables: str) -> subprocess.
     environment = {key: value for key, value in os.environ.items() if key != "OASIS_DIR"} | variables
     command = [sys.executable, PROJECT / script, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def new_run(done: subprocess.CompletedProcess, out: Path) -> Path:
+    """The folder under `out` of a run that train.py says is done."""
+    assert done.returncode == 0, done.stderr
+    return out / re.search(r"Done\. Look at .*/(\S+)$", done.stdout, re.M)[1]
+
+
+def rows(run: Path, stage: str) -> list[dict[str, str]]:
+    """The rows of metrics.csv of one stage."""
+    with open(run / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["stage"] == stage]
+
+
+def assert_same_weights(one: Path, other: Path, names=("vqvae.pth", "generator.pth", "discriminator.pth")):
+    def flat(contents):
+        return {**contents.pop("state_dict", {}), **contents}
+
+    for name in names:
+        a, b = (flat(torch.load(run / name, weights_only=True)) for run in (one, other))
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], (name, key)
+
+
+def assert_same_history(one: Path, other: Path) -> None:
+    """Apart from what a clock says."""
+    for stage in ("vqvae", "gan"):
+        kept = [
+            [{k: v for k, v in row.items() if "second" not in k} for row in rows(run, stage)] for run in (one, other)
+        ]
+        assert kept[0] == kept[1] != []

@@ -1,13 +1,26 @@
 """Reading PNG folders: order, formats, what is refused, and batches."""
 
+import os
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
 from conftest import quiet
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import dataset as module
-from dataset import DataError, OasisDataset, demo_data, find_data, list_scans, make_loader
+from dataset import (
+    DataError,
+    OasisDataset,
+    demo_data,
+    find_data,
+    list_scans,
+    make_loader,
+    read_png,
+    refuse_shared_cases,
+    say_skipped,
+)
 
 
 @pytest.fixture
@@ -85,40 +98,153 @@ def test_loader_shuffles_afresh_keeps_the_last_batch_and_repeats_by_seed(data):
 
 
 def broken_files():
+    """What may be wrong with a file, and a word that the message must have."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256), np.uint8))
+
     def truncated(path):
-        grey(3).save(path)
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256), np.uint8)).save(path)
+        noise.save(path)
         path.write_bytes(path.read_bytes()[:20000])
 
+    def animated(path):
+        grey(3).save(path, save_all=True, append_images=[grey(4)])
+
+    def unreadable(path):
+        grey().save(path)
+        path.chmod(0)
+
+    def text_bomb(path):
+        pnginfo = PngImagePlugin.PngInfo()
+        pnginfo.add_text("Comment", "x" * 50_000_000, zip=True)
+        grey().save(path, pnginfo=pnginfo)
+
+    def in_format(name, mode="L"):
+        return lambda path: grey().convert(mode).save(path, format=name)
+
     return {
-        "empty file": lambda path: path.write_bytes(b""),
-        "garbage": lambda path: path.write_bytes(b"no image at all" * 50),
-        "truncated": truncated,
-        "a JPEG": lambda path: grey().save(path, format="JPEG"),
-        "a folder": lambda path: path.mkdir(),
-        "too small": lambda path: grey(size=(255, 256)).save(path),
-        "huge": lambda path: grey(size=(20000, 10000)).save(path),
-        "a dangling link": lambda path: path.symlink_to("nowhere"),
+        "zero bytes": (lambda path: path.write_bytes(b""), "cannot be decoded"),
+        "garbage": (lambda path: path.write_bytes(b"no image at all" * 50), "cannot be decoded"),
+        "truncated": (truncated, "truncated"),
+        "only a header": (lambda path: (noise.save(path), path.write_bytes(path.read_bytes()[:33])), "cannot be"),
+        "a JPEG": (in_format("JPEG"), "cannot be decoded"),
+        "a CMYK TIFF": (in_format("TIFF", "CMYK"), "cannot be decoded"),
+        "a GIF": (in_format("GIF"), "cannot be decoded"),
+        "animated": (animated, "is an animation"),
+        "a folder": (lambda path: path.mkdir(), "is a folder"),
+        "a pipe": (os.mkfifo, "is not a regular file"),
+        "too small": (lambda path: grey(size=(255, 256)).save(path), "255x256"),
+        "a decompression bomb": (lambda path: grey(size=(20000, 10000)).save(path), ""),
+        "a bomb of text": (text_bomb, "cannot be decoded"),
+        "a very large file": (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40), "16 MiB"),
+        "a dangling link": (lambda path: path.symlink_to("nowhere"), "is a link to nothing"),
+        "no permission": (unreadable, "Permission denied"),
     }
+
+
+def as_no_superuser(work, *args):
+    """work(*args), a string, in a child process whom permissions bind."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        os.write(write, work(*args).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def complaint(path):
+    try:
+        read_png(path)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("kind", broken_files())
 def test_a_broken_file_is_one_line_with_its_name(folder, kind):
+    make, word = broken_files()[kind]
     grey().save(folder / "good.png")
-    broken_files()[kind](folder / "scan.png")
-    with pytest.raises(DataError) as caught:
-        OasisDataset(folder.parent, "train", progress=quiet)
-    message = str(caught.value)
+    make(folder / "scan.png")
+    if kind == "no permission":
+        for parent in (folder, *folder.parents[:3]):  # pytest's folders are their owner's alone
+            parent.chmod(0o755)
+        message = as_no_superuser(complaint, folder / "scan.png")
+    else:
+        with pytest.raises(DataError) as caught:
+            OasisDataset(folder.parent, "train", progress=quiet)
+        message = str(caught.value)
+        assert "--skip-bad" in message
     assert message.startswith(f"{folder / 'scan.png'}: ") and "remove it" in message and "\n" not in message
-    if kind == "too small":
-        assert "255x256" in message
+    assert word in message
 
 
-def test_several_broken_files_are_counted(folder):
+def test_all_broken_files_of_a_split_are_in_one_report(folder):
     for name in ("a.png", "b.png", "c.png"):
         (folder / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=r"a\.png.*2 more"):
+    grey().save(folder / "good.png")
+    with pytest.raises(DataError) as caught:
         OasisDataset(folder.parent, "train", progress=quiet)
+    first, *lines, last = str(caught.value).split("\n")
+    assert first == "3 of 4 files cannot be used:" and "--skip-bad" in last
+    names = [str(folder / name) for name in ("a.png", "b.png", "c.png")]
+    assert [line.split(":")[0].strip() for line in lines] == names
+
+
+def test_skipping_bad_files_keeps_the_others_in_order(folder, capsys):
+    for i, name in enumerate(("a.png", "c.png", "d.png")):
+        grey(10 + i).save(folder / name)
+    (folder / "b.png").write_bytes(b"x")
+    dataset = OasisDataset(folder.parent, "train", progress=quiet, skip_bad=True)
+    assert [path.name for path in dataset.files] == ["a.png", "c.png", "d.png"]
+    assert (dataset.__getitems__([0, 1, 2])[:, 0, 0, 0] * 255).tolist() == pytest.approx([10, 11, 12])
+    say_skipped(dataset, "train")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "Left out of train: 1 of 4 files." and str(folder / "b.png") in second
+    for name in "acd":
+        (folder / f"{name}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="4 of 4 files"):  # nothing would be left
+        OasisDataset(folder.parent, "train", progress=quiet, skip_bad=True)
+
+
+def test_a_split_that_is_all_black_is_refused(folder):
+    for i in range(3):
+        grey(0).save(folder / f"{i}.png")
+    with pytest.raises(DataError, match="keras_png_slices_train: every image is black"):
+        OasisDataset(folder.parent, "train", progress=quiet)
+    grey(1).save(folder / "3.png")
+    assert len(OasisDataset(folder.parent, "train", progress=quiet)) == 4
+
+
+def test_names_that_are_no_text_are_shown_by_their_bytes(folder):
+    for name in (b"caf\xe9_2.png", "1\u00b2.png".encode(), b"a\nb.png"):
+        grey().save(io := BytesIO(), format="PNG")
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(io.getvalue())
+    dataset = OasisDataset(folder.parent, "train", progress=quiet)
+    assert [dataset.name(i) for i in range(3)] == ["1\u00b2.png", "a\\nb.png", "caf\\udce9_2.png"]
+    dataset.files[2].write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        OasisDataset(folder.parent, "train", progress=quiet)
+    assert str(caught.value).encode().startswith(f"{folder}/caf\\udce9_2.png: ".encode())
+
+
+def test_a_case_in_two_splits_is_refused(tmp_path):
+    for split, cases in (("train", (1, 2, 3)), ("validate", (3, 4)), ("test", (2, 5))):
+        (tmp_path / f"keras_png_slices_{split}").mkdir()
+        for case in cases:
+            grey().save(tmp_path / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_7.nii.png")
+        grey().save(tmp_path / f"keras_png_slices_{split}" / "without_a_number.png")
+    with pytest.raises(DataError) as caught:
+        refuse_shared_cases(tmp_path)
+    message = str(caught.value)
+    assert "case 2 is in keras_png_slices_train and keras_png_slices_test (and 1 more cases" in message
+    assert "--allow-shared-cases" in message and "\n" not in message
+    (tmp_path / "keras_png_slices_test" / "case_002_slice_7.nii.png").unlink()
+    (tmp_path / "keras_png_slices_validate" / "case_003_slice_7.nii.png").unlink()
+    refuse_shared_cases(tmp_path)
 
 
 def test_missing_and_empty_folders_are_named(folder):

@@ -113,9 +113,10 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name():
-    train.check_finite(torch.tensor([1.0, 2.0]), "VQ-VAE epoch 2")
-    with pytest.raises(runs.RunError, match="VQ-VAE epoch 2: the loss is not finite"):
-        train.check_finite(torch.tensor([1.0, torch.nan]), "VQ-VAE epoch 2")
+    train.check_finite(torch.tensor([1.0, 2.0]), "VQ-VAE epoch 2", 16)
+    losses = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.inf, 4.0]])  # of updates 14, 15 and 16
+    with pytest.raises(runs.RunError, match="VQ-VAE epoch 2, update 15: the loss is not finite"):
+        train.check_finite(losses, "VQ-VAE epoch 2", 16)
 
 
 def test_dcgan_init():

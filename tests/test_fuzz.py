@@ -1,0 +1,142 @@
+"""Files with random damage: each loads or is refused by our own error, without a traceback, a hang or much memory.
+
+A few hundred by default; `make fuzz` tries 10,000 PNGs and 10,000 checkpoints.
+"""
+
+import io
+import os
+import resource
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import runs
+from dataset import DataError, read_png
+from modules import VQVAE
+
+FUZZ = settings(
+    max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+SECONDS, MEGABYTES = 5, 300  # for one file; for all of them
+
+
+def png(mode: str, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (256, 256), np.uint8)
+    pixels[: 40 * seed] = 0
+    image = Image.fromarray(pixels.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    image.save(buffer := io.BytesIO(), format="PNG")
+    return buffer.getvalue()
+
+
+PNGS = [png(mode, seed) for seed, mode in enumerate(("L", "1", "P", "LA", "RGB", "RGBA", "I;16"))]
+
+
+@st.composite
+def damaged(draw, originals: list[bytes]) -> bytes:
+    """One of the originals, cut, overwritten, doubled or filled at random places."""
+    content = bytearray(draw(st.sampled_from(originals)))
+    for _ in range(draw(st.integers(1, 4))):
+        # damage near the start and the end, where headers and tables are, is as likely as anywhere else
+        place = st.one_of(st.integers(0, 200), st.integers(0, len(content)), st.integers(-200, -1))
+        at = draw(place) % (len(content) + 1)
+        length = draw(st.one_of(st.integers(0, 8), st.integers(0, len(content))))
+        match draw(st.sampled_from(("overwrite", "insert", "cut", "end", "double", "zero"))):
+            case "overwrite":
+                new = draw(st.binary(max_size=16))
+                content[at : at + len(new)] = new
+            case "insert":
+                content[at:at] = draw(st.binary(max_size=64))
+            case "cut":
+                del content[at : at + length]
+            case "end":
+                del content[at:]
+            case "double":
+                content[at:at] = content[at : at + length]
+            case "zero":
+                content[at : at + length] = bytes(len(content[at : at + length]))
+    return bytes(content)
+
+
+@st.composite
+def damaged_chunks(draw) -> bytes:
+    """A PNG whose chunks were changed, left out or repeated, with checksums that are right again."""
+    content, chunks, at = draw(st.sampled_from(PNGS)), [], 8
+    while at < len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
+        at += 12 + length
+    kinds = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"zTXt", b"acTL", b"fcTL", b"fdAT", b"gAMA", b"eXIf")
+    for _ in range(draw(st.integers(1, 4))):
+        i = draw(st.integers(0, max(len(chunks) - 1, 0)))
+        new = (draw(st.sampled_from(kinds)), draw(st.binary(max_size=40)))
+        match draw(st.sampled_from(("insert", "leave out", "repeat", "change"))):
+            case "insert":
+                chunks.insert(i, new)
+            case "leave out":
+                del chunks[i : i + 1]
+            case "repeat":
+                chunks[i:i] = chunks[i : i + 1]
+            case "change":
+                for kind, data in chunks[i : i + 1]:
+                    place = draw(st.integers(0, len(data)))
+                    chunks[i] = (kind, data[:place] + new[1] + data[place + len(new[1]) :])
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return content[:8] + b"".join(parts)
+
+
+def peak_memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    before = peak_memory()
+    yield tmp_path_factory.mktemp("fuzz") / "case_001_slice_0.nii.png"
+    assert peak_memory() - before < MEGABYTES
+
+
+@FUZZ
+@given(content=st.one_of(damaged(PNGS), damaged_chunks(), st.binary(max_size=200)))
+def test_a_damaged_png_is_read_or_refused(path, content):
+    path.write_bytes(content)
+    started = time.monotonic()
+    try:
+        pixels = read_png(path)
+        assert pixels.shape == (256, 256) and pixels.dtype == np.uint8
+    except DataError as error:
+        assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.fixture(scope="module")
+def model() -> VQVAE:
+    return VQVAE(8, 4, n_hiddens=64)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model) -> list[bytes]:
+    kinds = []
+    for settings_ in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(model.state_dict(), buffer := io.BytesIO(), **settings_)
+        kinds.append(buffer.getvalue())
+    return kinds
+
+
+@FUZZ
+@given(choices=st.data())
+def test_a_damaged_checkpoint_is_read_or_refused(path, checkpoints, choices):
+    path = path.with_suffix(".pth")
+    path.write_bytes(choices.draw(damaged(checkpoints)))
+    started = time.monotonic()
+    try:
+        assert isinstance(runs.load(path, VQVAE.from_state_dict), VQVAE)
+    except runs.RunError as error:
+        assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+    assert time.monotonic() - started < SECONDS

@@ -1,0 +1,172 @@
+"""Runs that are killed, told to stop, or run out of disk: nothing is lost but the epoch at hand, nothing is torn.
+
+A few kills by default; `make kills` makes 100.
+"""
+
+import csv
+import multiprocessing
+import os
+import random as stdlib_random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, assert_same_history, assert_same_weights, new_run, run_program
+from PIL import Image
+
+import runs
+import train
+from modules import VQVAE
+
+KILLS = int(os.environ.get("KILLS", 8))
+WORDS = ("--batch-size", "4", "--n-embeddings", "16", "--embeddings-dim", "4", "--device", "cpu", "--seed", "2")
+WORDS += ("--gan-batch-size", "5", "--epochs", "2", "--gan-epochs", "2")
+
+
+def in_a_child(folder: str, words: list[str]) -> None:
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    train.main(words)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts train.py's main in a new process, without the seconds that importing takes each time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+
+    def start(folder: Path, *words) -> multiprocessing.Process:
+        process = context.Process(target=in_a_child, args=(str(folder), [str(word) for word in words]))
+        process.start()
+        return process
+
+    return start
+
+
+def assert_nothing_is_torn(run: Path) -> None:
+    for path in run.iterdir():
+        if path.name.startswith("."):
+            continue  # a temporary name
+        if path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".pth":
+            torch.load(path, weights_only=True)
+        elif path.name == "run.json":
+            assert runs.read_json(path)["seed"] == 2
+        else:
+            rows = list(csv.DictReader(path.open(newline="")))
+            assert path.name == "metrics.csv" and all(None not in row.values() for row in rows)
+
+
+def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path):
+    """The end is bit for bit that of a run which was never interrupted."""
+    begun = time.monotonic()
+    whole = start(tmp_path, "--data", data, *WORDS, "--out", "whole")
+    whole.join()
+    assert whole.exitcode == 0
+    seconds = time.monotonic() - begun
+    (whole,) = (tmp_path / "whole").iterdir()
+    random, kills, number = stdlib_random.Random(0), 0, 0
+    while kills < KILLS:
+        number += 1
+        out, done = tmp_path / f"killed_{number}", False
+        while not done:
+            run = next(out.iterdir(), None) if out.is_dir() else None
+            resumable = run is not None and (run / "resume.pth").exists()
+            process = start(tmp_path, *(("--resume", run) if resumable else ("--data", data, *WORDS, "--out", out)))
+            if run is not None and not resumable:
+                shutil.rmtree(run)  # killed before its first epoch was complete: a new run is begun
+            process.join(random.uniform(0, 1.1 * seconds / (1 + 2 * resumable)) if kills < KILLS else None)
+            done = process.exitcode is not None
+            if done:
+                assert process.exitcode == 0
+            else:
+                process.kill()
+                process.join()
+                kills += 1
+            for run in out.iterdir() if out.is_dir() else ():
+                assert_nothing_is_torn(run)
+        (run,) = out.iterdir()
+        assert_same_weights(whole, run)
+        assert_same_history(whole, run)
+        kept = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+        assert kept == {path.name for path in whole.iterdir()}
+    print(f"{kills} kills in {number} runs")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_says_how_to_go_on(data, tmp_path, number, code):
+    command = [sys.executable, "-u", PROJECT / "train.py", "--data", data, *WORDS, "--out", "out dir"]
+    with subprocess.Popen(
+        [*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line == "Epoch: 2\n":
+                process.send_signal(number)
+                break
+        process.stdout.read()
+        last = process.stderr.read().splitlines()[-1]
+    assert process.returncode == code
+    found = re.fullmatch(
+        r"Stopped\. It goes on with (VQ-VAE epoch 2|DCGAN epoch 1) by: python train\.py --resume '(out dir/\S+)'", last
+    )
+    assert found, last
+    saved = torch.load(tmp_path / found[2] / "resume.pth", weights_only=True)
+    assert saved["state"]["vqvae"]["epoch"] == (1 if "VQ-VAE" in found[1] else 2)
+    assert not list((tmp_path / found[2]).glob(".*"))
+    done = run_program("train.py", "--resume", found[2], cwd=tmp_path)
+    assert done.returncode == 0 and "Done." in done.stdout, done.stderr
+
+
+def test_a_signal_before_the_first_epoch_is_complete(data, tmp_path):
+    command = [sys.executable, "-u", PROJECT / "train.py", "--data", data, *WORDS, "--epochs", "999"]
+    with subprocess.Popen(
+        [*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("Fast path"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stdout.read()
+        said = process.stderr.read()
+    assert process.returncode == 143 and "Traceback" not in said
+    assert said.splitlines()[-1] == "Stopped. No epoch was complete, so there is nothing to go on from."
+
+
+def test_a_disk_that_fills_up_damages_nothing_earlier(data, tmp_path):
+    """As where a quota is reached: files may have 1 MB, which resume.pth alone exceeds."""
+    done = run_program("train.py", "--data", data, *WORDS, "--only", "vqvae", cwd=tmp_path)
+    run = new_run(done, tmp_path / "gen_imgs")
+    before = {path.name: path.read_bytes() for path in run.glob("*.pth")}
+    done = subprocess.run(
+        [*map(str, (sys.executable, PROJECT / "train.py", "--resume", run, "--epochs", 3))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.fullmatch(r"train\.py: error: .*: File too large", done.stderr.splitlines()[-1])
+    assert (run / "resume.pth").read_bytes() == before["resume.pth"]
+    runs.load(run / "vqvae.pth", VQVAE.from_state_dict)
+    assert not list(run.glob(".*"))
+    again = run_program("train.py", "--resume", run, "--epochs", 3, cwd=tmp_path)
+    assert again.returncode == 0 and "Epoch: 3\n" in again.stdout
+
+
+def test_a_figure_that_cannot_be_drawn_costs_a_warning(data, tmp_path):
+    done = run_program("train.py", "--data", data, *WORDS, "--only", "vqvae", cwd=tmp_path)
+    run = new_run(done, tmp_path / "gen_imgs")
+    (run / "epoch_3.png").mkdir()  # where a figure should be
+    done = run_program("train.py", "--resume", run, "--epochs", 3, cwd=tmp_path)
+    assert done.returncode == 0 and "Epoch: 3\n" in done.stdout
+    assert re.search(r"^warning: .*epoch_3\.png: could not be drawn", done.stderr, re.M)
+    assert (run / "epoch_3_single.png").is_file() and not list(run.glob(".*"))
