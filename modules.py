@@ -350,6 +350,8 @@ def load_checked(model: nn.Module, state: dict[str, Tensor]) -> None:
             raise ValueError(f"it holds more than the weights of this {name} ('{key}')")
         if not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape:
             raise ValueError(f"its '{key}' is not of the shape {tuple(wanted[key].shape)} that this {name} has")
+        if state[key].is_floating_point() != wanted[key].is_floating_point():
+            raise ValueError(f"its '{key}' is of the kind {state[key].dtype}, not {wanted[key].dtype}")
         if not state[key].isfinite().all():
             raise ValueError(f"its '{key}' holds values that are not finite")
     model.load_state_dict(state)

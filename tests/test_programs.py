@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import torch
 from conftest import PROJECT, assert_same_history, assert_same_weights, new_run, rows, run_program
 from PIL import Image
 
+import predict
 from modules import VQVAE
 
 SMALL = ("--batch-size", 4, "--gan-batch-size", 6, "--n-embeddings", 64, "--device", "cpu")
@@ -321,9 +323,45 @@ def test_bad_options_are_refused_by_name(tmp_path, words, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [("--samples", "0"), ("--samples", "x"), ("--seed", "-1")])
-def test_bad_options_of_predict_are_refused_by_name(tmp_path, words):
-    refused(run_program("predict.py", "x.pth", *words, cwd=tmp_path), words[0])
+@pytest.mark.parametrize(
+    "words",
+    [("--samples", "0"), ("--samples", "9999999"), ("--seed", "-1"), ("--samples", "5"), ("--seed", "5")],
+)  # the last two are nothing without --generator
+def test_bad_options_of_predict_are_refused_by_name(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        predict.parse(["x.pth", *words])
+    assert caught.value.code == 2 and f"error: {words[0]}" in capsys.readouterr().err.replace("argument ", "")
+
+
+def test_going_on_without_bad_scans_and_with_names_that_are_no_text(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "test"):
+        scans = sorted((tmp_path / "data" / f"keras_png_slices_{split}").iterdir())
+        scans[3].write_bytes(scans[3].read_bytes()[:5000])
+        os.rename(scans[0], os.fsencode(scans[0].parent) + b"/caf\xe9.png")
+    words = ("--data", "data", *SMALL, "--epochs", 1, "--only", "vqvae")
+    refused(run_program("train.py", *words, cwd=tmp_path), scans[3].name.replace("006", "001"), "--skip-bad")
+    done = run_program("train.py", *words, "--skip-bad", cwd=tmp_path)
+    run = new_run(done, tmp_path / "gen_imgs")
+    assert "Left out of train: 1 of 15 files.\n" in done.stdout and "truncated" in done.stdout
+    assert json.loads((run / "run.json").read_text())["data"]["images"] == {"train": 14, "validate": 10, "test": 10}
+    refused(run_program("predict.py", run / "vqvae.pth", cwd=tmp_path), scans[3].name, "--skip-bad")
+    done = run_program("predict.py", run / "vqvae.pth", "--skip-bad", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0 and "Left out of test: 1 of 10 files.\n" in done.stdout
+    (out,) = (tmp_path / "out").iterdir()
+    with open(out / "scores.csv", newline="") as file:
+        names = [row["file"] for row in csv.DictReader(file)]
+    assert len(names) == 9 and "caf\\udce9.png" in names
+
+
+def test_a_subject_in_two_splits_is_refused_unless_it_is_allowed(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    scan = next((tmp_path / "data" / "keras_png_slices_train").glob("case_002*"))
+    shutil.copy(scan, tmp_path / "data" / "keras_png_slices_test")
+    words = ("--data", "data", *SMALL, "--epochs", 1, "--only", "vqvae")
+    refused(run_program("train.py", *words, cwd=tmp_path), "case 2", "_train", "_test", "--allow-shared-cases")
+    assert not (tmp_path / "gen_imgs").exists()
+    assert run_program("train.py", *words, "--allow-shared-cases", cwd=tmp_path).returncode == 0
 
 
 def test_a_rate_that_makes_the_loss_infinite_stops_the_run(data, tmp_path):

@@ -1,8 +1,12 @@
 """The run folder, files that are never torn, loading with care, seeds."""
 
+import io
 import pickle
 import re
+import struct
 import time
+import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -72,6 +76,58 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind):
         runs.load(path, VQVAE.from_state_dict)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert not trace.exists()
+
+
+def on_a_gpu(contents: bytes) -> bytes:
+    """A checkpoint as a machine with a GPU would have written it: its tensors' place is "cuda:0"."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(contents)) as before, zipfile.ZipFile(written, "w") as after:
+        for name in before.namelist():
+            part = before.read(name)
+            if name.endswith("data.pkl"):
+                cpu, cuda = (b"X" + struct.pack("<I", len(word)) + word for word in (b"cpu", b"cuda:0"))
+                assert cpu in part
+                part = part.replace(cpu, cuda)
+            after.writestr(name, part)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["as saved", "on a GPU", "the old format", "half precision", "ordered"])
+def test_weights_of_other_origin_load(tmp_path, kind):
+    model, path = VQVAE(16, 4), tmp_path / "x.pth"
+    state = {key: value.half() if kind == "half precision" else value for key, value in model.state_dict().items()}
+    torch.save(
+        OrderedDict(state) if kind == "ordered" else state,
+        path,
+        _use_new_zipfile_serialization=kind != "the old format",
+    )
+    if kind == "on a GPU":
+        path.write_bytes(on_a_gpu(path.read_bytes()))
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match="CUDA"):
+                torch.load(path, weights_only=True)  # as it is, it wants a GPU
+    loaded = runs.load(path, VQVAE.from_state_dict).state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(loaded[key], value, rtol=1e-3 if kind == "half precision" else 0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda value: value * torch.nan, "not finite"),
+        (lambda value: value[:-1], "not of the shape"),
+        (lambda value: value.to_sparse(), "."),
+        (lambda value: value.to(torch.complex64), "complex64"),
+        (lambda value: "text", "not of the shape"),
+    ],
+)
+def test_spoilt_weights_are_refused_in_one_line(tmp_path, spoil, said):
+    state = VQVAE(16, 4).state_dict()
+    state["conv1.weight"] = spoil(state["conv1.weight"])
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(RunError, match=said) as caught:
+        runs.load(tmp_path / "x.pth", VQVAE.from_state_dict)
+    assert str(caught.value).startswith(f"{tmp_path / 'x.pth'}: ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("contents", [[1, 2], 7, {"a": 1}, {"vector_quantizer.embedding.weight": 3}])

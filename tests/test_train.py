@@ -145,3 +145,31 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     assert train.choose_fast_path(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 updates do not repay it
     run.options |= {"fast_path": None, "only": "gan"}
     assert train.choose_fast_path(run, cuda, 9664) == FastPath("cuda")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch-size", "0"),
+        ("--gan-batch-size", "-3"),
+        ("--epochs", "0"),
+        ("--gan-epochs", "1e3"),
+        ("--lr", "0"),
+        ("--gan-lr", "inf"),
+        ("--beta", "-0.1"),
+        ("--gan-betas", "0.5"),
+        ("--gan-betas", "-0.1", "0.9"),
+        ("--n-embeddings", "65537"),
+        ("--embeddings-dim", "0"),
+        ("--seed", "-1"),
+        ("--seed", "9" * 5000),
+        ("--codebook", "fsq"),
+        ("--only", "both"),
+        ("--no-such-option",),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.parse(list(words))
+    said = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and words[0] in said[-1] and "error: " in said[-1]
