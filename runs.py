@@ -1,6 +1,7 @@
 """A run's folder: its options and log, files that are never torn, checkpoints loaded with care, and resuming."""
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -55,8 +56,11 @@ class Run:
         if not (folder / RESUME_FILE).is_file():
             raise RunError(f"{folder}: holds no {RESUME_FILE}, so no epoch to go on from; start a new run instead")
         saved = load(folder / RESUME_FILE)
-        if not isinstance(saved, dict) or saved.keys() != {"options", "state", "rows"}:
+        kinds = {"options": dict, "state": dict, "rows": list}
+        if not isinstance(saved, dict) or {key: type(value) for key, value in saved.items()} != kinds:
             raise RunError(f"{folder / RESUME_FILE}: was not written by train.py; name a run's folder with --resume")
+        if not all(isinstance(part, dict) and "epoch" in part for part in saved["state"].values()):
+            raise RunError(f"{folder / RESUME_FILE}: does not say which epochs are complete; start a new run instead")
         return cls(folder, **saved)
 
     def begin(self, device: torch.device, data: dict) -> None:
@@ -88,6 +92,22 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
         save({"options": self.options, "state": self.state, "rows": self.rows}, self.folder / RESUME_FILE)
+
+
+@contextlib.contextmanager
+def restoring(run: Run):
+    """`with restoring(run):` around what reads a resumed run's state; RunError where that does not fit.
+
+    resume.pth may be damaged in ways that loading does not show, or edited.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        path = run.folder / RESUME_FILE
+        raise RunError(f"{path}: does not fit this run ({type(error).__name__}: {reason}); start a new run") from None
 
 
 class atomically:

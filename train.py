@@ -153,10 +153,11 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
     state = run.state.setdefault("vqvae", {"epoch": 0, "losses": []})
     way = codebook.WAYS[o.codebook](model.vector_quantizer, optimizer)
     if state["epoch"]:
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        path.restore(optimizer, state["optimizer"])
-        way.restore(state)
+        with runs.restoring(run):
+            model.load_state_dict(state["model"])
+            average.load_state_dict(state["average"])
+            path.restore(optimizer, state["optimizer"])
+            way.restore(state)
     path.compile(model)
     network = parallel.distributed(model)
 
@@ -319,10 +320,11 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
         "discriminator_optimizer": path.adam(discriminator, o.gan_lr, o.gan_betas),
     }
     if state["epoch"]:
-        for name, net in nets.items():
-            net.load_state_dict(state[name])
-        for name, optimizer in optimizers.items():
-            path.restore(optimizer, state[name])
+        with runs.restoring(run):
+            for name, net in nets.items():
+                net.load_state_dict(state[name])
+            for name, optimizer in optimizers.items():
+                path.restore(optimizer, state[name])
 
     def noise(n: int, random: torch.Generator) -> Tensor:
         return torch.randn(n, prior.noise_dim, 1, 1, generator=random)
@@ -547,6 +549,7 @@ def how_to_go_on(run: runs.Run) -> str:
 def resumed_run(given: dict) -> runs.Run:
     """The run to go on with, its options changed as `given` where that is allowed."""
     run = runs.Run.open(given["resume"])
+    run.options = DEFAULTS | {"precision": "float32"} | run.options  # options that are younger than the run
     for name in given:
         if name not in MAY_CHANGE_ON_RESUME:
             raise runs.RunError(f"--{name.replace('_', '-')} cannot change on resuming; leave it out")
@@ -556,7 +559,6 @@ def resumed_run(given: dict) -> runs.Run:
             raise runs.RunError(f"--{option} {given[name]}: the run has {run.options[name]}; it can only be raised")
     if "data" in given:
         given["data"] = str(find_data(given["data"]).resolve())
-    run.options = DEFAULTS | {"precision": "float32"} | run.options  # options that are younger than the run
     run.options |= {name: value for name, value in given.items() if name != "resume"}
     if run.options["only"] == "gan":
         run.options["vqvae"] = str((run.folder / "vqvae.pth").resolve())

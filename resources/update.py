@@ -6,6 +6,7 @@ A run on phantoms goes to resources/phantoms/ and gives the pictures before and 
 real scans goes to resources/oasis/ and gives only what shows no scan: scores, curves and generated images.
 """
 
+import csv
 import shutil
 import sys
 from pathlib import Path
@@ -22,25 +23,32 @@ from modules import VQVAE  # noqa: E402
 
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
-OF_SCANS = ("train_ssim_scores", "train_recon_losses", "gan_losses", "gan_epoch_0", "gan_epoch_1", "gan_epoch_2")
+OF_SCANS = ("train_ssim_scores", "train_recon_losses")
+OF_SCANS_GAN = ("gan_losses", "gan_epoch_0", "gan_epoch_1", "gan_epoch_2")
 
 
 def main(run: Path, predicted: Path) -> None:
     record = runs.read_json(run / "run.json")
     options = record["options"]
+    target = HERE / ("phantoms" if record["data"]["phantoms"] else "oasis")
+    target.mkdir(exist_ok=True)
     if record["data"]["phantoms"]:
-        target = HERE / "phantoms"
         shown = {run / f"{name}.png": name for name in OF_PHANTOMS}
         shown |= {predicted / f"{name}.png": name for name in OF_PHANTOMS_PREDICTED}
         for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
             shown |= {run / f"epoch_{n}{kind}.png": f"epoch_{name}{kind}" for kind in ("", "_single")}
         draw_strip(run, Path(record["data"]["folder"]))
     else:
-        target = HERE / "oasis"
-        shown = {run / f"{name}.png": name for name in OF_SCANS}
-        shown[run / f"gan_epoch_{options['gan_epochs']}.png"] = "gan_epoch_last"
-        shown[predicted / "test_ssim_scores.png"] = "test_ssim_scores"
-    target.mkdir(exist_ok=True)
+        shown = {predicted / "test_ssim_scores.png": "test_ssim_scores"}
+        if options["only"] != "gan":
+            shown |= {run / f"{name}.png": name for name in OF_SCANS}
+            with open(run / "metrics.csv", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row.pop("stage") == "vqvae"]
+            numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
+            plots.rate_distortion(target / "rate_distortion.png", [n | {"epoch": int(n["epoch"])} for n in numbers])
+        if options["only"] != "vqvae":
+            shown |= {run / f"{name}.png": name for name in OF_SCANS_GAN}
+            shown[run / f"gan_epoch_{options['gan_epochs']}.png"] = "gan_epoch_last"
     for path, name in shown.items():
         shutil.copy(path, target / f"{name}.png")
     print(f"Wrote {target}")

@@ -275,6 +275,17 @@ def test_resuming_refuses_other_options_by_name(trained, folder):
     refused(run_program("train.py", "--resume", "nowhere", cwd=folder), "nowhere")
 
 
+def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_path):
+    _, run = trained
+    for stage, key in (("vqvae", "model"), ("gan", "discriminator_optimizer")):
+        spoilt = tmp_path / stage
+        shutil.copytree(run, spoilt)
+        saved = torch.load(spoilt / "resume.pth", weights_only=True)
+        saved["state"][stage][key] = {"weight": torch.zeros(3)}
+        torch.save(saved, spoilt / "resume.pth")
+        refused(run_program("train.py", "--resume", spoilt, cwd=folder), "resume.pth", "start a new run")
+
+
 def test_the_second_stage_alone(trained, data, folder):
     _, run = trained
     words = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--only", "gan")
@@ -364,9 +375,13 @@ def test_a_subject_in_two_splits_is_refused_unless_it_is_allowed(data, tmp_path)
     assert run_program("train.py", *words, "--allow-shared-cases", cwd=tmp_path).returncode == 0
 
 
-def test_a_rate_that_makes_the_loss_infinite_stops_the_run(data, tmp_path):
+def test_a_rate_that_makes_the_loss_infinite_stops_the_run(trained, data, tmp_path):
+    _, run = trained
     done = run_program("train.py", "--data", data, *SMALL, "--epochs", 3, "--lr", 1e30, cwd=tmp_path)
-    refused(done, "VQ-VAE epoch", "not finite", "learning rate")
+    refused(done, "VQ-VAE epoch 1, update 2", "not finite", "learning rate")
+    words = ("--only", "gan", "--vqvae", run / "vqvae.pth", "--gan-epochs", 3, "--gan-lr", 1e30)
+    done = run_program("train.py", "--data", data, *SMALL, *words, cwd=tmp_path)
+    refused(done, "DCGAN epoch 1, update", "not finite", "learning rate")
 
 
 def test_bad_data_is_refused_before_a_folder_is_made(data, tmp_path):

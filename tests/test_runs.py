@@ -142,8 +142,12 @@ def test_resuming_what_is_no_run(tmp_path):
         runs.Run.open(tmp_path / "nowhere")
     with pytest.raises(RunError, match="no resume.pth"):
         runs.Run.open(tmp_path)
-    runs.save([1], tmp_path / "resume.pth")
-    with pytest.raises(RunError, match="not written by train.py"):
+    for contents in ([1], {"options": {}, "state": {}, "rows": 3}):
+        runs.save(contents, tmp_path / "resume.pth")
+        with pytest.raises(RunError, match="not written by train.py"):
+            runs.Run.open(tmp_path)
+    runs.save({"options": {}, "state": {"vqvae": {}}, "rows": []}, tmp_path / "resume.pth")
+    with pytest.raises(RunError, match="which epochs are complete"):
         runs.Run.open(tmp_path)
 
 
