@@ -126,6 +126,8 @@ class atomically:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(self.path)  # a full disk does not say which file it was too full for
 
 
 def number(kind: type, least: float, what: str, below: float = float("inf")) -> Callable[[str], float]:

@@ -154,7 +154,7 @@ def test_a_disk_that_fills_up_damages_nothing_earlier(data, tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.fullmatch(r"train\.py: error: .*: File too large", done.stderr.splitlines()[-1])
+    assert re.fullmatch(r"train\.py: error: .*resume\.pth: File too large", done.stderr.splitlines()[-1])
     assert (run / "resume.pth").read_bytes() == before["resume.pth"]
     runs.load(run / "vqvae.pth", VQVAE.from_state_dict)
     assert not list(run.glob(".*"))
