@@ -183,3 +183,130 @@ def codebook_use(scores: Scores) -> dict[str, float]:
         "bits_adaptive": adaptive_bits(scores.usage) / len(scores.ssim),
         "bits_entropy_by_position": entropy(scores.usage).sum().item(),
     }
+
+
+# --- measures of generated images, none of which needs a downloaded network
+
+PYRAMID_LEVELS = 5  # 256, 128, 64, 32 and 16 pixels
+PATCH, PATCHES_PER_IMAGE, PROJECTIONS = 7, 128, 512
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def sliced_wasserstein(real: Tensor, fake: Tensor, random: torch.Generator) -> Tensor:
+    """Sliced Wasserstein distance of Laplacian-pyramid patches (Karras et al. 2018, arXiv 1710.10196, section 5).
+
+    At each level of the pyramids 128 patches of 7x7 pixels an image are taken, normalised, and projected on 512 random
+    directions, in each of which the distance between both sides is that of the sorted values. Both sides are normalised
+    by the real patches' mean and standard deviation (the paper: each by its own), so that brightness and contrast
+    count, and patches are taken at the same places of both, so that equal sides have distance 0.
+
+    Args:
+        real, fake: (N, 1, 256, 256), equally many images.
+        random: a CPU generator, of places and directions.
+
+    Returns:
+        (5,) float64, times 10³: the levels of 256, 128, 64, 32 and 16 pixels.
+    """
+    if real.shape != fake.shape:
+        raise ValueError(f"both sides must be equally many images, not {tuple(real.shape)} and {tuple(fake.shape)}")
+    directions = torch.randn(PATCH * PATCH, PROJECTIONS, generator=random)
+    directions = (directions / directions.norm(dim=0)).to(real.device)
+    distances = []
+    for a, b in zip(laplacian_pyramid(real), laplacian_pyramid(fake), strict=True):
+        n, _, h, w = a.shape
+        top, left = (
+            torch.randint(size - PATCH + 1, (n, PATCHES_PER_IMAGE), generator=random).to(a.device) for size in (h, w)
+        )
+        a, b = _patches(a, top, left), _patches(b, top, left)
+        mean, deviation = a.mean(), a.std()
+        a, b = ((side - mean) / deviation @ directions for side in (a, b))
+        distances.append((a.sort(0).values - b.sort(0).values).abs().double().mean())
+    return 1000 * torch.stack(distances).cpu()
+
+
+def _patches(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """The 7x7 patches at (N, P) places of images (N, 1, H, W): (N·P, 49)."""
+    inside = torch.arange(PATCH, device=images.device)
+    image = torch.arange(len(images), device=images.device)[:, None, None, None]
+    rows, columns = top[:, :, None, None] + inside[:, None], left[:, :, None, None] + inside
+    return images[:, 0][image, rows, columns].reshape(-1, PATCH * PATCH)
+
+
+def laplacian_pyramid(images: Tensor) -> list[Tensor]:
+    """Differences of images (N, 1, H, W) to their blurred halves, finest first; last what remains (Burt, Adelson 1983).
+
+    The filter is (1, 4, 6, 4, 1) / 16 along both axes, images are mirrored at their borders.
+    """
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device) / 16
+    kernel = (kernel[:, None] * kernel)[None, None]
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel)
+
+    levels = []
+    for _ in range(PYRAMID_LEVELS - 1):
+        half = blur(images)[:, :, ::2, ::2]
+        spread = torch.zeros_like(images)
+        spread[:, :, ::2, ::2] = 4 * half
+        levels.append(images - blur(spread))
+        images = half
+    return [*levels, images]
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Multi-scale structural similarity of pairs of images (Wang, Simoncelli, Bovik 2003).
+
+    Five scales, Gaussian 11x11 windows of standard deviation 1.5 that lie inside the image, K1 = 0.01, K2 = 0.03.
+    Between images of one set it measures how alike they are (Odena et al. 2017, arXiv 1610.09585, section 4.2). A scale
+    where structure is opposed counts as 0.
+
+    Args:
+        x, y: (B, 1, H, W) in [0, 1], H and W at least 176.
+
+    Returns:
+        (B,) float64 on the CPU, between 0 and 1.
+    """
+    offsets = torch.arange(11, device=x.device) - 5
+    window = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def mean(image: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(image, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    result = torch.ones(len(x), dtype=torch.double)
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
+        mean_x, mean_y = mean(x), mean(y)
+        var_x, var_y, covariance = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2, mean(x * y) - mean_x * mean_y
+        similarity = (2 * covariance + 0.03**2) / (var_x + var_y + 0.03**2)  # contrast and structure
+        if scale == len(MS_SSIM_WEIGHTS) - 1:
+            similarity = similarity * (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+        result *= similarity.mean((1, 2, 3)).clamp(min=0).cpu().double() ** weight
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return result
+
+
+def nearest_distances(images: Tensor, others: Tensor) -> Tensor:
+    """Root mean squared difference of each image (N, 1, H, W) to the nearest of `others` (M, 1, H, W): (N,).
+
+    Of generated images to the training images, it shows whether these were memorised.
+    """
+    n_pixels = images[0].numel()
+    best = torch.full((len(images),), torch.inf, dtype=torch.double)
+    for part in others.split(512):
+        best = torch.minimum(best, torch.cdist(images.flatten(1), part.flatten(1)).min(1).values.cpu().double())
+    return best / n_pixels**0.5
+
+
+def grey_value_distance(real: Tensor, fake: Tensor) -> float:
+    """Wasserstein distance between the grey values of two sets of images in [0, 1], foreground pixels only.
+
+    Grey values are taken in 256 levels; those above FOREGROUND count. 0.01 means that they differ by a hundredth of the
+    range on average; 1 where one side has no foreground.
+    """
+    shares = []
+    for images in (real, fake):
+        levels = (images[images > FOREGROUND] * 255).round().clamp(0, 255).long().cpu()
+        if len(levels) == 0:
+            return 1.0
+        shares.append(torch.bincount(levels, minlength=256).double() / len(levels))
+    return ((shares[0] - shares[1]).cumsum(0).abs().sum() / 255).item()
