@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -285,16 +286,15 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
-def nearest_distances(images: Tensor, others: Tensor) -> Tensor:
-    """Root mean squared difference of each image (N, 1, H, W) to the nearest of `others` (M, 1, H, W): (N,).
+def nearest_distances(images: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Root mean squared difference of each image (N, 1, H, W) to the nearest of others, batches (B, 1, H, W): (N,).
 
     Of generated images to the training images, it shows whether these were memorised.
     """
-    n_pixels = images[0].numel()
     best = torch.full((len(images),), torch.inf, dtype=torch.double)
-    for part in others.split(512):
-        best = torch.minimum(best, torch.cdist(images.flatten(1), part.flatten(1)).min(1).values.cpu().double())
-    return best / n_pixels**0.5
+    for batch in others:
+        best = torch.minimum(best, torch.cdist(images.flatten(1), batch.flatten(1)).min(1).values.cpu().double())
+    return best / images[0].numel() ** 0.5
 
 
 def grey_value_distance(real: Tensor, fake: Tensor) -> float:
@@ -310,3 +310,19 @@ def grey_value_distance(real: Tensor, fake: Tensor) -> float:
             return 1.0
         shares.append(torch.bincount(levels, minlength=256).double() / len(levels))
     return ((shares[0] - shares[1]).cumsum(0).abs().sum() / 255).item()
+
+
+def diversity(images: Tensor, groups: Sequence, random: torch.Generator, n_pairs: int = 1000) -> float:
+    """Mean `ms_ssim` of random pairs of images (N, 1, H, W), pairs of one group left out: the higher, the more alike.
+
+    Args:
+        groups: of each image what it belongs to (its subject); an image is never paired with itself.
+        random: a CPU generator.
+
+    Returns:
+        A number from 0 to 1; NaN where there is no such pair.
+    """
+    drawn = torch.randint(len(images), (8 * n_pairs, 2), generator=random).tolist()
+    pairs = torch.tensor([(i, j) for i, j in drawn if i != j and groups[i] != groups[j]][:n_pairs])
+    values = [ms_ssim(images[part[:, 0]], images[part[:, 1]]) for part in pairs.split(50) if len(part)]
+    return torch.cat(values).mean().item() if values else math.nan

@@ -3,6 +3,7 @@
     python predict.py PATH/vqvae.pth                     # the test split of the data it was trained on
     python predict.py PATH/vqvae.pth --data DIR          # of the OASIS folder DIR
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
+    python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and how far they are from real ones
 
 Everything goes to a new folder, gen_imgs/<date_time>_predict/: README.md says what is in it.
 """
@@ -36,6 +37,10 @@ def main(words: list[str] | None = None) -> None:
     if o.generator:
         prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
         folder = draw_samples(prior, o.samples or 64, o.seed or 0, o.out)
+        if o.data is not None:
+            data = find_data(o.data)
+            held_out, train = (OasisDataset(data, s, device, runs.progress, o.skip_bad) for s in (o.split, "train"))
+            measure_samples(prior, held_out, train, o.seed or 0, folder, phantom.note(data))
     else:
         record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
         data = data_folder(o.data, record)
@@ -111,6 +116,62 @@ def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
         Image.fromarray(image).save(folder / f"sample_{i:03d}.png", pnginfo=comment)
     print(f"Decoded {n} new brains.{phantom.mark(note)}")
     return folder
+
+
+@torch.no_grad()
+def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note: str = "") -> None:
+    """Print how far generated brains are from held-out images, and write it to measures.csv.
+
+    As many brains are generated as there are held-out images. Beside each value stands what it is to be compared with;
+    for distances that is the same of reconstructed training images, since no generator of codes can pass its decoder.
+    """
+    random = runs.random_generator(seed, "measures")
+    n = min(len(held_out), len(train))
+    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(prior.scale.shift.device)
+    generated = prior.sample_images(noise, progress=runs.progress)
+    real = held_out.__getitems__(range(n))
+    floor = reconstruct(prior.vqvae, train, torch.randperm(len(train), generator=random)[:n].tolist())
+    places = int(torch.randint(2**31, (), generator=random))  # the same patches and directions for both
+    swd, swd_floor = (
+        metrics.sliced_wasserstein(real, side, torch.Generator().manual_seed(places)) for side in (generated, floor)
+    )
+    cases = [held_out.case_and_slice(i)[0] for i in range(n)]
+    scans = [train.__getitems__(range(i, min(i + 512, len(train)))) for i in range(0, len(train), 512)]
+    nearest, nearest_real = (
+        metrics.nearest_distances(images, scans).quantile(0.05).item()
+        for images in (generated, reconstruct(prior.vqvae, held_out, range(n)))
+    )
+    beside = "reconstructed training images"
+    rows = [
+        (f"sliced Wasserstein distance, {256 >> level} pixels", *pair, beside)
+        for level, pair in enumerate(zip(swd.tolist(), swd_floor.tolist(), strict=True))
+    ]
+    rows += [
+        ("sliced Wasserstein distance, mean", swd.mean().item(), swd_floor.mean().item(), beside),
+        ("distance of grey values", *(metrics.grey_value_distance(real, side) for side in (generated, floor)), beside),
+        (
+            "MS-SSIM of pairs",
+            metrics.diversity(generated, range(n), random),
+            metrics.diversity(real, cases, random),
+            "held-out pairs of different cases",
+        ),
+        (
+            "distance to the nearest training image, 5th percentile",
+            nearest,
+            nearest_real,
+            "reconstructed held-out images",
+        ),
+    ]
+    with runs.atomically(folder / "measures.csv") as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([("measure", "generated", "beside", "what stands beside"), *rows])
+    for name, value, other, what in rows:
+        print(f"{name}: {value:.4f} ({what}: {other:.4f}){phantom.mark(note)}")
+
+
+def reconstruct(vqvae: VQVAE, dataset: OasisDataset, indices) -> torch.Tensor:
+    """Images of a data set, decoded from their codes and clamped to [0, 1]."""
+    parts = [dataset.__getitems__(indices[i : i + 32]) for i in range(0, len(indices), 32)]
+    return torch.cat([vqvae.decode(vqvae.encode(x)).clamp(0, 1) for x in parts])
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:

@@ -102,7 +102,7 @@ def test_ms_ssim_of_known_cases(images, some):
 
 def test_nearest_distances_are_a_plain_loop(images, some):
     others = torch.cat([some, images[2:3] + 0.01])
-    found = metrics.nearest_distances(images, others)
+    found = metrics.nearest_distances(images, others.split(3))
     for i, image in enumerate(images):
         expected = min(((image - other) ** 2).mean().sqrt().item() for other in others)
         assert found[i].item() == pytest.approx(expected, rel=1e-3)
@@ -118,3 +118,13 @@ def test_grey_value_distance_is_scipys(images, some):
     half, whole = torch.full((1, 1, 256, 256), 51 / 255), torch.full((1, 1, 256, 256), 153 / 255)
     assert metrics.grey_value_distance(half, whole) == pytest.approx(0.4)
     assert metrics.grey_value_distance(images, torch.zeros_like(images)) == 1
+
+
+def test_diversity_pairs_different_groups_only(images, some, random):
+    alike = images[:1].expand(4, -1, -1, -1)
+    assert metrics.diversity(alike, range(4), random) == pytest.approx(1)
+    two = torch.cat([alike, images[3:4].expand(4, -1, -1, -1)])
+    between = metrics.ms_ssim(images[:1], images[3:4]).item()
+    assert metrics.diversity(two, [0] * 4 + [1] * 4, random, 50) == pytest.approx(between, rel=1e-5)
+    assert between < metrics.diversity(two, range(8), random, 50) < 1
+    assert np.isnan(metrics.diversity(alike, [7] * 4, random))

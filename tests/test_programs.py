@@ -170,6 +170,27 @@ def test_new_brains_need_no_data(trained, folder, tmp_path):
     assert names == {"samples.png", *(f"sample_{i:03d}.png" for i in range(5))}
 
 
+def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
+    _, run = trained
+    words = (run / "vqvae.pth", "--generator", run / "generator.pth", "--samples", 2, "--data", data)
+    tables = []
+    for out in "ab":
+        done = run_program("predict.py", *words, "--split", "validate", "--out", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        with open(next((tmp_path / out).glob("*/measures.csv")), newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    assert tables[0] == tables[1] and len(tables[0]) == 9
+    for row in tables[0]:
+        line = (
+            f"{row['measure']}: {float(row['generated']):.4f} ({row['what stands beside']}: {float(row['beside']):.4f}"
+        )
+        assert f"{line}) (phantoms)\n" in done.stdout
+    mean = tables[0][5]
+    assert mean["measure"].endswith("mean")
+    for column in ("generated", "beside"):
+        assert float(mean[column]) == pytest.approx(np.mean([float(row[column]) for row in tables[0][:5]]))
+
+
 def test_same_seed_same_weights_and_another_seed_others(trained, data, folder):
     _, run = trained
     again = run_program("train.py", "--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", "again", cwd=folder)
