@@ -3,7 +3,7 @@
     python predict.py PATH/vqvae.pth                     # the test split of the data it was trained on
     python predict.py PATH/vqvae.pth --data DIR          # of the OASIS folder DIR
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
-    python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and how far they are from real ones
+    python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and measures of them
 
 Everything goes to a new folder, gen_imgs/<date_time>_predict/: README.md says what is in it.
 """
