@@ -49,6 +49,7 @@ class OasisDataset(Dataset):
         skip_bad: leave out files that cannot be used, instead of raising an error that lists them.
 
     Attributes:
+        root: the folder, a Path.
         images: (N, 1, 256, 256) uint8.
         files: the N paths, in the same order.
         skipped: for each file that was left out, a line that names it and says what is wrong.
@@ -65,7 +66,8 @@ class OasisDataset(Dataset):
         progress=tqdm,
         skip_bad: bool = False,
     ):
-        self.files = list_scans(Path(root), split)
+        self.root = Path(root)
+        self.files = list_scans(self.root, split)
         pixels = np.empty((len(self.files), 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
 
         def read(i: int) -> str | None:

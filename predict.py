@@ -2,6 +2,7 @@
 
     python predict.py PATH/vqvae.pth                     # the test split of the data it was trained on
     python predict.py PATH/vqvae.pth --data DIR          # of the OASIS folder DIR
+    python predict.py PATH/vqvae.pth --export-codes FILE.npz         # a split's codes, for other programs
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and measures of them
 
@@ -12,6 +13,7 @@ import argparse
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
@@ -34,6 +36,11 @@ def main(words: list[str] | None = None) -> None:
     hardware.keep_freed_memory()
     path = runs.find(o.path)
     vqvae = runs.load(path, VQVAE.from_state_dict).to(device)
+    if o.export_codes:
+        dataset = load_split(o, path, device)
+        export_codes(vqvae, dataset, Path(o.export_codes))
+        print(f"Wrote the codes of {len(dataset)} images to {o.export_codes}")
+        return
     if o.generator:
         prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
         folder = draw_samples(prior, o.samples or 64, o.seed or 0, o.out)
@@ -42,12 +49,16 @@ def main(words: list[str] | None = None) -> None:
             held_out, train = (OasisDataset(data, s, device, runs.progress, o.skip_bad) for s in (o.split, "train"))
             measure_samples(prior, held_out, train, o.seed or 0, folder, phantom.note(data))
     else:
-        record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
-        data = data_folder(o.data, record)
-        dataset = OasisDataset(data, o.split, device, runs.progress, o.skip_bad)
-        say_skipped(dataset, o.split)
-        folder = score_split(vqvae, dataset, o.split, o.out, phantom.note(data))
+        dataset = load_split(o, path, device)
+        folder = score_split(vqvae, dataset, o.split, o.out, phantom.note(dataset.root))
     print(f"Look at {folder}")
+
+
+def load_split(o: argparse.Namespace, path: Path, device: torch.device) -> OasisDataset:
+    record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
+    dataset = OasisDataset(data_folder(o.data, record), o.split, device, runs.progress, o.skip_bad)
+    say_skipped(dataset, o.split)
+    return dataset
 
 
 def data_folder(named: str | None, record: dict) -> Path:
@@ -100,6 +111,29 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
     print(f"Max SSIM score: {ssim.max():.4f}{mark}")
     print(f"Number of images with SSIM >= {THRESHOLD}: {above}, {above / len(ssim):.2%}.{mark}")
     return folder
+
+
+@torch.no_grad()
+def export_codes(vqvae: VQVAE, dataset: OasisDataset, path: Path) -> None:
+    """Write a split's codes for other programs, as a compressed .npz.
+
+    Its arrays: codes (N, 64, 64) uint16; name (N,) of files; case and slice (N,) int32, -1 where a name has none;
+    codebook (n_embeddings, D) float32.
+    """
+    codes = [
+        vqvae.encode(dataset.__getitems__(range(i, min(i + 32, len(dataset))))).cpu()
+        for i in range(0, len(dataset), 32)
+    ]
+    numbers = np.array([[-1 if n is None else n for n in dataset.case_and_slice(i)] for i in range(len(dataset))])
+    with runs.atomically(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(
+            file,
+            codes=torch.cat(codes).numpy().astype(np.uint16),
+            name=np.array([dataset.name(i) for i in range(len(dataset))]),
+            case=numbers[:, 0].astype(np.int32),
+            slice=numbers[:, 1].astype(np.int32),
+            codebook=vqvae.vector_quantizer.embedding.weight.detach().cpu().numpy(),
+        )
 
 
 def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
@@ -182,6 +216,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
     parser.add_argument("--out", metavar="DIR", default="gen_imgs", help="where the folder is made (default: gen_imgs)")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    text = "write the split's codes to this .npz file, instead of scores"
+    parser.add_argument("--export-codes", metavar="FILE", help=text)
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
     count = runs.number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
@@ -189,6 +225,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
     group.add_argument("--seed", metavar="S", type=seed, help="of the noise (default: 0)")
     o = parser.parse_args(words)
+    if o.export_codes and o.generator:
+        parser.error("--export-codes and --generator contradict each other; give one of them")
     for name, value in (("--samples", o.samples), ("--seed", o.seed)):
         if value is not None and not o.generator:
             parser.error(f"{name} is for new brains; name the generator.pth with --generator, or leave it out")

@@ -12,10 +12,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, assert_same_history, assert_same_weights, new_run, rows, run_program
+from conftest import PROJECT, assert_same_history, assert_same_weights, new_run, quiet, rows, run_program
 from PIL import Image
 
 import predict
+from dataset import OasisDataset
 from modules import VQVAE
 
 SMALL = ("--batch-size", 4, "--gan-batch-size", 6, "--n-embeddings", 64, "--device", "cpu")
@@ -168,6 +169,26 @@ def test_new_brains_need_no_data(trained, folder, tmp_path):
     assert sample.mode == "L" and sample.text == {"Comment": "generated, data: phantoms (synthetic)"}
     names = {path.name for path in next((tmp_path / "a").iterdir()).iterdir()}
     assert names == {"samples.png", *(f"sample_{i:03d}.png" for i in range(5))}
+
+
+def test_exported_codes_there_and_back(trained, data, tmp_path):
+    _, run = trained
+    words = (run / "vqvae.pth", "--split", "validate", "--export-codes", "codes.npz")
+    done = run_program("predict.py", *words, cwd=tmp_path)
+    assert done.returncode == 0 and "10 images to codes.npz" in done.stdout, done.stderr
+    contents = np.load(tmp_path / "codes.npz")
+    assert contents["codes"].shape == (10, 64, 64) and contents["codes"].dtype == np.uint16
+    assert contents["case"].tolist() == [4] * 5 + [5] * 5 and contents["slice"].tolist() == [0, 8, 16, 23, 31] * 2
+    assert contents["name"][1] == "case_004_slice_8.nii.png"
+    vqvae = VQVAE.from_state_dict(torch.load(run / "vqvae.pth", weights_only=True))
+    scans = OasisDataset(data, "validate", progress=quiet).__getitems__(range(10))
+    codes = torch.from_numpy(contents["codes"].astype(np.int64))
+    assert (codes != vqvae.encode(scans)).sum() <= 4  # another batch size may round a latent to another code
+    np.testing.assert_array_equal(contents["codebook"], vqvae.vector_quantizer.embedding.weight.detach().numpy())
+    decoded = vqvae.decoder(
+        torch.from_numpy(contents["codebook"])[codes].permute(0, 3, 1, 2)
+    )  # the codebook alone does
+    torch.testing.assert_close(decoded, vqvae.decode(codes), rtol=0, atol=1e-5)
 
 
 def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
