@@ -84,6 +84,10 @@ class Run:
         first = {key: before.get(key, value) for key, value in where.items()}
         write_json(self.folder / "run.json", record | first | {"resumed": before["resumed"]})
 
+    def rows_of(self, stage: str) -> list[dict]:
+        """The rows of one stage, "vqvae" or "gan"."""
+        return [row for row in self.rows if row["stage"] == stage]
+
     def save(self) -> None:
         """Write resume.pth and metrics.csv; called at the end of each epoch, after the epoch's other files."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))

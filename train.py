@@ -9,10 +9,7 @@
 Everything goes to a new folder, gen_imgs/<date_time>/: README.md says what is in it.
 """
 
-import argparse
 import copy
-import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 import codebook
 import hardware
 import metrics
+import options
 import parallel
 import phantom
 import plots
@@ -33,8 +31,6 @@ from dataset import (
     SPLITS,
     DataError,
     OasisDataset,
-    demo_data,
-    find_data,
     list_scans,
     make_loader,
     refuse_shared_cases,
@@ -42,35 +38,6 @@ from dataset import (
 )
 from modules import VQVAE, Discriminator, Generator, dcgan_init, plain_state
 from prior import Latents, Prior, codebook_hash
-
-# The report's values; arXiv 1711.00937 gives β = 0.25, arXiv 1511.06434 the DCGAN's rate and betas.
-DEFAULTS = dict(
-    epochs=12,
-    batch_size=32,
-    lr=1e-3,
-    beta=0.25,
-    n_embeddings=512,
-    embeddings_dim=64,
-    codebook="kmeans",
-    gan_epochs=25,
-    gan_batch_size=32,
-    gan_lr=2e-4,
-    gan_betas=(0.5, 0.999),
-    data=None,
-    demo=False,
-    skip_bad=False,
-    allow_shared_cases=False,
-    seed=0,
-    device="auto",
-    out="gen_imgs",
-    only=None,
-    vqvae=None,
-    precision="auto",
-    plain=False,
-    fast_path=None,  # what `choose_fast_path` gives; no option of the command line
-)
-DEMO_DEFAULTS = dict(epochs=5, gan_epochs=12)  # what fits in six minutes on two cores
-MAY_CHANGE_ON_RESUME = {"resume", "epochs", "gan_epochs", "data", "device"}
 
 # At a constant rate the weights wander from update to update, and with them the black background's level, to which
 # SSIM is very sensitive. What is scored and kept is an exponential average of them.
@@ -84,10 +51,10 @@ GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what s
 
 
 def main(words: list[str] | None = None) -> None:
-    given = parse(words)
+    given = options.parse(words, __doc__)
     runs.stop_at_signals()
     parallel.start()
-    run = parallel.from_first(lambda: open_run(given))
+    run = parallel.from_first(lambda: options.open_run(given))
     o = SimpleNamespace(**run.options)
     device = runs.choose_device(o.device)
     data, note = Path(o.data), phantom.note(o.data)
@@ -100,7 +67,7 @@ def main(words: list[str] | None = None) -> None:
         say_skipped(dataset, split)
         counts[split] = len(dataset)
 
-    path = parallel.from_first(lambda: choose_fast_path(run, device, counts["train"]))
+    path = parallel.from_first(lambda: options.choose_fast_path(run, device, counts["train"]))
     path.set_up()
     run.options["fast_path"] = path._asdict()
     if parallel.is_first():
@@ -121,7 +88,7 @@ def main(words: list[str] | None = None) -> None:
         if o.only != "vqvae":
             train_gan(vqvae.to(device), train_set, run, device, note)
     except runs.Stopped:
-        print(how_to_go_on(run), file=sys.stderr)
+        print(options.how_to_go_on(run), file=sys.stderr)
         raise
     print(f"Done. Look at {run.folder}")
     parallel.stop()
@@ -202,7 +169,7 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
             end_vqvae_epoch(average, shown, row | losses, scores, run, note)
 
     if parallel.is_first():
-        best = max(vqvae_rows(run), key=lambda row: row["ssim_mean"])
+        best = max(run.rows_of("vqvae"), key=lambda row: row["ssim_mean"])
         print(f"Best epoch: {best['epoch']}, validation SSIM {best['ssim_mean']:.4f}{phantom.mark(note)}", flush=True)
     kept = parallel.from_first(lambda: runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict))
     if parallel.is_first():
@@ -243,7 +210,7 @@ def end_vqvae_epoch(model: VQVAE, shown: Tensor, row: dict, scores: metrics.Scor
     }
     row |= metrics.codebook_use(scores)
     print_vqvae_epoch(row, scores.usage.shape[1], note)
-    best_before = max((r["ssim_mean"] for r in vqvae_rows(run)), default=-1.0)
+    best_before = max((r["ssim_mean"] for r in run.rows_of("vqvae")), default=-1.0)
     run.rows.append(row)
     if row["ssim_mean"] > best_before:
         runs.save(plain_state(model), run.folder / "vqvae.pth")
@@ -256,7 +223,7 @@ def draw_vqvae_epoch(model: VQVAE, shown: Tensor, epoch: int, run: runs.Run, not
     x_hat = model.eval()(shown)[1]
     plots.image_grid(run.folder / f"epoch_{epoch}.png", x_hat, f"Reconstructions after epoch {epoch}", note)
     plots.single_image(run.folder / f"epoch_{epoch}_single.png", x_hat[0], f"Reconstruction after epoch {epoch}", note)
-    rows = vqvae_rows(run)
+    rows = run.rows_of("vqvae")
     ssim = [[row[key] for row in rows] for key in ("ssim_mean", "ssim_min", "ssim_max")]
     plots.ssim_by_epoch(run.folder / "train_ssim_scores.png", *ssim, note)
     updates, means = [row["updates"] for row in rows], [row["training_loss"] for row in rows]
@@ -431,10 +398,6 @@ def update_average(average: nn.Module, model: nn.Module, update: int, decay: flo
             kept.copy_(new)
 
 
-def vqvae_rows(run: runs.Run) -> list[dict]:
-    return [row for row in run.rows if row["stage"] == "vqvae"]
-
-
 def epoch_row(stage: str, epoch: int, updates: int, n_images: int, seconds: float) -> dict:
     """What the rows of both stages in metrics.csv begin with."""
     speed = {"seconds": round(seconds, 2), "images_per_second": round(n_images / seconds, 2)}
@@ -482,148 +445,6 @@ def print_gan_epoch(row: dict, note: str) -> None:
     print(f"Discriminator loss: {row['d_loss']:.4f}{phantom.mark(note)}")
     print(f"Generator loss: {row['g_loss']:.4f}{phantom.mark(note)}")
     print(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}{phantom.mark(note)}", flush=True)
-
-
-def open_run(given: dict) -> runs.Run:
-    """A new run, or the one to go on with."""
-    run = resumed_run(given) if "resume" in given else new_run(given)
-    if parallel.world() == 1:
-        return run
-    if runs.choose_device(run.options["device"]).type == "mps" or ":" in run.options["device"]:
-        raise runs.RunError(
-            f"--device {run.options['device']}: several processes need --device cuda (one GPU each) or cpu"
-        )
-    for stage, name in (("vqvae", "batch_size"), ("gan", "gan_batch_size")):
-        size = run.options[name]
-        if size < parallel.world() and run.options["only"] in (None, stage):
-            option = name.replace("_", "-")
-            raise runs.RunError(f"--{option} {size}: less than one image for each of {parallel.world()} processes")
-    return run
-
-
-def choose_fast_path(run: runs.Run, device: torch.device, n_images: int) -> hardware.FastPath:
-    """The run's way of training: kept when it is resumed, chosen anew where that is on another kind of device."""
-    kept = run.options.get("fast_path")
-    if kept and kept["device"] == device.type:
-        return hardware.FastPath(**kept)
-    if run.options["only"] == "gan":  # which has neither compiled nor bfloat16 networks
-        return hardware.choose_fast_path(device, "float32", run.options["plain"], 0)
-    n_updates = run.options["epochs"] * math.ceil(n_images / run.options["batch_size"])
-    return hardware.choose_fast_path(device, run.options["precision"], run.options["plain"], n_updates)
-
-
-def new_run(given: dict) -> runs.Run:
-    """A run with every option; phantoms are written for it where it has no other data."""
-    if given.get("demo") and "data" in given:
-        raise runs.RunError("--demo and --data contradict each other; give one of them")
-    if given.get("plain") and given.get("precision") == "bfloat16":
-        raise runs.RunError("--plain and --precision bfloat16 contradict each other; give one of them")
-    if (given.get("only") == "gan") != ("vqvae" in given):
-        raise runs.RunError("--only gan needs --vqvae PATH, and only then is it used")
-    runs.choose_device(given.get("device", DEFAULTS["device"]))  # before phantoms are written for nothing
-    if "vqvae" in given:
-        given["vqvae"] = str(runs.find(given["vqvae"]).resolve())
-        runs.load(Path(given["vqvae"]), VQVAE.from_state_dict)
-    data = None if given.get("demo") else find_data(given.get("data"))
-    demo = data is None
-    if demo:
-        print("=" * 78)
-        print("DEMO: training on phantoms, synthetic brain slices. No real scan is used, and")
-        print("no figure below is a result. With OASIS data: python train.py --data DIR")
-        print("=" * 78, flush=True)
-        data = demo_data(runs.progress)
-    defaults = DEFAULTS | DEMO_DEFAULTS if demo else DEFAULTS
-    return runs.Run(None, defaults | given | {"demo": demo, "data": str(data.resolve())})
-
-
-def how_to_go_on(run: runs.Run) -> str:
-    """What to say when a run is stopped."""
-    if not (run.folder / runs.RESUME_FILE).exists():
-        return "Stopped. No epoch was complete, so there is nothing to go on from."
-    epoch = {stage: part["epoch"] for stage, part in run.state.items()}
-    in_vqvae = "vqvae" in epoch and epoch["vqvae"] < run.options["epochs"]
-    at = f"VQ-VAE epoch {epoch['vqvae'] + 1}" if in_vqvae else f"DCGAN epoch {epoch.get('gan', 0) + 1}"
-    return f"Stopped. It goes on with {at} by: python train.py --resume {shlex.quote(str(run.folder))}"
-
-
-def resumed_run(given: dict) -> runs.Run:
-    """The run to go on with, its options changed as `given` where that is allowed."""
-    run = runs.Run.open(given["resume"])
-    run.options = DEFAULTS | {"precision": "float32"} | run.options  # options that are younger than the run
-    for name in given:
-        if name not in MAY_CHANGE_ON_RESUME:
-            raise runs.RunError(f"--{name.replace('_', '-')} cannot change on resuming; leave it out")
-    for name in ("epochs", "gan_epochs"):
-        if given.get(name, run.options[name]) < run.options[name]:
-            option = name.replace("_", "-")
-            raise runs.RunError(f"--{option} {given[name]}: the run has {run.options[name]}; it can only be raised")
-    if "data" in given:
-        given["data"] = str(find_data(given["data"]).resolve())
-    run.options |= {name: value for name, value in given.items() if name != "resume"}
-    if run.options["only"] == "gan":
-        run.options["vqvae"] = str((run.folder / "vqvae.pth").resolve())
-    print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
-    if "gan" in run.state and run.options["only"] != "gan" and run.state["vqvae"]["epoch"] < run.options["epochs"]:
-        print("The VQ-VAE trains on, so the DCGAN begins anew.")
-        del run.state["gan"]
-        run.rows = vqvae_rows(run)
-        for path in (run.folder / "generator.pth", run.folder / "discriminator.pth", *run.folder.glob("gan_*.png")):
-            path.unlink(missing_ok=True)
-    return run
-
-
-def parse(words: list[str] | None) -> dict:
-    """The options given, and only those, by name."""
-    count = runs.number(int, 1, "a whole number of 1 or more")
-    seed = runs.number(int, 0, "a whole number of 0 or more")
-    size = runs.number(int, 1, "a whole number from 1 to 65536", below=65537)
-    rate = runs.number(float, sys.float_info.min, "a number above 0")
-    weight = runs.number(float, 0, "a number of 0 or more")
-    beta = runs.number(float, 0, "a number from 0 to below 1", below=1)
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
-
-    def add(group, option: str, text: str, **settings) -> None:
-        default = DEFAULTS.get(option[2:].replace("-", "_"))
-        shown = f" (default: {default})" if default is not None and default is not False else ""
-        group.add_argument(option, help=text + shown, **settings)
-
-    group = parser.add_argument_group("data")
-    places = "$OASIS_DIR, else ./keras_png_slices_data, else the demo"
-    add(group, "--data", f"folder of keras_png_slices_train, _validate and _test (default: {places})", metavar="DIR")
-    demo = f"{DEMO_DEFAULTS['epochs']} and {DEMO_DEFAULTS['gan_epochs']} epochs"
-    add(group, "--demo", f"train on phantoms, written to ./phantoms once, for {demo}", action="store_true")
-    add(group, "--skip-bad", "leave out scans that cannot be used, and say so", action="store_true")
-    text = "accept data with a subject in two splits, of which scores would be too good"
-    add(group, "--allow-shared-cases", text, action="store_true")
-    group = parser.add_argument_group("run")
-    add(group, "--out", "where the run's folder is made", metavar="DIR")
-    add(group, "--seed", "of weights, order and noise", type=seed, metavar="N")
-    add(group, "--device", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", metavar="NAME")
-    text = "of the encoder's convolutions; auto is bfloat16 on GPUs that have it, else float32"
-    add(group, "--precision", text, choices=("auto", "float32", "bfloat16"))
-    add(group, "--plain", "nothing that is there for speed alone: standard layout, float32, eager", action="store_true")
-    add(group, "--only", "one stage alone; gan needs --vqvae", choices=("vqvae", "gan"))
-    add(group, "--vqvae", "trained VQ-VAE for --only gan", metavar="PATH")
-    allowed = "--epochs and --gan-epochs (upwards), --data and --device"
-    add(group, "--resume", f"go on with the run in this folder; only {allowed} may change", metavar="RUN")
-    group = parser.add_argument_group("VQ-VAE")
-    add(group, "--epochs", "passes over the training images", type=count, metavar="N")
-    add(group, "--batch-size", "images an update", type=count, metavar="N")
-    add(group, "--lr", "learning rate of Adam", type=rate, metavar="RATE")
-    add(group, "--beta", "weight of the commitment loss", type=weight, metavar="B")
-    add(group, "--n-embeddings", "size of the codebook", type=size, metavar="N")
-    add(group, "--embeddings-dim", "length of an embedding", type=size, metavar="D")
-    text = "how codes are kept in use; kmeans: from data, with revival; paper: by the loss alone; ema: moving averages"
-    add(group, "--codebook", text, choices=codebook.WAYS)
-    group = parser.add_argument_group("DCGAN")
-    add(group, "--gan-epochs", "passes over the training latents", type=count, metavar="N")
-    add(group, "--gan-batch-size", "latents an update", type=count, metavar="N")
-    add(group, "--gan-lr", "learning rate of Adam", type=rate, metavar="RATE")
-    add(group, "--gan-betas", "betas of Adam", type=beta, nargs=2, metavar=("B1", "B2"))
-    return vars(parser.parse_args(words))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import PROJECT, quiet
 
 import hardware
+import options
 import runs
 import train
 from dataset import OasisDataset
@@ -87,11 +88,11 @@ def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):
     train_set, validate_set = (OasisDataset(data, split, progress=quiet) for split in ("train", "validate"))
     kept = []
     for compiled in (False, True):
-        options = train.DEFAULTS | dict(epochs=1, batch_size=8, n_embeddings=16, embeddings_dim=8)
-        options["fast_path"] = FastPath("cpu", compiled=compiled)._asdict()
+        chosen = options.DEFAULTS | dict(epochs=1, batch_size=8, n_embeddings=16, embeddings_dim=8)
+        chosen["fast_path"] = FastPath("cpu", compiled=compiled)._asdict()
         folder = tmp_path / str(compiled)
         folder.mkdir()
-        run = runs.Run(folder, options)
+        run = runs.Run(folder, chosen)
         kept.append((train.train_vqvae(train_set, validate_set, run, torch.device("cpu")), run))
     (eager, run), (compiled, other) = kept
     assert list(torch.load(folder / "vqvae.pth", weights_only=True)) == list(eager.state_dict())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import quiet
 
 import metrics
+import options
 import runs
 import train
 from dataset import OasisDataset
@@ -105,9 +106,9 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
         return metrics.Scores(ssim, 20 + ssim, torch.ones(4096, 16), torch.ones(16))
 
     monkeypatch.setattr(train.metrics, "score", falling)
-    options = train.DEFAULTS | dict(epochs=4, batch_size=15, n_embeddings=16, embeddings_dim=4)
-    options["fast_path"] = {"device": "cpu"}
-    kept = train.train_vqvae(train_set, validate_set, runs.Run(tmp_path, options), "cpu")
+    chosen = options.DEFAULTS | dict(epochs=4, batch_size=15, n_embeddings=16, embeddings_dim=4)
+    chosen["fast_path"] = {"device": "cpu"}
+    kept = train.train_vqvae(train_set, validate_set, runs.Run(tmp_path, chosen), "cpu")
     assert all(torch.equal(value, seen[1][key]) for key, value in kept.state_dict().items())
     assert not torch.equal(kept.conv1.weight, seen[3]["conv1.weight"])
 
@@ -139,12 +140,12 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     monkeypatch.setattr(train.hardware, "can_compile", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    run = runs.Run(tmp_path, train.DEFAULTS | {"fast_path": FastPath("cpu", bfloat16=True)._asdict()})
-    assert train.choose_fast_path(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
-    assert train.choose_fast_path(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
-    assert train.choose_fast_path(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 updates do not repay it
+    run = runs.Run(tmp_path, options.DEFAULTS | {"fast_path": FastPath("cpu", bfloat16=True)._asdict()})
+    assert options.choose_fast_path(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
+    assert options.choose_fast_path(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
+    assert options.choose_fast_path(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 updates do not repay it
     run.options |= {"fast_path": None, "only": "gan"}
-    assert train.choose_fast_path(run, cuda, 9664) == FastPath("cuda")
+    assert options.choose_fast_path(run, cuda, 9664) == FastPath("cuda")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,6 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
 )
 def test_numbers_out_of_range_are_refused_by_name(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        train.parse(list(words))
+        options.parse(list(words))
     said = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and words[0] in said[-1] and "error: " in said[-1]
