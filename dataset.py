@@ -114,7 +114,9 @@ class OasisDataset(Dataset):
 
 def case_and_slice(path: Path) -> tuple[int | None, int | None]:
     found = re.search(r"case_([0-9]+)_slice_([0-9]+)", path.name)
-    return (int(found[1]), int(found[2])) if found else (None, None)
+    if not found or max(map(len, found.groups())) > 18:  # more than a 64-bit integer holds is no number of a case
+        return None, None
+    return int(found[1]), int(found[2])
 
 
 def printable(path: str | Path) -> str:
@@ -229,6 +231,8 @@ def read_png(path: Path) -> np.ndarray:
                 raise DataError(f"{name}: is {width}x{height} pixels, not 256x256; resize or remove it")
             if getattr(image, "n_frames", 1) != 1:
                 raise DataError(f"{name}: is an animation; replace or remove it")
+            image.verify()  # checksums, which reading does not look at
+        with Image.open(path, formats=["PNG"]) as image:
             if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
                 return np.rint(np.asarray(image, np.float64) * (255 / 65535)).astype(np.uint8)
             return np.asarray(image if image.mode == "L" else image.convert("L"))
@@ -237,7 +241,7 @@ def read_png(path: Path) -> np.ndarray:
     except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError, zlib.error, …
         if isinstance(error, OSError) and error.strerror:
             raise DataError(f"{name}: cannot be read ({error.strerror}); replace or remove it") from None
-        reason = printable(error).replace(name, "").strip() or type(error).__name__
+        reason = printable(error).replace(f" {str(path)!r}", "").replace(name, "").strip() or type(error).__name__
         raise DataError(f"{name}: cannot be decoded as PNG ({reason}); replace or remove it") from None
 
 

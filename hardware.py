@@ -31,7 +31,8 @@ def free_memory(device: torch.device) -> int:
         free.append(int(limit) - int(used))  # of a container or a cluster's job; "max" where there is no limit
     except (OSError, ValueError):
         pass
-    return min(free, default=8 * 2**30) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on one machine
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's, on one machine
+    return min(free, default=8 * 2**30) // max(int(processes) if processes.isdecimal() else 1, 1)
 
 
 class FastPath(NamedTuple):

@@ -215,7 +215,7 @@ class VQVAE(nn.Module):
         """
         codebook = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
         shape = getattr(codebook, "shape", ())
-        if len(shape) != 2 or 0 in shape:
+        if len(shape) != 2 or not all(1 <= size <= 65536 for size in shape):
             raise ValueError("it holds no VQ-VAE (no codebook 'vector_quantizer.embedding.weight')")
         model = cls(n_embeddings=shape[0], embeddings_dim=shape[1])
         load_checked(model, state)
@@ -347,11 +347,11 @@ def load_checked(model: nn.Module, state: dict[str, Tensor]) -> None:
         if key not in state:
             raise ValueError(f"it does not hold the weights of this {name} ('{key}' is missing)")
         if key not in wanted:
-            raise ValueError(f"it holds more than the weights of this {name} ('{key}')")
+            raise ValueError(f"it holds more than the weights of this {name} ('{str(key)[:99]}')")
         if not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape:
             raise ValueError(f"its '{key}' is not of the shape {tuple(wanted[key].shape)} that this {name} has")
         if state[key].is_floating_point() != wanted[key].is_floating_point():
             raise ValueError(f"its '{key}' is of the kind {state[key].dtype}, not {wanted[key].dtype}")
-        if not state[key].isfinite().all():
+        if not state[key].to(wanted[key].dtype).isfinite().all():  # a float64 may be too large for float32
             raise ValueError(f"its '{key}' holds values that are not finite")
     model.load_state_dict(state)

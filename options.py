@@ -99,17 +99,38 @@ def new_run(given: dict) -> runs.Run:
 
 def how_to_go_on(run: runs.Run) -> str:
     """What to say when a run is stopped."""
-    if not (run.folder / runs.RESUME_FILE).exists():
+    if run.folder is None or not (run.folder / runs.RESUME_FILE).exists():
         return "Stopped. No epoch was complete, so there is nothing to go on from."
     epoch = {stage: part["epoch"] for stage, part in run.state.items()}
-    in_vqvae = "vqvae" in epoch and epoch["vqvae"] < run.options["epochs"]
-    at = f"VQ-VAE epoch {epoch['vqvae'] + 1}" if in_vqvae else f"DCGAN epoch {epoch.get('gan', 0) + 1}"
+    if run.options["only"] != "gan" and epoch.get("vqvae", 0) < run.options["epochs"]:
+        at = f"VQ-VAE epoch {epoch.get('vqvae', 0) + 1}"
+    elif run.options["only"] != "vqvae" and epoch.get("gan", 0) < run.options["gan_epochs"]:
+        at = f"DCGAN epoch {epoch.get('gan', 0) + 1}"
+    else:
+        at = "the last figures"
     return f"Stopped. It goes on with {at} by: python train.py --resume {shlex.quote(str(run.folder))}"
+
+
+def check_types(options: dict) -> None:
+    """Raise ValueError where the options of a resumed run are not such as a run has."""
+    for name, value in options.items():
+        kind = type(DEFAULTS[name]) if name in DEFAULTS else type(None)
+        if kind is tuple:
+            kind = (tuple, list)
+        if name not in DEFAULTS or (DEFAULTS[name] is not None and not isinstance(value, kind)):
+            raise ValueError(f"option {name} is {value!r}")
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f"option {name} is {value!r}")
+    if not isinstance(options["data"], str):
+        raise ValueError("it names no data")
+    hardware.FastPath(**(options.get("fast_path") or {"device": "cpu"}))
 
 
 def resumed_run(given: dict) -> runs.Run:
     """The run to go on with, its options changed as `given` where that is allowed."""
     run = runs.Run.open(given["resume"])
+    with runs.restoring(run):
+        check_types(run.options)
     run.options = DEFAULTS | {"precision": "float32"} | run.options  # options that are younger than the run
     for name in given:
         if name not in MAY_CHANGE_ON_RESUME:
@@ -128,15 +149,14 @@ def resumed_run(given: dict) -> runs.Run:
         print("The VQ-VAE trains on, so the DCGAN begins anew.")
         del run.state["gan"]
         run.rows = run.rows_of("vqvae")
-        for path in (run.folder / "generator.pth", run.folder / "discriminator.pth", *run.folder.glob("gan_*.png")):
-            path.unlink(missing_ok=True)
+        run.outdated = [run.folder / "generator.pth", run.folder / "discriminator.pth", *run.folder.glob("gan_*.png")]
     return run
 
 
 def parse(words: list[str] | None, description: str | None = None) -> dict:
     """The options given, and only those, by name."""
-    count = runs.number(int, 1, "a whole number of 1 or more")
-    seed = runs.number(int, 0, "a whole number of 0 or more")
+    count = runs.number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
+    seed = runs.number(int, 0, "a whole number from 0 to 2147483647", below=2**31)
     size = runs.number(int, 1, "a whole number from 1 to 65536", below=65537)
     rate = runs.number(float, sys.float_info.min, "a number above 0")
     weight = runs.number(float, 0, "a number of 0 or more")

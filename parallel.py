@@ -20,8 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 def start() -> None:
     """Join the processes that torchrun started, if it did; all but the first fall silent, errors apart."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(name, "").isdecimal() or name == "MASTER_ADDR" for name in names):
+        sys.exit(f"error: WORLD_SIZE is set, but not all of {', '.join(names[1:])}; start with torchrun, or unset it")
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
@@ -52,7 +55,8 @@ def run(main: Callable[[], None], name: str, errors: tuple[type[Exception], ...]
         errors: exceptions whose message is that line.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files may hold what is no character
+        if stream is not None:  # closed by the shell
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold what is no character
     try:
         main()
     except errors as error:

@@ -8,6 +8,7 @@ first-order statistics with real slices (README.md gives the figures); they are 
     python phantom.py --compare DIR OASIS    # statistics of the training slices of both folders, side by side
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -174,7 +175,9 @@ def write(
     for split, case, s in progress(wanted, desc="Writing phantoms", unit=" images"):
         path = Path(folder) / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{s}.nii.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(make_slice(case, s, seed)).save(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may be reading what is there
+        Image.fromarray(make_slice(case, s, seed)).save(temporary, format="PNG")
+        os.replace(temporary, path)
     with open(marker, "a") as file:
         file.write(COMPLETE)
 

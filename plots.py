@@ -10,9 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "agg"  # files are all that is drawn; whatever the environment says
 import matplotlib.pyplot as plt
 import numpy as np
 

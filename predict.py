@@ -43,11 +43,14 @@ def main(words: list[str] | None = None) -> None:
         return
     if o.generator:
         prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
-        folder = draw_samples(prior, o.samples or 64, o.seed or 0, o.out)
+        splits = []
         if o.data is not None:
-            data = find_data(o.data)
-            held_out, train = (OasisDataset(data, s, device, runs.progress, o.skip_bad) for s in (o.split, "train"))
-            measure_samples(prior, held_out, train, o.seed or 0, folder, phantom.note(data))
+            for split in (o.split, "train"):
+                splits.append(OasisDataset(find_data(o.data), split, device, runs.progress, o.skip_bad))
+                say_skipped(splits[-1], split)
+        folder = draw_samples(prior, o.samples or 64, o.seed or 0, o.out)
+        if splits:
+            measure_samples(prior, *splits, o.seed or 0, folder, phantom.note(o.data))
     else:
         dataset = load_split(o, path, device)
         folder = score_split(vqvae, dataset, o.split, o.out, phantom.note(dataset.root))
@@ -117,7 +120,7 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
 def export_codes(vqvae: VQVAE, dataset: OasisDataset, path: Path) -> None:
     """Write a split's codes for other programs, as a compressed .npz.
 
-    Its arrays: codes (N, 64, 64) uint16; name (N,) of files; case and slice (N,) int32, -1 where a name has none;
+    Its arrays: codes (N, 64, 64) uint16; name (N,) of files; case and slice (N,) int64, -1 where a name has none;
     codebook (n_embeddings, D) float32.
     """
     codes = [
@@ -130,8 +133,8 @@ def export_codes(vqvae: VQVAE, dataset: OasisDataset, path: Path) -> None:
             file,
             codes=torch.cat(codes).numpy().astype(np.uint16),
             name=np.array([dataset.name(i) for i in range(len(dataset))]),
-            case=numbers[:, 0].astype(np.int32),
-            slice=numbers[:, 1].astype(np.int32),
+            case=numbers[:, 0].astype(np.int64),
+            slice=numbers[:, 1].astype(np.int64),
             codebook=vqvae.vector_quantizer.embedding.weight.detach().cpu().numpy(),
         )
 
@@ -221,10 +224,12 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
     count = runs.number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
-    seed = runs.number(int, 0, "a whole number of 0 or more")
+    seed = runs.number(int, 0, "a whole number from 0 to 2147483647", below=2**31)
     group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
     group.add_argument("--seed", metavar="S", type=seed, help="of the noise (default: 0)")
     o = parser.parse_args(words)
+    if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
+        parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
     if o.export_codes and o.generator:
         parser.error("--export-codes and --generator contradict each other; give one of them")
     for name, value in (("--samples", o.samples), ("--seed", o.seed)):

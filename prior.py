@@ -164,9 +164,11 @@ class Prior:
         load_checked(generator, contents["state_dict"])
         for name in ("shift", "scale"):
             value = contents[name]
-            if not isinstance(value, Tensor) or value.shape != weight.shape[1:] or not value.isfinite().all():
-                raise ValueError(f"its '{name}' is not {weight.shape[1]} finite numbers")
-        scale = LatentScale(contents["shift"].to(weight.device), contents["scale"].to(weight.device))
+            if not isinstance(value, Tensor) or value.shape != weight.shape[1:] or not value.is_floating_point():
+                raise ValueError(f"its '{name}' is not {weight.shape[1]} numbers")
+            if not value.float().isfinite().all() or (name == "scale" and not (value.float() > 0).all()):
+                raise ValueError(f"its '{name}' has values that are not finite, or a scale that is not above 0")
+        scale = LatentScale(*(contents[name].float().to(weight.device) for name in ("shift", "scale")))
         return cls(generator.to(weight.device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
 
 

@@ -18,6 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -39,11 +44,13 @@ class Run:
         options: every option of the run, by name.
         state: what resuming needs besides the options, by stage ("vqvae", "gan"); tensors, numbers and lists only.
         rows: the rows of metrics.csv so far.
+        outdated: files that no longer belong to the run; `begin` removes them.
     """
 
     def __init__(self, folder: Path | None, options: dict, state: dict | None = None, rows: list[dict] | None = None):
         self.folder, self.options = folder, options
         self.state, self.rows = state or {}, rows or []
+        self.outdated: list[Path] = []
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -55,13 +62,17 @@ class Run:
         folder = find(path)
         if not (folder / RESUME_FILE).is_file():
             raise RunError(f"{folder}: holds no {RESUME_FILE}, so no epoch to go on from; start a new run instead")
-        saved = load(folder / RESUME_FILE)
-        kinds = {"options": dict, "state": dict, "rows": list}
-        if not isinstance(saved, dict) or {key: type(value) for key, value in saved.items()} != kinds:
-            raise RunError(f"{folder / RESUME_FILE}: was not written by train.py; name a run's folder with --resume")
-        if not all(isinstance(part, dict) and "epoch" in part for part in saved["state"].values()):
-            raise RunError(f"{folder / RESUME_FILE}: does not say which epochs are complete; start a new run instead")
-        return cls(folder, **saved)
+        run = cls(folder, {})
+        with restoring(run):
+            saved = load(folder / RESUME_FILE)
+            run.options, run.state, run.rows = saved["options"], saved["state"], saved["rows"]
+            if not isinstance(run.options, dict) or not isinstance(run.rows, list):
+                raise ValueError("it was not written by train.py")
+            for stage, part in run.state.items():
+                epochs = [row["epoch"] for row in run.rows_of(stage)]
+                if stage not in ("vqvae", "gan") or epochs != list(range(1, part["epoch"] + 1)):
+                    raise ValueError(f"the rows of {stage} are not those of its epochs")
+        return run
 
     def begin(self, device: torch.device, data: dict) -> None:
         """Make the folder of a new run and write run.json; a resumed one's keeps what it recorded at first.
@@ -72,17 +83,37 @@ class Run:
         where = environment(device)
         if self.folder is None:
             self.folder = new_folder(self.options["out"])
+            self._lock()
             before = where | {"resumed": []}
         else:
+            self._lock()
             before = read_json(self.folder / "run.json")
             images = before.get("data", {}).get("images", data["images"])
             if images != data["images"]:
                 raise RunError(f"{data['folder']}: has {data['images']} images, the run began with {images}")
             before["resumed"] = before.get("resumed", []) + [where]
             self.save()  # raised epochs must outlast an interruption
+            for path in self.outdated:
+                path.unlink(missing_ok=True)
         record = {"options": self.options, "seed": self.options["seed"], "data": data}
         first = {key: before.get(key, value) for key, value in where.items()}
         write_json(self.folder / "run.json", record | first | {"resumed": before["resumed"]})
+
+    def _lock(self) -> None:
+        """Keep other processes from writing to the folder, until this one ends.
+
+        Raises:
+            RunError: another one is at work there.
+        """
+        if fcntl is None:  # Windows
+            return
+        self._folder_handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._folder_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.folder}: another process is at work on this run; wait for it or stop it") from None
+        except OSError:  # a file system without locks
+            pass
 
     def rows_of(self, stage: str) -> list[dict]:
         """The rows of one stage, "vqvae" or "gan"."""
@@ -109,7 +140,7 @@ def restoring(run: Run):
     except RunError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         path = run.folder / RESUME_FILE
         raise RunError(f"{path}: does not fit this run ({type(error).__name__}: {reason}); start a new run") from None
 
@@ -124,14 +155,18 @@ class atomically:
         return self.temporary
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            with open(self.temporary, "rb") as file:
-                os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(self.path)  # a full disk does not say which file it was too full for
+        try:
+            if kind is None:
+                with open(self.temporary, "rb") as file:
+                    os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
+                os.replace(self.temporary, self.path)
+        except OSError as failure:
+            error = failure
+            raise
+        finally:
+            if isinstance(error, OSError):
+                error.filename = str(self.path)  # not the temporary name, which means nothing to a reader
+            Path(self.temporary).unlink(missing_ok=True)
 
 
 def number(kind: type, least: float, what: str, below: float = float("inf")) -> Callable[[str], float]:
@@ -210,9 +245,15 @@ def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) ->
     try:
         return build(contents)
     except ValueError as error:
-        raise RunError(f"{path}: {error}") from None
+        raise RunError(f"{path}: {one_line(error)}") from None
     except Exception:  # what a file of another origin holds can be anything: sparse, quantized, complex tensors, …
         raise RunError(f"{path}: does not hold what is wanted here; it was not loaded") from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as one printable line of at most 300 characters: it may quote a file's contents."""
+    words = "".join(c if c.isprintable() else " " for c in str(error)).split()
+    return " ".join(words)[:300]
 
 
 def write_json(path: Path, contents: dict) -> None:
@@ -228,9 +269,14 @@ def read_json(path: Path) -> dict:
     """
     try:
         contents = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read ({error}); repair or remove it") from None
-    if not isinstance(contents, dict) or not isinstance(contents.get("data", {}), dict):
+    data = contents.get("data", {}) if isinstance(contents, dict) else None
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("folder", ""), str)
+        or not isinstance(contents.get("resumed", []), list)
+    ):
         raise RunError(f"{path}: was not written by train.py; repair or remove it")
     return contents
 
@@ -273,8 +319,10 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except Exception:  # torch has many words for a device that is not there
         raise RunError(f"--device {name}: no such device here; try --device cpu") from None
     return device
 

@@ -36,7 +36,7 @@ from dataset import (
     refuse_shared_cases,
     say_skipped,
 )
-from modules import VQVAE, Discriminator, Generator, dcgan_init, plain_state
+from modules import VQVAE, Discriminator, Generator, dcgan_init, load_checked, plain_state
 from prior import Latents, Prior, codebook_hash
 
 # At a constant rate the weights wander from update to update, and with them the black background's level, to which
@@ -55,6 +55,17 @@ def main(words: list[str] | None = None) -> None:
     runs.stop_at_signals()
     parallel.start()
     run = parallel.from_first(lambda: options.open_run(given))
+    try:
+        train(run)
+    except runs.Stopped:
+        print(options.how_to_go_on(run), file=sys.stderr)
+        raise
+    print(f"Done. Look at {run.folder}")
+    parallel.stop()
+
+
+def train(run: runs.Run) -> None:
+    """Both stages of a run, from its options to its figures."""
     o = SimpleNamespace(**run.options)
     device = runs.choose_device(o.device)
     data, note = Path(o.data), phantom.note(o.data)
@@ -78,20 +89,14 @@ def main(words: list[str] | None = None) -> None:
     print(f"Device: {device}. Folder: {run.folder}. If interrupted: python train.py --resume {run.folder}")
     print(f"Fast path: {processes}{path}", flush=True)
 
-    try:
-        if o.only == "gan":
-            vqvae = parallel.from_first(lambda: runs.load(Path(o.vqvae), VQVAE.from_state_dict))
-            if parallel.is_first():
-                runs.save(plain_state(vqvae), run.folder / "vqvae.pth")  # so that the folder is complete in itself
-        else:
-            vqvae = train_vqvae(train_set, validate_set, run, device, note)
-        if o.only != "vqvae":
-            train_gan(vqvae.to(device), train_set, run, device, note)
-    except runs.Stopped:
-        print(options.how_to_go_on(run), file=sys.stderr)
-        raise
-    print(f"Done. Look at {run.folder}")
-    parallel.stop()
+    if o.only == "gan":
+        vqvae = parallel.from_first(lambda: runs.load(Path(o.vqvae), VQVAE.from_state_dict))
+        if parallel.is_first():
+            runs.save(plain_state(vqvae), run.folder / "vqvae.pth")  # so that the folder is complete in itself
+    else:
+        vqvae = train_vqvae(train_set, validate_set, run, device, note)
+    if o.only != "vqvae":
+        train_gan(vqvae.to(device), train_set, run, device, note)
 
 
 def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.Run, device, note: str = "") -> VQVAE:
@@ -121,10 +126,11 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
     way = codebook.WAYS[o.codebook](model.vector_quantizer, optimizer)
     if state["epoch"]:
         with runs.restoring(run):
-            model.load_state_dict(state["model"])
-            average.load_state_dict(state["average"])
+            load_checked(model, state["model"])
+            load_checked(average, state["average"])
             path.restore(optimizer, state["optimizer"])
             way.restore(state)
+            state["losses"] = [float(loss) for loss in state["losses"]]
     path.compile(model)
     network = parallel.distributed(model)
 
@@ -157,10 +163,12 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
                 bar.update(n)
         seen = parallel.total(torch.stack(seen))  # (updates, 2)
         check_finite(seen, f"VQ-VAE epoch {epoch}", update)
+        check_finite(flat_weights(model), f"VQ-VAE epoch {epoch}", update)  # the last step's loss was before that step
         seconds = time.perf_counter() - started  # a GPU has done all of it now
 
         scores = metrics.score(average, validate_set, runs.progress, parallel.rank(), parallel.world())
         scores = metrics.Scores(*(parallel.total(part) for part in scores))
+        check_finite(scores.ssim[None], f"VQ-VAE epoch {epoch}", update)
         state |= {"epoch": epoch, "losses": state["losses"] + seen[:, 0].tolist()} | way.state()
         state |= {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         if parallel.is_first():
@@ -289,7 +297,8 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     if state["epoch"]:
         with runs.restoring(run):
             for name, net in nets.items():
-                net.load_state_dict(state[name])
+                load_checked(net, state[name])
+            state["history"] = {key: [float(value) for value in state["history"][key]] for key in GAN_COLUMNS}
             for name, optimizer in optimizers.items():
                 path.restore(optimizer, state[name])
 
@@ -331,8 +340,12 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
                 bar.update(n)
         seen = parallel.total(torch.stack(seen))  # (updates, 4)
         check_finite(seen, f"DCGAN epoch {epoch}", update)
+        for net in nets.values():
+            check_finite(flat_weights(net), f"DCGAN epoch {epoch}", update)
         seconds = time.perf_counter() - started
 
+        if parallel.is_first():  # before the state says that the epoch is complete: a signal may end the program here
+            draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
         columns = dict(zip(GAN_COLUMNS, seen.T, strict=True))
         state |= {"epoch": epoch} | {name: part.state_dict() for name, part in (nets | optimizers).items()}
         for key, values in columns.items():
@@ -343,7 +356,6 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
             run.rows.append(row)
             runs.save(prior.checkpoint(), run.folder / "generator.pth")
             runs.save(plain_state(discriminator), run.folder / "discriminator.pth")
-            draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
             plots.gan_losses(run.folder / "gan_losses.png", state["history"], note)
             run.save()
     return prior
@@ -417,13 +429,18 @@ def means_by_image(by_update: dict[str, Tensor], sizes: list[int]) -> dict[str, 
     }
 
 
-def check_finite(losses: Tensor, where: str, update: int) -> None:
-    """Raise RunError if one of the losses (updates, …), the last of which is that of `update`, is not finite."""
-    bad = ~losses.isfinite().reshape(len(losses), -1).all(1)
+def flat_weights(model: nn.Module) -> Tensor:
+    """All parameters as one row (1, n), in float32."""
+    return torch.cat([p.detach().flatten().float() for p in model.parameters()])[None]
+
+
+def check_finite(values: Tensor, where: str, update: int) -> None:
+    """Raise RunError if one of some values (updates, …), the last of which are those of `update`, is not finite."""
+    bad = ~values.isfinite().reshape(len(values), -1).all(1)
     if bad.any():
-        first = update - len(losses) + 1 + int(bad.nonzero()[0])
+        first = update - len(values) + 1 + int(bad.nonzero()[0])
         raise runs.RunError(
-            f"{where}, update {first}: the loss is not finite; try a lower learning rate (complete epochs are kept)"
+            f"{where}, update {first}: loss or weights not finite; try a lower learning rate (complete epochs are kept)"
         )
 
 

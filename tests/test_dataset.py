@@ -46,6 +46,9 @@ def test_natural_order_of_case_and_slice(folder):
 def test_only_the_splits_scans_are_read(folder):
     for name in ("b.png", "A.PNG", "._case_001_slice_0.nii.png", ".hidden.png", "notes.txt"):
         grey().save(folder / name, format="PNG")
+    grey().save(folder / "case_99999999999999999999_slice_1.png")
+    assert OasisDataset(folder.parent, "train", progress=quiet).case_and_slice(2) == (None, None)
+    (folder / "case_99999999999999999999_slice_1.png").unlink()
     for labels in ("keras_png_slices_seg_train", "keras_png_slices_validate"):
         (folder.parent / labels).mkdir()
         grey(200).save(folder.parent / labels / "seg_001_slice_0.nii.png")
@@ -117,13 +120,19 @@ def broken_files():
         pnginfo.add_text("Comment", "x" * 50_000_000, zip=True)
         grey().save(path, pnginfo=pnginfo)
 
+    def flipped(path):
+        noise.save(path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
     def in_format(name, mode="L"):
         return lambda path: grey().convert(mode).save(path, format=name)
 
     return {
         "zero bytes": (lambda path: path.write_bytes(b""), "cannot be decoded"),
         "garbage": (lambda path: path.write_bytes(b"no image at all" * 50), "cannot be decoded"),
-        "truncated": (truncated, "truncated"),
+        "truncated": (truncated, "runcated"),
         "only a header": (lambda path: (noise.save(path), path.write_bytes(path.read_bytes()[:33])), "cannot be"),
         "a JPEG": (in_format("JPEG"), "cannot be decoded"),
         "a CMYK TIFF": (in_format("TIFF", "CMYK"), "cannot be decoded"),
@@ -132,7 +141,8 @@ def broken_files():
         "a folder": (lambda path: path.mkdir(), "is a folder"),
         "a pipe": (os.mkfifo, "is not a regular file"),
         "too small": (lambda path: grey(size=(255, 256)).save(path), "255x256"),
-        "a decompression bomb": (lambda path: grey(size=(20000, 10000)).save(path), ""),
+        "a decompression bomb": (lambda path: grey(size=(20000, 10000)).save(path), "decompression bomb"),
+        "a flipped bit": (flipped, "cannot be decoded"),
         "a bomb of text": (text_bomb, "cannot be decoded"),
         "a very large file": (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40), "16 MiB"),
         "a dangling link": (lambda path: path.symlink_to("nowhere"), "is a link to nothing"),

@@ -66,6 +66,13 @@ def assert_nothing_is_torn(run: Path) -> None:
             assert path.name == "metrics.csv" and all(None not in row.values() for row in rows)
 
 
+def wait(process: multiprocessing.Process, seconds: float, out: Path, for_a_save: bool) -> None:
+    """Until the process has ended, or the time is over and, if wanted, a file is being written."""
+    process.join(seconds)
+    while for_a_save and process.exitcode is None and not any(out.glob("*/.*.tmp")):
+        time.sleep(0.0002)
+
+
 def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path):
     """The end is bit for bit that of a run which was never interrupted."""
     begun = time.monotonic()
@@ -84,7 +91,10 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path):
             process = start(tmp_path, *(("--resume", run) if resumable else ("--data", data, *WORDS, "--out", out)))
             if run is not None and not resumable:
                 shutil.rmtree(run)  # killed before its first epoch was complete: a new run is begun
-            process.join(random.uniform(0, 1.1 * seconds / (1 + 2 * resumable)) if kills < KILLS else None)
+            if kills < KILLS:
+                wait(process, random.uniform(0, 1.1 * seconds / (1 + 2 * resumable)), out, random.random() < 0.5)
+            else:
+                process.join()
             done = process.exitcode is not None
             if done:
                 assert process.exitcode == 0

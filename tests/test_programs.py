@@ -317,6 +317,16 @@ def test_resuming_refuses_other_options_by_name(trained, folder):
     refused(run_program("train.py", "--resume", "nowhere", cwd=folder), "nowhere")
 
 
+def test_a_refused_command_costs_nothing(trained, folder, tmp_path):
+    _, run = trained
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+    refused(run_program("train.py", "--resume", copied, "--epochs", 3, "--device", "meta", cwd=folder), "--device meta")
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == {
+        path.name: path.read_bytes() for path in run.iterdir()
+    }
+
+
 def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_path):
     _, run = trained
     for stage, key in (("vqvae", "model"), ("gan", "discriminator_optimizer")):
@@ -396,7 +406,7 @@ def test_going_on_without_bad_scans_and_with_names_that_are_no_text(data, tmp_pa
     refused(run_program("train.py", *words, cwd=tmp_path), scans[3].name.replace("006", "001"), "--skip-bad")
     done = run_program("train.py", *words, "--skip-bad", cwd=tmp_path)
     run = new_run(done, tmp_path / "gen_imgs")
-    assert "Left out of train: 1 of 15 files.\n" in done.stdout and "truncated" in done.stdout
+    assert "Left out of train: 1 of 15 files.\n" in done.stdout and "runcated" in done.stdout
     assert json.loads((run / "run.json").read_text())["data"]["images"] == {"train": 14, "validate": 10, "test": 10}
     refused(run_program("predict.py", run / "vqvae.pth", cwd=tmp_path), scans[3].name, "--skip-bad")
     done = run_program("predict.py", run / "vqvae.pth", "--skip-bad", "--out", "out", cwd=tmp_path)
@@ -421,6 +431,11 @@ def test_a_rate_that_makes_the_loss_infinite_stops_the_run(trained, data, tmp_pa
     _, run = trained
     done = run_program("train.py", "--data", data, *SMALL, "--epochs", 3, "--lr", 1e30, cwd=tmp_path)
     refused(done, "VQ-VAE epoch 1, update 2", "not finite", "learning rate")
+    words = ("--batch-size", 15, "--n-embeddings", 16, "--embeddings-dim", 4, "--only", "vqvae", "--lr", 1e39)
+    done = run_program("train.py", "--data", data, *words, "--out", "one", cwd=tmp_path)
+    # one update an epoch: its loss, before the step, is finite, and what the step leaves is not
+    refused(done, "VQ-VAE epoch 1, update 1", "not finite")
+    assert not list((tmp_path / "one").glob("*/*.pth"))
     words = ("--only", "gan", "--vqvae", run / "vqvae.pth", "--gan-epochs", 3, "--gan-lr", 1e30)
     done = run_program("train.py", "--data", data, *SMALL, *words, cwd=tmp_path)
     refused(done, "DCGAN epoch 1, update", "not finite", "learning rate")
@@ -433,6 +448,12 @@ def test_bad_data_is_refused_before_a_folder_is_made(data, tmp_path):
     shutil.rmtree(tmp_path / "data" / "keras_png_slices_test")
     refused(run_program("train.py", "--data", "data", cwd=tmp_path), "keras_png_slices_test", "missing")
     assert not (tmp_path / "gen_imgs").exists()
+
+
+def test_an_environment_of_half_a_launcher_is_refused(tmp_path):
+    done = run_program("train.py", "--demo", cwd=tmp_path, WORLD_SIZE="2")
+    refused(done, "LOCAL_RANK", "torchrun")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path):

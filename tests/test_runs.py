@@ -1,6 +1,7 @@
 """The run folder, files that are never torn, loading with care, seeds."""
 
 import io
+import os
 import pickle
 import re
 import struct
@@ -119,6 +120,7 @@ def test_weights_of_other_origin_load(tmp_path, kind):
         (lambda value: value.to_sparse(), "."),
         (lambda value: value.to(torch.complex64), "complex64"),
         (lambda value: "text", "not of the shape"),
+        (lambda value: value.double() * 1e300, "not finite"),
     ],
 )
 def test_spoilt_weights_are_refused_in_one_line(tmp_path, spoil, said):
@@ -128,6 +130,21 @@ def test_spoilt_weights_are_refused_in_one_line(tmp_path, spoil, said):
     with pytest.raises(RunError, match=said) as caught:
         runs.load(tmp_path / "x.pth", VQVAE.from_state_dict)
     assert str(caught.value).startswith(f"{tmp_path / 'x.pth'}: ") and "\n" not in str(caught.value)
+
+
+def test_a_file_is_quoted_on_one_line_and_briefly(tmp_path):
+    state = VQVAE(16, 4).state_dict() | {"con\n\x1b[31m" + 5000 * "x": torch.zeros(1)}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(RunError, match="more than the weights") as caught:
+        runs.load(tmp_path / "x.pth", VQVAE.from_state_dict)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_a_codebook_that_is_larger_than_its_file_is_refused(tmp_path):
+    state = VQVAE(16, 4).state_dict() | {"vector_quantizer.embedding.weight": torch.zeros(1, 1).expand(2**23, 64)}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(RunError, match="no VQ-VAE"):
+        runs.load(tmp_path / "x.pth", VQVAE.from_state_dict)
 
 
 @pytest.mark.parametrize("contents", [[1, 2], 7, {"a": 1}, {"vector_quantizer.embedding.weight": 3}])
@@ -142,13 +159,28 @@ def test_resuming_what_is_no_run(tmp_path):
         runs.Run.open(tmp_path / "nowhere")
     with pytest.raises(RunError, match="no resume.pth"):
         runs.Run.open(tmp_path)
-    for contents in ([1], {"options": {}, "state": {}, "rows": 3}):
+    row = {"stage": "vqvae", "epoch": 1}
+    for contents in (
+        [1],
+        {"options": {}, "state": {}, "rows": 3},
+        {"options": {}, "state": {"vqvae": {}}, "rows": []},
+        {"options": {}, "state": {"vqvae": {"epoch": "x"}}, "rows": [row]},
+        {"options": {}, "state": {"vqvae": {"epoch": 2}}, "rows": [row]},
+        {"options": {}, "state": {"other": {"epoch": 0}}, "rows": []},
+        {"options": {}, "state": {"vqvae": {"epoch": 1}}, "rows": [{}]},
+    ):
         runs.save(contents, tmp_path / "resume.pth")
-        with pytest.raises(RunError, match="not written by train.py"):
+        with pytest.raises(RunError, match="resume.pth: does not fit.*start a new run"):
             runs.Run.open(tmp_path)
-    runs.save({"options": {}, "state": {"vqvae": {}}, "rows": []}, tmp_path / "resume.pth")
-    with pytest.raises(RunError, match="which epochs are complete"):
-        runs.Run.open(tmp_path)
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path):
+    first, second = runs.Run(tmp_path, {}), runs.Run(tmp_path, {})
+    first._lock()
+    with pytest.raises(RunError, match="another process is at work on this run"):
+        second._lock()
+    os.close(first._folder_handle)
+    second._lock()
 
 
 def test_run_there_and_back(tmp_path):
@@ -165,7 +197,9 @@ def test_run_there_and_back(tmp_path):
     assert lines == ["stage,epoch,ssim_mean,d_loss", f"vqvae,1,{rows[0]['ssim_mean']!r},", "gan,1,,2.5"]
 
 
-@pytest.mark.parametrize("text", ["[]", '{"data": null}', "{half", '"x"'])
+@pytest.mark.parametrize(
+    "text", ["[]", '{"data": null}', "{half", '"x"', '{"data": {"folder": 5}}', '{"resumed": {}}', "[" * 100_000]
+)
 def test_what_is_no_run_json_is_refused(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(RunError, match="run.json: .*repair or remove it"):
@@ -189,7 +223,7 @@ def test_derived_seeds_differ_and_repeat():
 
 
 def test_unknown_devices_are_named():
-    for name in ("gpu", "cuda:99", "cpu:x"):
+    for name in ("gpu", "cuda:99", "cpu:x", "meta", "hpu", "privateuseone", ""):
         with pytest.raises(RunError, match=f"--device {name}"):
             runs.choose_device(name)
     assert runs.choose_device("cpu").type == "cpu" and runs.choose_device("auto").type in ("cpu", "cuda", "mps")

@@ -116,7 +116,7 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run_by_name():
     train.check_finite(torch.tensor([1.0, 2.0]), "VQ-VAE epoch 2", 16)
     losses = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.inf, 4.0]])  # of updates 14, 15 and 16
-    with pytest.raises(runs.RunError, match="VQ-VAE epoch 2, update 15: the loss is not finite"):
+    with pytest.raises(runs.RunError, match="VQ-VAE epoch 2, update 15: .*not finite"):
         train.check_finite(losses, "VQ-VAE epoch 2", 16)
 
 
@@ -174,3 +174,42 @@ def test_numbers_out_of_range_are_refused_by_name(words, capsys):
         options.parse(list(words))
     said = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and words[0] in said[-1] and "error: " in said[-1]
+
+
+@pytest.mark.parametrize(
+    "only, vqvae, gan, said",
+    [
+        (None, 1, None, "VQ-VAE epoch 2"),
+        (None, 2, None, "DCGAN epoch 1"),
+        (None, 2, 1, "DCGAN epoch 2"),
+        (None, 2, 3, "the last figures"),
+        ("vqvae", 2, None, "the last figures"),
+        ("gan", None, 2, "DCGAN epoch 3"),
+    ],
+)
+def test_where_a_stopped_run_goes_on(tmp_path, only, vqvae, gan, said):
+    state = {stage: {"epoch": n} for stage, n in (("vqvae", vqvae), ("gan", gan)) if n is not None}
+    run = runs.Run(tmp_path / "a b", options.DEFAULTS | {"epochs": 2, "gan_epochs": 3, "only": only}, state)
+    assert "nothing to go on from" in options.how_to_go_on(run)
+    run.folder.mkdir()
+    run.save()
+    assert options.how_to_go_on(run).startswith(f"Stopped. It goes on with {said} by: python train.py --resume '")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"epochs": "x"},
+        {"data": None},
+        {3: 4},
+        {"seed": -1},
+        {"fast_path": {"device": "cpu", "unknown": 1}},
+        {"batch_size": 1.5},
+        {"no_such_option": 1},
+    ],
+)
+def test_options_that_no_run_has_are_not_resumed(spoilt):
+    good = options.DEFAULTS | {"data": "there", "gan_betas": [0.5, 0.999]}
+    options.check_types(good)
+    with pytest.raises((ValueError, TypeError)):
+        options.check_types(good | spoilt)
