@@ -118,8 +118,8 @@ def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
     _title(
         upper, f"Rate and distortion on the validation split, epochs {rows[0]['epoch']} to {rows[-1]['epoch']}", note
     )
-    rates = (("bits_raw", GREY, "as they are"), ("bits_entropy", BLUE, "entropy of all codes"))
-    rates += (("bits_entropy_by_position", ORANGE, "entropy by position (of these images: a lower bound)"),)
+    rates = (("bits_raw", GREY, "as they are"), ("bits_entropy", BLUE, "entropy"))
+    rates += (("bits_entropy_by_position", ORANGE, "by position (lower bound)"),)
     for axes, key in ((upper, "psnr_mean"), (lower, "ssim_mean")):
         for rate, colour, label in rates:
             x, y = ([row[name] for row in rows] for name in (rate, key))
@@ -127,7 +127,7 @@ def rate_distortion(path: Path, rows: list[dict], note: str = "") -> None:
             axes.annotate("last", (x[-1], y[-1]), (4, 4), textcoords="offset points", fontsize=9)
     upper.set(ylabel="PSNR / dB")
     lower.set(xlabel="bits an image", ylabel="SSIM (1 = identical)", xlim=(0, None))
-    lower.legend(loc="lower left")
+    lower.legend(loc="lower right", bbox_to_anchor=(0.96, 0.05))  # between the curves
     _save(figure, path)
 
 
