@@ -70,6 +70,7 @@ ROWS = {
     "start": Row("the same without revival", StartOnly),
     "unaveraged": Row("`kmeans`, weights not averaged", codebook.KMeans, averaged=False),
     "paper": Row("`paper`: random start, loss alone", codebook.Paper),
+    "paper-unaveraged": Row("`paper`, weights not averaged", codebook.Paper, averaged=False),
     "ema": Row("`ema`: random start, moving averages", codebook.Ema),
     "ema-alive": Row("moving averages with the start and revival of `kmeans`", EmaAlive),
     "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, averaged=False, epochs=1),
