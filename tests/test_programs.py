@@ -154,6 +154,15 @@ def test_predict_on_the_test_split(trained, folder, data):
     ]
 
 
+def test_the_pretrained_weights_keep_their_scores(data, tmp_path):
+    """Weights of an older commit load, and give what they gave on these phantoms when they were committed."""
+    path = PROJECT / "resources" / "pretrained" / "vqvae.pth"
+    done = run_program("predict.py", path, "--data", data, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    mean = float(re.search(r"SSIM mean: ([\d.]+) \(phantoms\)", done.stdout)[1])
+    assert mean == pytest.approx(0.9651, abs=2e-4)
+
+
 def test_new_brains_need_no_data(trained, folder, tmp_path):
     _, run = trained
     contents = torch.load(run / "generator.pth", weights_only=True)

@@ -1,5 +1,6 @@
 """The lines that set the project up, and what git keeps out."""
 
+import hashlib
 import re
 import subprocess
 
@@ -48,8 +49,16 @@ def test_no_scan_is_tracked():
 
 
 def test_every_file_that_the_readme_names_is_there():
-    readme = (PROJECT / "README.md").read_text()
-    names = re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", readme)
-    assert names and "@@" not in readme
-    for name in {a or b for a, b in names}:
-        assert (PROJECT / name).exists(), name
+    for page in (PROJECT / "README.md", PROJECT / "resources" / "pretrained" / "README.md"):
+        text = page.read_text()
+        names = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)|src=\"([\w./-]+)\"", text)
+        assert names and "@@" not in text
+        for name in {a or b for a, b in names}:
+            assert (page.parent / name).exists(), name
+
+
+def test_the_pretrained_weights_are_those_that_their_page_describes():
+    folder = PROJECT / "resources" / "pretrained"
+    digest = hashlib.sha256((folder / "vqvae.pth").read_bytes()).hexdigest()
+    assert f"| SHA-256 | `{digest}` |" in (folder / "README.md").read_text()
+    assert (folder / "vqvae.pth").stat().st_size < 1_000_000
