@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -233,6 +234,10 @@ def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip() is not None:  # checksums, which torch does not look at
+                        raise ValueError
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except IsADirectoryError:
         raise RunError(f"{path}: is a folder; name the file in it") from None
