@@ -32,13 +32,13 @@ COUNTS = {"train": 9664, "validate": 1120, "test": 544}
 
 def enlarge(source: Path, target: Path, scale: float) -> None:
     """Fill `target` with links to the images of `source`, each as often as it takes."""
-    for split, count in COUNTS.items():
+    for part, (split, count) in enumerate(COUNTS.items()):
         files = sorted((source / f"keras_png_slices_{split}").glob("*.png"))
         folder = target / f"keras_png_slices_{split}"
         folder.mkdir(parents=True)
         for i in range(max(2, round(count * scale))):
-            os.symlink(files[i % len(files)].resolve(), folder / f"case_{i // 32:03d}_slice_{i % 32}.nii.png")
-
+            case = 1000 * part + i // 32  # a subject in two splits would be refused
+            os.symlink(files[i % len(files)].resolve(), folder / f"case_{case:03d}_slice_{i % 32}.nii.png")
     if (source / phantom.MARKER).is_file():
         os.symlink((source / phantom.MARKER).resolve(), target / phantom.MARKER)
 
