@@ -234,10 +234,11 @@ def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip() is not None:  # checksums, which torch does not look at
-                        raise ValueError
+            with open(path, "rb") as file:
+                if not zipfile.is_zipfile(file):  # perhaps torch's format of before 2020: it has no checksums, and
+                    raise ValueError  # damaged, can ask for any amount of memory
+                if zipfile.ZipFile(file).testzip() is not None:  # checksums, which torch does not look at
+                    raise ValueError
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except IsADirectoryError:
         raise RunError(f"{path}: is a folder; name the file in it") from None
@@ -246,7 +247,7 @@ def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) ->
     except pickle.UnpicklingError:
         raise RunError(f"{path}: is no checkpoint, or holds more than weights; it was not loaded") from None
     except Exception:  # a damaged archive shows itself in many ways: RuntimeError, EOFError, KeyError, …
-        raise RunError(f"{path}: is no checkpoint, or is damaged; it was not loaded") from None
+        raise RunError(f"{path}: is no checkpoint (of torch 1.6 or later), or is damaged; it was not loaded") from None
     try:
         return build(contents)
     except ValueError as error:
