@@ -235,8 +235,8 @@ def load(path: Path, build: Callable[[Any], Any] = lambda contents: contents) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
             with open(path, "rb") as file:
-                if not zipfile.is_zipfile(file):  # perhaps torch's format of before 2020: it has no checksums, and
-                    raise ValueError  # damaged, can ask for any amount of memory
+                if not zipfile.is_zipfile(file):  # perhaps torch's format of before 2020, which has no checksums
+                    raise ValueError
                 if zipfile.ZipFile(file).testzip() is not None:  # checksums, which torch does not look at
                     raise ValueError
             contents = torch.load(path, map_location="cpu", weights_only=True)
