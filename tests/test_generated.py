@@ -122,7 +122,7 @@ def test_grey_value_distance_is_scipys(images, some):
 
 def test_diversity_pairs_different_groups_only(images, some, random):
     alike = images[:1].expand(4, -1, -1, -1)
-    assert metrics.diversity(alike, range(4), random) == pytest.approx(1)
+    assert metrics.diversity(alike, range(4), random, 20) == pytest.approx(1)
     two = torch.cat([alike, images[3:4].expand(4, -1, -1, -1)])
     between = metrics.ms_ssim(images[:1], images[3:4]).item()
     assert metrics.diversity(two, [0] * 4 + [1] * 4, random, 50) == pytest.approx(between, rel=1e-5)
