@@ -11,6 +11,7 @@ Everything goes to a new folder, gen_imgs/<date_time>_predict/: README.md says w
 
 import argparse
 import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,10 +124,7 @@ def export_codes(vqvae: VQVAE, dataset: OasisDataset, path: Path) -> None:
     Its arrays: codes (N, 64, 64) uint16; name (N,) of files; case and slice (N,) int64, -1 where a name has none;
     codebook (n_embeddings, D) float32.
     """
-    codes = [
-        vqvae.encode(dataset.__getitems__(range(i, min(i + 32, len(dataset))))).cpu()
-        for i in range(0, len(dataset), 32)
-    ]
+    codes = [vqvae.encode(x).cpu() for x in batches(dataset, range(len(dataset)))]
     numbers = np.array([[-1 if n is None else n for n in dataset.case_and_slice(i)] for i in range(len(dataset))])
     with runs.atomically(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(
@@ -173,11 +171,9 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
         metrics.sliced_wasserstein(real, side, torch.Generator().manual_seed(places)) for side in (generated, floor)
     )
     cases = [held_out.case_and_slice(i)[0] for i in range(n)]
-    scans = [train.__getitems__(range(i, min(i + 512, len(train)))) for i in range(0, len(train), 512)]
-    nearest, nearest_real = (
-        metrics.nearest_distances(images, scans).quantile(0.05).item()
-        for images in (generated, reconstruct(prior.vqvae, held_out, range(n)))
-    )
+    both = torch.cat([generated, reconstruct(prior.vqvae, held_out, range(n))])  # one pass over the training images
+    distances = metrics.nearest_distances(both, batches(train, range(len(train)), 512))
+    nearest, nearest_real = (part.quantile(0.05).item() for part in distances.split(n))
     beside = "reconstructed training images"
     rows = [
         (f"sliced Wasserstein distance, {256 >> level} pixels", *pair, beside)
@@ -207,8 +203,13 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
 
 def reconstruct(vqvae: VQVAE, dataset: OasisDataset, indices) -> torch.Tensor:
     """Images of a data set, decoded from their codes and clamped to [0, 1]."""
-    parts = [dataset.__getitems__(indices[i : i + 32]) for i in range(0, len(indices), 32)]
-    return torch.cat([vqvae.decode(vqvae.encode(x)).clamp(0, 1) for x in parts])
+    return torch.cat([vqvae.decode(vqvae.encode(x)).clamp(0, 1) for x in batches(dataset, indices)])
+
+
+def batches(dataset: OasisDataset, indices: Sequence[int], size: int = 32) -> Iterator[torch.Tensor]:
+    """Images (B, 1, 256, 256) of a data set, a batch at a time."""
+    for start in range(0, len(indices), size):
+        yield dataset.__getitems__(indices[start : start + size])
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
