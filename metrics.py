@@ -131,6 +131,15 @@ def score(model, dataset, progress=tqdm, rank: int = 0, world: int = 1) -> Score
     return Scores(similarity, noise_ratio, usage.cpu(), foreground_usage)
 
 
+@torch.no_grad()
+def reconstruct(model, dataset, indices: Sequence[int]) -> Tensor:
+    """Images (N, 1, 256, 256) of a data set, decoded from their codes and clamped to [0, 1]."""
+    parts = [
+        dataset.__getitems__(indices[start : start + SCORE_BATCH]) for start in range(0, len(indices), SCORE_BATCH)
+    ]
+    return torch.cat([model.decode(model.encode(x)).clamp(0, 1) for x in parts])
+
+
 def entropy(counts: Tensor) -> Tensor:
     """Entropy in bits of the distributions that counts (…, n) are drawn from, as estimated by their shares: (…).
 
@@ -310,6 +319,17 @@ def grey_value_distance(real: Tensor, fake: Tensor) -> float:
             return 1.0
         shares.append(torch.bincount(levels, minlength=256).double() / len(levels))
     return ((shares[0] - shares[1]).cumsum(0).abs().sum() / 255).item()
+
+
+def distances(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
+    """How far images are from real ones (N, 1, 256, 256), equally many, by the names of metrics.csv.
+
+    `swd_256` to `swd_16` and `swd_mean`: `sliced_wasserstein` by level, and their mean; `grey_values`:
+    `grey_value_distance`.
+    """
+    swd = sliced_wasserstein(real, fake, torch.Generator().manual_seed(seed))
+    by_level = {f"swd_{256 >> level}": value for level, value in enumerate(swd.tolist())}
+    return by_level | {"swd_mean": swd.mean().item(), "grey_values": grey_value_distance(real, fake)}
 
 
 def diversity(images: Tensor, groups: Sequence, random: torch.Generator, n_pairs: int = 1000) -> float:

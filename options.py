@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import codebook
+import gan
 import hardware
 import parallel
 import runs
@@ -28,6 +29,7 @@ DEFAULTS = dict(
     gan_batch_size=32,
     gan_lr=2e-4,
     gan_betas=(0.5, 0.999),
+    gan_training="balanced",
     data=None,
     demo=False,
     skip_bad=False,
@@ -206,4 +208,6 @@ def parse(words: list[str] | None, description: str | None = None) -> dict:
     add(group, "--gan-batch-size", "latents an update", type=count, metavar="N")
     add(group, "--gan-lr", "learning rate of Adam", type=rate, metavar="RATE")
     add(group, "--gan-betas", "betas of Adam", type=beta, nargs=2, metavar=("B1", "B2"))
+    text = "balanced: what keeps both networks in balance; report: the report's bare procedure"
+    add(group, "--gan-training", text, choices=gan.WAYS)
     return vars(parser.parse_args(words))

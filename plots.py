@@ -157,6 +157,35 @@ def gan_losses(path: Path, history: dict[str, list[float]], note: str = "") -> N
 
 
 @_never_fatal
+def gan_measures(path: Path, rows: list[dict], floor: dict, note: str = "") -> None:
+    """How far generated brains are from the validation split, by epoch, beside reconstructed training images.
+
+    Args:
+        rows: with "epoch", "swd_256" to "swd_16" and "swd_mean" (sliced Wasserstein distance, by level and mean), and
+            "grey_values" (distance of grey values).
+        floor: the same of reconstructed training images.
+    """
+    with plt.rc_context(STYLE):
+        figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True, layout="constrained")
+    _title(upper, "Distance of generated brains from the validation split", note)
+    epochs = [row["epoch"] for row in rows]
+    for size, marker in ((256, "o"), (128, "s"), (64, "^"), (32, "v"), (16, "D")):
+        values = [row[f"swd_{size}"] for row in rows]
+        upper.plot(epochs, values, color=GREY, marker=marker, markersize=4, linewidth=0.6, label=f"{size} pixels")
+    for axes, key in ((upper, "swd_mean"), (lower, "grey_values")):
+        label = "mean" if axes is upper else "generated"
+        axes.plot(epochs, [row[key] for row in rows], color=BLUE, marker="o", markersize=4, label=label)
+        axes.axhline(floor[key], color=ORANGE, linestyle="--", label="reconstructed training images")
+        axes.set(ylim=(0, None))
+    upper.set(ylabel="sliced Wasserstein distance × 10³")
+    upper.legend(ncols=2, fontsize=9)
+    lower.set(xlabel="epoch", ylabel="distance of grey values")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    lower.legend()
+    _save(figure, path)
+
+
+@_never_fatal
 def scores(path: Path, ssim, threshold: float, title: str, note: str = "") -> None:
     """SSIM of each image, in the data set's order, with the threshold and the mean."""
     ssim = np.asarray(ssim)

@@ -160,28 +160,24 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
     As many brains are generated as there are held-out images. Beside each value stands what it is to be compared with;
     for distances that is the same of reconstructed training images, since no generator of codes can pass its decoder.
     """
-    random = runs.random_generator(seed, "measures")
     n = min(len(held_out), len(train))
-    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(prior.scale.shift.device)
-    generated = prior.sample_images(noise, progress=runs.progress)
+    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=runs.random_generator(seed, "measures"))
+    generated = prior.sample_images(noise.to(prior.scale.shift.device), progress=runs.progress)
     real = held_out.__getitems__(range(n))
-    floor = reconstruct(prior.vqvae, train, torch.randperm(len(train), generator=random)[:n].tolist())
-    places = int(torch.randint(2**31, (), generator=random))  # the same patches and directions for both
-    swd, swd_floor = (
-        metrics.sliced_wasserstein(real, side, torch.Generator().manual_seed(places)) for side in (generated, floor)
-    )
+    random = runs.random_generator(seed, "measured images")
+    floor = metrics.reconstruct(prior.vqvae, train, torch.randperm(len(train), generator=random)[:n].tolist())
+    # the same patches and directions for both, and for train.py
+    pair = [metrics.distances(real, side, runs.derived_seed(seed, "measures")) for side in (generated, floor)]
     cases = [held_out.case_and_slice(i)[0] for i in range(n)]
-    both = torch.cat([generated, reconstruct(prior.vqvae, held_out, range(n))])  # one pass over the training images
+    both = torch.cat(
+        [generated, metrics.reconstruct(prior.vqvae, held_out, range(n))]
+    )  # one pass over the training images
     distances = metrics.nearest_distances(both, batches(train, range(len(train)), 512))
     nearest, nearest_real = (part.quantile(0.05).item() for part in distances.split(n))
-    beside = "reconstructed training images"
-    rows = [
-        (f"sliced Wasserstein distance, {256 >> level} pixels", *pair, beside)
-        for level, pair in enumerate(zip(swd.tolist(), swd_floor.tolist(), strict=True))
-    ]
+    names = {f"swd_{256 >> level}": f"sliced Wasserstein distance, {256 >> level} pixels" for level in range(5)}
+    names |= {"swd_mean": "sliced Wasserstein distance, mean", "grey_values": "distance of grey values"}
+    rows = [(text, *(side[name] for side in pair), "reconstructed training images") for name, text in names.items()]
     rows += [
-        ("sliced Wasserstein distance, mean", swd.mean().item(), swd_floor.mean().item(), beside),
-        ("distance of grey values", *(metrics.grey_value_distance(real, side) for side in (generated, floor)), beside),
         (
             "MS-SSIM of pairs",
             metrics.diversity(generated, range(n), random),
@@ -199,11 +195,6 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
         csv.writer(file).writerows([("measure", "generated", "beside", "what stands beside"), *rows])
     for name, value, other, what in rows:
         print(f"{name}: {value:.4f} ({what}: {other:.4f}){phantom.mark(note)}")
-
-
-def reconstruct(vqvae: VQVAE, dataset: OasisDataset, indices) -> torch.Tensor:
-    """Images of a data set, decoded from their codes and clamped to [0, 1]."""
-    return torch.cat([vqvae.decode(vqvae.encode(x)).clamp(0, 1) for x in batches(dataset, indices)])
 
 
 def batches(dataset: OasisDataset, indices: Sequence[int], size: int = 32) -> Iterator[torch.Tensor]:

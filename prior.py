@@ -14,19 +14,21 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import hardware
-from modules import VQVAE, Generator, load_checked, plain_state
+from modules import VQVAE, Generator, load_checked, plain_state, rows
 
-# Foreground latents deviate from the background's embedding by this many times their root mean square before they are
-# clipped: about 1 % of their values are. Less clips more; more squeezes the anatomy towards the background's zero.
-RANGE_IN_RMS = 2.5
+# The foreground's root mean square in tanh's range: about 0.5 % of values are clipped. More clips more; less squeezes
+# the anatomy towards the background's zero.
+RMS = 0.4
+WHITENING = 0.25  # 0: not at all; 0.5: fully
+FIT_IMAGES = 128  # spaced evenly over the split, that a scale is fitted on
 
 
 class LatentScale(NamedTuple):
-    """Latents z <-> tanh's range: t = clip((z - shift) / scale, -1, 1), per channel.
+    """Latents z <-> tanh's range: t = clip(scale⁻¹ (z - shift), -1, 1) at each position, and z = scale t + shift.
 
     Attributes:
-        shift: (D,), the embedding of the most frequent code, that is the background's: it maps to 0.
-        scale: (D,), RANGE_IN_RMS times the root mean square by which all other positions deviate from it.
+        shift: (D,), what maps to 0.
+        scale: (D, D), invertible.
     """
 
     shift: Tensor
@@ -34,15 +36,61 @@ class LatentScale(NamedTuple):
 
     def to_tanh(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, D, H, W) in [-1, 1]."""
-        return ((z - self.shift[:, None, None]) / self.scale[:, None, None]).clamp(-1, 1)
+        inverse = torch.linalg.inv(self.scale.cpu().double()).to(self.scale)
+        return _mix(inverse, z - self.shift[:, None, None]).clamp(-1, 1)
 
     def from_tanh(self, t: Tensor) -> Tensor:
         """(B, D, H, W) in [-1, 1] -> latents (B, D, H, W)."""
-        return t * self.scale[:, None, None] + self.shift[:, None, None]
+        return _mix(self.scale, t) + self.shift[:, None, None]
+
+    @classmethod
+    def of_codebook(cls, vqvae: VQVAE) -> "LatentScale":
+        """All embeddings in [-1, 1], by one factor."""
+        weight = vqvae.vector_quantizer.embedding.weight.detach()
+        return cls(torch.zeros_like(weight[0]), torch.eye(weight.shape[1]).to(weight) * weight.abs().max())
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, vqvae: VQVAE, dataset: Dataset) -> "LatentScale":
+        """The background's embedding at 0, and fine detail beside the grey level, in all channels alike.
+
+        The 64 channels of trained latents have 95 % of their variance in one direction, the grey level of a position;
+        edges are in the few that follow, and the rest is less than quantization changes. So the deviations d from the
+        background's embedding, at positions of other codes, are partly whitened: with S = E[d dᵀ], and q the greatest
+        mean square of the quantization error along one of its eigenvectors, by (S + q)^-¼. That halves the ratios of
+        the spectrum (in orders of magnitude) and raises nothing that codes cannot express. Then each channel is divided
+        by its root mean square over RMS.
+
+        Args:
+            vqvae: the trained network, on the device of the data set's batches.
+            dataset: an `OasisDataset`.
+        """
+        quantizer, n = vqvae.vector_quantizer, min(FIT_IMAGES, len(dataset))
+        picked = [i * len(dataset) // n for i in range(n)]
+        z = torch.cat([vqvae.latents(dataset.__getitems__(picked[i : i + 32])) for i in range(0, n, 32)])
+        codes, z = quantizer.nearest(z).flatten().cpu(), rows(z).cpu()
+        embeddings = quantizer.embedding.weight.detach().cpu()
+        background = codes.mode().values
+        others = codes != background
+        if not others.any():
+            others[:] = True
+        deviation = (z[others] - embeddings[background]).double()
+        error = (embeddings[codes[others]] - z[others]).double()
+        variance, directions = torch.linalg.eigh(deviation.T @ deviation / len(deviation))
+        floor = (error @ directions).square().mean(0).max().clamp(min=1e-12)
+        forward = directions * (variance.clamp(min=0) + floor) ** -WHITENING @ directions.T
+        forward *= RMS / (deviation @ forward.T).square().mean(0).sqrt().clamp(min=1e-6)[:, None]
+        to = dict(dtype=torch.float32, device=quantizer.embedding.weight.device)
+        return cls(embeddings[background].to(**to), torch.linalg.inv(forward).to(**to))
+
+
+def _mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """The matrix (D, D) times the vector at each position of x (B, D, H, W)."""
+    return torch.einsum("ij,bjhw->bihw", matrix, x)
 
 
 class Latents(Dataset):
-    """A split's encoder outputs z_e, mapped to tanh's range: what the DCGAN learns to draw.
+    """A split's latents, mapped to tanh's range: what the DCGAN learns to draw.
 
     Encoded once and kept in half precision (512 kB an image) where that fits in half of the free memory, on the device
     or else beside it; else each batch is encoded when it is asked for.
@@ -50,62 +98,48 @@ class Latents(Dataset):
     Args:
         vqvae: the trained network, on the device of the data set's batches.
         dataset: an `OasisDataset`.
+        scale: the map, on the same device.
+        quantized: whether latents are the embeddings of an image's codes, or the encoder's outputs z_e.
         progress: called as tqdm is.
         stored: whether the latents are kept; decided by the free memory if None.
 
     Attributes:
-        scale: the `LatentScale` fitted on this split.
         stored: whether the latents are kept.
     """
 
-    def __init__(self, vqvae: VQVAE, dataset: Dataset, progress=tqdm, stored: bool | None = None):
+    def __init__(self, vqvae: VQVAE, dataset: Dataset, scale: LatentScale, quantized=False, progress=tqdm, stored=None):
         self.vqvae, self.dataset = vqvae.eval().to(memory_format=torch.channels_last), dataset
-        weight = vqvae.vector_quantizer.embedding.weight.detach()
-        n, dim = weight.shape
-        size = (len(dataset), 64, 64, dim)
+        self.scale, self.quantized = scale, quantized
+        size = (len(dataset), 64, 64, len(scale.shift))
         n_bytes = 2 * math.prod(size)
-        device, host = weight.device, torch.device("cpu")
+        device, host = scale.shift.device, torch.device("cpu")
         self.stored = hardware.fits(n_bytes, device) or hardware.fits(n_bytes, host) if stored is None else stored
-        keep_on = device if hardware.fits(n_bytes, device) else host
-        self.kept = torch.empty(size if self.stored else 0, dtype=torch.half, device=keep_on)
-        # Sums by code, so that one pass serves: which code is the background's is known only at its end.
-        where = host if device.type == "mps" else device  # which has no float64
-        count = torch.zeros(n, 1, dtype=torch.double, device=where)
-        first, second = torch.zeros(2, n, dim, dtype=torch.double, device=where)
+        if not self.stored:
+            return
+        self.kept = torch.empty(size, dtype=torch.half, device=device if hardware.fits(n_bytes, device) else host)
         with progress(total=len(dataset), desc="Encoding", unit=" images") as bar:
             for start in range(0, len(dataset), 32):
-                z_e = self._encode(range(start, min(start + 32, len(dataset))))
-                rows = z_e.permute(0, 2, 3, 1)
-                if self.stored:
-                    self.kept[start : start + len(rows)] = rows.half()
-                codes = vqvae.vector_quantizer.nearest(z_e).flatten().to(where)
-                rows = rows.reshape(-1, dim).to(where).double()
-                count[:, 0] += torch.bincount(codes, minlength=n)
-                first.index_add_(0, codes, rows)
-                second.index_add_(0, codes, rows**2)
-                bar.update(len(z_e))
-        background = int(count[:, 0].argmax())
-        shift = weight[background].to(where).double()
-        others = torch.arange(n, device=where) != background
-        squares = (second - 2 * shift * first + shift**2 * count)[others].sum(0)
-        rms = (squares / count[others].sum(0).clamp(min=1)).clamp(min=1e-12).sqrt()
-        self.scale = LatentScale(shift.float().to(device), (RANGE_IN_RMS * rms).float().to(device))
+                part = self._encode(range(start, min(start + 32, len(dataset))))
+                self.kept[start : start + len(part)] = part.permute(0, 2, 3, 1)
+                bar.update(len(part))
 
     @torch.no_grad()
     def _encode(self, indices) -> Tensor:
-        return self.vqvae.latents(self.dataset.__getitems__(indices))
+        """(B, D, 64, 64) half, in [-1, 1]."""
+        z = self.vqvae.latents(self.dataset.__getitems__(indices))
+        if self.quantized:
+            z = self.vqvae.vector_quantizer.look_up(self.vqvae.vector_quantizer.nearest(z))
+        return self.scale.to_tanh(z).half()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> Tensor:
         """(B, D, 64, 64) float32 in [-1, 1]."""
-        if self.stored:
-            kept = self.kept[torch.as_tensor(indices).to(self.kept.device, non_blocking=True)]
-            z_e = kept.to(self.scale.shift.device, non_blocking=True).permute(0, 3, 1, 2).float()
-        else:
-            z_e = self._encode(indices).half().float()
-        return self.scale.to_tanh(z_e)
+        if not self.stored:
+            return self._encode(indices).float()
+        kept = self.kept[torch.as_tensor(indices).to(self.kept.device, non_blocking=True)]
+        return kept.to(self.scale.shift.device, non_blocking=True).permute(0, 3, 1, 2).float()
 
 
 class Prior:
@@ -162,13 +196,16 @@ class Prior:
         weight = vqvae.vector_quantizer.embedding.weight
         generator = Generator(embeddings_dim=weight.shape[1])
         load_checked(generator, contents["state_dict"])
-        for name in ("shift", "scale"):
-            value = contents[name]
-            if not isinstance(value, Tensor) or value.shape != weight.shape[1:] or not value.is_floating_point():
-                raise ValueError(f"its '{name}' is not {weight.shape[1]} numbers")
-            if not value.float().isfinite().all() or (name == "scale" and not (value.float() > 0).all()):
-                raise ValueError(f"its '{name}' has values that are not finite, or a scale that is not above 0")
-        scale = LatentScale(*(contents[name].float().to(weight.device) for name in ("shift", "scale")))
+        shift, scale = (contents[name] for name in LatentScale._fields)
+        if isinstance(scale, Tensor) and scale.ndim == 1:  # a factor for each channel, as older files have it
+            scale = scale.diag()
+        dim = weight.shape[1]
+        for name, value, shape in (("shift", shift, (dim,)), ("scale", scale, (dim, dim))):
+            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
+            if not value.float().isfinite().all():
+                raise ValueError(f"its '{name}' has values that are not finite")
+        scale = LatentScale(shift.float().to(weight.device), scale.float().to(weight.device))
         return cls(generator.to(weight.device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
 
 

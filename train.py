@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import codebook
+import gan
 import hardware
 import metrics
 import options
@@ -37,17 +38,14 @@ from dataset import (
     say_skipped,
 )
 from modules import VQVAE, Discriminator, Generator, dcgan_init, load_checked, plain_state
-from prior import Latents, Prior, codebook_hash
+from prior import Latents, LatentScale, Prior, codebook_hash
 
 # At a constant rate the weights wander from update to update, and with them the black background's level, to which
 # SSIM is very sensitive. What is scored and kept is an exponential average of them.
 AVERAGE_DECAY = 0.99
 
-# DCGAN, from what kept discriminator and generator in balance on real slices.
-R1_GAMMA = 2.0  # gradient penalty on real latents (Mescheder et al. 2018, arXiv 1801.04406, eq. 9)
-GAN_COLUMNS = ("d_loss", "d_real", "d_fake", "g_loss")  # what is recorded of each update
 CHECK_EVERY = 50  # updates between looks at whether the loss is finite, for which a GPU has to wait
-GAN_AVERAGE_DECAY = 0.995  # of the generator's weights: their average is what samples are drawn with
+MEASURED = 10  # times in a run that generated brains are compared with the validation split
 
 
 def main(words: list[str] | None = None) -> None:
@@ -96,7 +94,7 @@ def train(run: runs.Run) -> None:
     else:
         vqvae = train_vqvae(train_set, validate_set, run, device, note)
     if o.only != "vqvae":
-        train_gan(vqvae.to(device), train_set, run, device, note)
+        train_gan(vqvae.to(device), train_set, validate_set, run, device, note)
 
 
 def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.Run, device, note: str = "") -> VQVAE:
@@ -251,20 +249,20 @@ def draw_codes(model: VQVAE, validate_set: OasisDataset, run: runs.Run, note: st
     )
 
 
-def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note: str = "") -> Prior:
-    """Train the DCGAN on the training split's latents (arXiv 1511.06434, with R1 regularisation, arXiv 1801.04406).
+def train_gan(
+    vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, run: runs.Run, device, note: str = ""
+) -> Prior:
+    """Train the DCGAN on the training split's latents (arXiv 1511.06434), in one of the ways of `gan.WAYS`.
 
-    Binary cross entropy with the non-saturating generator loss (arXiv 1406.2661, section 3). The discriminator sees
-    continuous latents on both sides, real z_e and generated ones, in tanh's range: were the real ones quantized, it
-    could tell them by that alone. Generated latents are snapped to embeddings when they are decoded. Samples are drawn
-    with an exponential average of the generator's weights.
+    Samples are drawn with an average of the generator's weights; generated latents are snapped to embeddings and
+    decoded. Ten times in a run they are compared with the validation split.
 
     Goes on from run.state["gan"] where there is one; writes figures, weights, metrics.csv and resume.pth each epoch.
 
     Args:
         vqvae: the trained network, on `device`.
-        train_set: with batches on `device`.
-        run: its options give gan_epochs, gan_batch_size, gan_lr, gan_betas, seed and fast_path.
+        train_set, validate_set: with batches on `device`.
+        run: its options give gan_epochs, gan_batch_size, gan_lr, gan_betas, gan_training, seed and fast_path.
         note: where the data come from, if they are phantoms; goes into every figure.
 
     Returns:
@@ -275,12 +273,18 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     """
     o = SimpleNamespace(**run.options)
     path = hardware.FastPath(**run.options["fast_path"])
-    state = run.state.setdefault("gan", {"epoch": 0, "history": {key: [] for key in GAN_COLUMNS}})
+    state = run.state.setdefault("gan", {"epoch": 0, "history": {key: [] for key in gan.COLUMNS}})
     codebook_now = codebook_hash(vqvae)
     if state.setdefault("codebook", codebook_now) != codebook_now:
         raise runs.RunError(f"{run.folder / 'vqvae.pth'}: has changed since the DCGAN began; start a new run with it")
-    latents = Latents(vqvae, train_set, runs.progress, state.get("stored"))
-    state["stored"] = latents.stored  # a resumed run must see the same rounding
+    way = gan.WAYS[o.gan_training]
+    if not state["epoch"]:
+        scale = LatentScale.of_codebook(vqvae) if way.quantized else LatentScale.fit(vqvae, train_set)
+        state["scale"] = [part.cpu() for part in scale]  # a resumed run must see the same, to the last bit
+    with runs.restoring(run):
+        scale = LatentScale(*(part.to(device) for part in state["scale"]))
+    latents = Latents(vqvae, train_set, scale, way.quantized, runs.progress, state.get("stored"))
+    state["stored"] = latents.stored
     kept = "kept in memory" if latents.stored else "too many for memory, so encoded afresh for each batch"
     print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
     torch.manual_seed(runs.derived_seed(o.seed, "gan weights"))
@@ -288,19 +292,21 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
     generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init).to(device, memory_format=path.layout)
     discriminator = Discriminator(embeddings_dim).apply(dcgan_init).to(device, memory_format=path.layout)
     average = copy.deepcopy(generator)
-    prior = Prior(average, latents.scale, vqvae, phantoms=bool(note))
+    prior = Prior(average, scale, vqvae, phantoms=bool(note))
     nets = {"generator": generator, "discriminator": discriminator, "average": average}
     optimizers = {
         "generator_optimizer": path.adam(generator, o.gan_lr, o.gan_betas),
         "discriminator_optimizer": path.adam(discriminator, o.gan_lr, o.gan_betas),
     }
+    way = way(generator, discriminator, optimizers.values())
     if state["epoch"]:
         with runs.restoring(run):
             for name, net in nets.items():
                 load_checked(net, state[name])
-            state["history"] = {key: [float(value) for value in state["history"][key]] for key in GAN_COLUMNS}
+            state["history"] = {key: [float(value) for value in state["history"][key]] for key in gan.COLUMNS}
             for name, optimizer in optimizers.items():
                 path.restore(optimizer, state[name])
+            way.restore(state)
 
     def noise(n: int, random: torch.Generator) -> Tensor:
         return torch.randn(n, prior.noise_dim, 1, 1, generator=random)
@@ -311,8 +317,17 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
         images = prior.sample_images(shown.to(device), progress=runs.progress)
         plots.image_grid(run.folder / f"gan_epoch_{epoch}.png", images, f"Decoded from 64 noise vectors, {when}", note)
 
+    if parallel.is_first():
+        measured = noise(min(len(validate_set), len(train_set)), runs.random_generator(o.seed, "measures"))
+        real_images = validate_set.__getitems__(range(len(measured)))
+
+    def distances(images: Tensor) -> dict[str, float]:
+        return metrics.distances(real_images, images, runs.derived_seed(o.seed, "measures"))
+
     if state["epoch"] == 0 and parallel.is_first():
         draw_samples(0, "before training")
+        picked = torch.randperm(len(train_set), generator=runs.random_generator(o.seed, "measured images"))
+        state["floor"] = distances(metrics.reconstruct(vqvae, train_set, picked[: len(measured)].tolist()))
 
     for epoch in range(state["epoch"] + 1, o.gan_epochs + 1):
         random = runs.random_generator(o.seed, "gan", epoch)
@@ -325,18 +340,13 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
         discriminator.train()
         with runs.progress(total=len(latents), desc=f"DCGAN epoch {epoch}/{o.gan_epochs}", unit=" images") as bar:
             for real, n in zip(loader, sizes, strict=True):
-                fake = generator(parallel.part(noise(n, random)).to(device, non_blocking=True))
-                d_values = update_discriminator(
-                    discriminator, optimizers["discriminator_optimizer"], real, fake, parallel.weight(n)
-                )
-                g_loss = update_generator(
-                    generator, discriminator, optimizers["generator_optimizer"], fake, parallel.weight(n)
-                )
-                seen.append(torch.stack([*d_values, g_loss]) * parallel.weight(n))
+                weight = parallel.weight(n)
+                values = way.update(update, real, parallel.part(noise(n, random)).to(device, non_blocking=True), weight)
+                seen.append(values * weight)
                 update += 1
                 if update % CHECK_EVERY == 0:
-                    check_finite(g_loss[None], f"DCGAN epoch {epoch}", update)
-                update_average(average, generator, update, GAN_AVERAGE_DECAY)
+                    check_finite(values[None], f"DCGAN epoch {epoch}", update)
+                update_average(average, generator, update, way.average_decay)
                 bar.update(n)
         seen = parallel.total(torch.stack(seen))  # (updates, 4)
         check_finite(seen, f"DCGAN epoch {epoch}", update)
@@ -344,56 +354,34 @@ def train_gan(vqvae: VQVAE, train_set: OasisDataset, run: runs.Run, device, note
             check_finite(flat_weights(net), f"DCGAN epoch {epoch}", update)
         seconds = time.perf_counter() - started
 
+        columns = dict(zip(gan.COLUMNS, seen.T, strict=True))
+        row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | means_by_image(columns, sizes)
         if parallel.is_first():  # before the state says that the epoch is complete: a signal may end the program here
             draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
-        columns = dict(zip(GAN_COLUMNS, seen.T, strict=True))
-        state |= {"epoch": epoch} | {name: part.state_dict() for name, part in (nets | optimizers).items()}
+            if epoch * MEASURED // o.gan_epochs > (epoch - 1) * MEASURED // o.gan_epochs:
+                row |= distances(prior.sample_images(measured.to(device), progress=runs.progress))
+        state |= (
+            {"epoch": epoch} | {name: part.state_dict() for name, part in (nets | optimizers).items()} | way.state()
+        )
         for key, values in columns.items():
             state["history"][key] = state["history"][key] + values.tolist()
         if parallel.is_first():
-            row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | means_by_image(columns, sizes)
-            print_gan_epoch(row, note)
-            run.rows.append(row)
-            runs.save(prior.checkpoint(), run.folder / "generator.pth")
-            runs.save(plain_state(discriminator), run.folder / "discriminator.pth")
-            plots.gan_losses(run.folder / "gan_losses.png", state["history"], note)
-            run.save()
+            end_gan_epoch(prior, discriminator, row, run, note)
     return prior
 
 
-def update_discriminator(
-    discriminator, optimizer, real: Tensor, fake: Tensor, weight: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step on latents (B, D, 64, 64); returns its loss without the penalty, mean D(x) and mean D(G(z)).
-
-    Real and generated batches go through apart, so that each is normalised by its own statistics. `weight` is this
-    process's share of the batch.
-    """
-    real.requires_grad_(True)
-    real_logits = discriminator.logits(real)
-    fake_logits = discriminator.logits(fake.detach())
-    loss = bce(real_logits, 1) + bce(fake_logits, 0)
-    (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
-    penalty = R1_GAMMA / 2 * gradient.square().sum((1, 2, 3)).mean()
-    optimizer.zero_grad()
-    ((loss + penalty) * weight).backward()
-    parallel.sum_gradients(discriminator)
-    optimizer.step()
-    return loss.detach(), real_logits.detach().sigmoid().mean(), fake_logits.detach().sigmoid().mean()
-
-
-def update_generator(generator, discriminator, optimizer, fake: Tensor, weight: float = 1.0) -> Tensor:
-    """One step on the non-saturating loss -log D(G(z)), which it returns; `weight` as in `update_discriminator`."""
-    loss = bce(discriminator.logits(fake), 1)
-    optimizer.zero_grad()
-    (loss * weight).backward(inputs=list(generator.parameters()))  # the discriminator's gradients are not needed
-    parallel.sum_gradients(generator)
-    optimizer.step()
-    return loss.detach()
-
-
-def bce(logits: Tensor, target: int) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+def end_gan_epoch(prior: Prior, discriminator: Discriminator, row: dict, run: runs.Run, note: str) -> None:
+    """Print, draw and save what an epoch gave."""
+    state = run.state["gan"]
+    print_gan_epoch(row, state["floor"], note)
+    run.rows.append(row)
+    runs.save(prior.checkpoint(), run.folder / "generator.pth")
+    runs.save(plain_state(discriminator), run.folder / "discriminator.pth")
+    plots.gan_losses(run.folder / "gan_losses.png", state["history"], note)
+    measured = [row for row in run.rows_of("gan") if "swd_mean" in row]
+    if measured:
+        plots.gan_measures(run.folder / "gan_measures.png", measured, state["floor"], note)
+    run.save()
 
 
 @torch.no_grad()
@@ -457,11 +445,19 @@ def print_vqvae_epoch(row: dict, n_embeddings: int, note: str) -> None:
     )
 
 
-def print_gan_epoch(row: dict, note: str) -> None:
+def print_gan_epoch(row: dict, floor: dict, note: str) -> None:
+    mark = phantom.mark(note)
     print(f"Epoch: {row['epoch']}")
-    print(f"Discriminator loss: {row['d_loss']:.4f}{phantom.mark(note)}")
-    print(f"Generator loss: {row['g_loss']:.4f}{phantom.mark(note)}")
-    print(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}{phantom.mark(note)}", flush=True)
+    print(f"Discriminator loss: {row['d_loss']:.4f}{mark}")
+    print(f"Generator loss: {row['g_loss']:.4f}{mark}")
+    print(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}{mark}", flush=True)
+    if "swd_mean" in row:
+        print(
+            f"Generated brains to validation split: sliced Wasserstein distance {row['swd_mean']:.1f} "
+            f"(reconstructions: {floor['swd_mean']:.1f}), grey values {row['grey_values']:.3f} "
+            f"({floor['grey_values']:.3f}){mark}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

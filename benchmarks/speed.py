@@ -12,6 +12,7 @@ times (compiling, caches, allocators). What is printed is the median over rounds
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -38,6 +39,7 @@ from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
 import codebook
+import gan
 import hardware
 import metrics
 import phantom
@@ -45,7 +47,7 @@ import runs
 import train
 from dataset import OasisDataset, make_loader
 from modules import VQVAE, Discriminator, Generator, dcgan_init
-from prior import Latents
+from prior import Latents, LatentScale
 
 BATCH = 32
 quiet = partial(tqdm, disable=True)
@@ -196,7 +198,7 @@ def latents(device, folder: Path, stored: bool) -> Latents:
     vqvae, train_set = VQVAE().to(device), OasisDataset(folder, "train", device, quiet)
     start_codebook(vqvae, images(folder, device))
     train_set.files, train_set.images = train_set.files[: 4 * BATCH], train_set.images[: 4 * BATCH]
-    return Latents(vqvae, train_set, quiet, stored)
+    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), progress=quiet, stored=stored)
 
 
 def real_batches(kept: Latents) -> Callable[[], torch.Tensor]:
@@ -213,11 +215,11 @@ def our_dcgan(stored: bool, device, folder: Path) -> Work:
     )
     d_optimizer, g_optimizer = path.adam(discriminator, 2e-4, (0.5, 0.999)), path.adam(generator, 2e-4, (0.5, 0.999))
 
+    way, updates = gan.Balanced(generator, discriminator, (g_optimizer, d_optimizer)), itertools.count()
+
     def once() -> None:
-        fake = generator(torch.randn(BATCH, 128, 1, 1).to(device, non_blocking=True))
-        train.update_discriminator(discriminator, d_optimizer, real_batch(), fake)
-        train.update_generator(generator, discriminator, g_optimizer, fake)
-        train.update_average(average, generator, 100, train.GAN_AVERAGE_DECAY)
+        way.update(next(updates), real_batch(), torch.randn(BATCH, 128, 1, 1).to(device, non_blocking=True))
+        train.update_average(average, generator, 100, way.average_decay)
 
     return Work(once, BATCH)
 

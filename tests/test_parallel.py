@@ -13,9 +13,9 @@ import torch.multiprocessing
 from conftest import PROJECT, quiet, run_program
 
 import codebook
+import gan
 import metrics
 import parallel
-import train
 from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 
@@ -150,13 +150,13 @@ def _gan_update(rank):
     discriminator, generator = (kind().apply(dcgan_init).double() for kind in (Discriminator, Generator))
     real, noise = torch.rand(5, 64, 64, 64).double() - 0.5, torch.randn(5, 128, 1, 1).double()
     weight = parallel.weight(5)
-    fake = generator(parallel.part(noise))
-    step = torch.optim.SGD(discriminator.parameters(), lr=0.1), torch.optim.SGD(generator.parameters(), lr=0.1)
-    train.update_discriminator(discriminator, step[0], parallel.part(real).clone(), fake, weight)
-    train.update_generator(generator, discriminator, step[1], fake, weight)
-    return {
+    step = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (generator, discriminator)]
+    way = gan.Balanced(generator, discriminator, step)
+    values = way.update(0, parallel.part(real).clone(), parallel.part(noise), weight)
+    found = {
         f"{type(net).__name__} {key}": v for net in (discriminator, generator) for key, v in net.state_dict().items()
     }
+    return found | {"values": parallel.total(values * weight), "gamma": way.gamma}
 
 
 def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import quiet
 
 import metrics
@@ -13,63 +12,7 @@ import runs
 import train
 from dataset import OasisDataset
 from hardware import FastPath
-from modules import Discriminator, Generator, dcgan_init
-
-
-def test_discriminators_loss_is_its_definition():
-    torch.manual_seed(0)
-    discriminator = Discriminator().apply(dcgan_init)
-    real, fake = torch.rand(4, 64, 64, 64) - 0.5, torch.rand(4, 64, 64, 64) - 0.5
-    before = copy.deepcopy(discriminator)
-    d_real, d_fake = before(real), before(fake)  # in training mode, apart
-    loss, mean_real, mean_fake = train.update_discriminator(
-        discriminator, torch.optim.SGD(discriminator.parameters(), lr=0.0), real, fake
-    )
-    assert loss.item() == pytest.approx(-(d_real.log().mean() + (1 - d_fake).log().mean()).item(), rel=1e-5)
-    assert mean_real.item() == pytest.approx(d_real.mean().item(), rel=1e-5)
-    assert mean_fake.item() == pytest.approx(d_fake.mean().item(), rel=1e-5)
-
-
-def test_r1_penalty_is_the_squared_gradient_by_finite_differences(monkeypatch):
-    class Quadratic(torch.nn.Module):
-        """D with logits a·|x|²: its gradient is 2a·x, so the penalty is known."""
-
-        def __init__(self):
-            super().__init__()
-            self.a = torch.nn.Parameter(torch.tensor(0.3))
-
-        def logits(self, x):
-            return self.a * x.square().flatten(1).sum(1, keepdim=True)
-
-    torch.manual_seed(0)
-    real, fake = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3)
-    monkeypatch.setattr(train, "R1_GAMMA", 7.0)
-
-    def objective(a):
-        logits = [a * x.double().square().sum((1, 2, 3)) for x in (real, fake)]
-        loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()
-        return loss + 7.0 / 2 * (2 * a * real.double()).square().sum((1, 2, 3)).mean()
-
-    network = Quadratic()
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-    train.update_discriminator(network, optimizer, real, fake)
-    slope = (objective(torch.tensor(0.3001)) - objective(torch.tensor(0.2999))) / 0.0002
-    assert (0.3 - network.a.item()) / 1e-3 == pytest.approx(slope.item(), rel=1e-3)
-
-
-def test_generators_loss_is_non_saturating_and_moves_the_generator_alone():
-    torch.manual_seed(0)
-    generator, discriminator = Generator().apply(dcgan_init), Discriminator().apply(dcgan_init)
-    weights = copy.deepcopy(list(discriminator.parameters()))
-    noise, before = torch.randn(3, 128, 1, 1), copy.deepcopy(generator)
-    fake = generator(noise)
-    expected = -copy.deepcopy(discriminator)(fake).log().mean()
-    loss = train.update_generator(generator, discriminator, torch.optim.SGD(generator.parameters(), lr=0.1), fake)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    slopes = torch.autograd.grad(-copy.deepcopy(discriminator)(before(noise)).log().mean(), list(before.parameters()))
-    for old, new, slope in zip(before.parameters(), generator.parameters(), slopes, strict=True):
-        torch.testing.assert_close(new, old - 0.1 * slope, rtol=1e-4, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(weights, discriminator.parameters(), strict=True))
+from modules import Generator, dcgan_init
 
 
 def test_average_follows_the_weights_and_batchnorm_statistics():

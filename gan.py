@@ -1,0 +1,130 @@
+"""One update of the DCGAN, in two ways: what keeps its networks in balance, and the report's bare procedure.
+
+Both minimise binary cross entropy, with the non-saturating loss for the generator (arXiv 1406.2661, section 3), as
+arXiv 1511.06434 does. Latents are (B, D, 64, 64) in [-1, 1].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import parallel
+
+COLUMNS = ("d_loss", "d_real", "d_fake", "g_loss")  # what `update` returns of each update
+
+
+class Report:
+    """The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
+
+    The real side is quantized latents. Real and generated latents go through the discriminator apart, so that its
+    BatchNorm sets the amplitude of both to 1: it cannot see that generated latents have half of the real ones'.
+
+    Args:
+        generator, discriminator: in training mode when they are updated.
+        optimizers: of the generator and of the discriminator.
+    """
+
+    quantized = True  # the real side: embeddings, or the encoder's output before it is quantized
+    average_decay = 0.0  # of the generator's weights that samples are drawn with
+
+    def __init__(self, generator, discriminator, optimizers):
+        self.generator, self.discriminator = generator, discriminator
+        self.generator_optimizer, self.discriminator_optimizer = optimizers
+
+    def state(self) -> dict:
+        """What resuming needs besides networks and optimizers."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `state` gave."""
+
+    def update(self, update: int, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+        """One step of the discriminator, then one of the generator.
+
+        Args:
+            update: how many there were before.
+            real: latents, this process's part of the batch.
+            noise: (B, noise_dim, 1, 1).
+            weight: the part's share of the batch.
+
+        Returns:
+            (4,): the discriminator's loss, mean D(x) and mean D(G(z)) before its step, the generator's loss.
+        """
+        fake = self.generator(noise)
+        d_real, d_fake = self.discriminator.logits(real), self.discriminator.logits(fake.detach())
+        d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
+        step(self.discriminator, self.discriminator_optimizer, d_loss * weight)
+        g_loss = cross_entropy(self.discriminator.logits(fake), 1)
+        step(self.generator, self.generator_optimizer, g_loss * weight)
+        return torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
+
+
+class Balanced(Report):
+    """What proved itself.
+
+    - *One batch.* Real and generated latents go through the discriminator together, so that BatchNorm normalises both
+      by the same statistics, and the discriminator sees how they differ in amplitude.
+    - *R1* (arXiv 1801.04406, eq. 9), every fourth update with four times its weight (arXiv 1912.04958, appendix B).
+      Its γ is steered: it grows while D(x) - D(G(z)) is above BALANCE, and falls while it is below.
+    - The real side is continuous, so that the discriminator cannot tell real latents by their lying on embeddings.
+    - Samples are drawn with an exponential average of the generator's weights.
+    """
+
+    R1_EVERY = 4
+    R1_GAMMA = 1.0  # at the beginning
+    R1_GAMMAS = 0.01, 100.0  # the least and the greatest
+    BALANCE = 0.3
+    STEERING = 0.03  # by how much log γ changes in an update where the difference is 1 from BALANCE
+
+    quantized = False
+    average_decay = 0.995
+
+    def __init__(self, generator, discriminator, optimizers):
+        super().__init__(generator, discriminator, optimizers)
+        self.gamma = next(discriminator.parameters()).new_tensor(self.R1_GAMMA)
+
+    def state(self) -> dict:
+        return {"r1_gamma": self.gamma}
+
+    def restore(self, state: dict) -> None:
+        self.gamma.copy_(state["r1_gamma"])
+
+    def update(self, update: int, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+        fake = self.generator(noise)
+        real.requires_grad_(True)
+        d_real, d_fake = self.logits(real, fake.detach())
+        d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
+        penalty = 0.0
+        if update % self.R1_EVERY == 0:
+            (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
+            penalty = self.R1_EVERY * self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
+        step(self.discriminator, self.discriminator_optimizer, (d_loss + penalty) * weight)
+        g_loss = cross_entropy(self.logits(real.detach(), fake)[1], 1)
+        step(self.generator, self.generator_optimizer, g_loss * weight)
+
+        values = torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
+        self.steer(parallel.total((values[1] - values[2]) * weight))
+        return values
+
+    def steer(self, difference: Tensor) -> None:
+        """Move γ by the mean D(x) - D(G(z)) of an update."""
+        self.gamma.mul_((self.STEERING * (difference - self.BALANCE)).exp()).clamp_(*self.R1_GAMMAS)
+
+    def logits(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.discriminator.logits(torch.cat([real, fake]))
+        return both[: len(real)], both[len(real) :]
+
+
+WAYS = {"balanced": Balanced, "report": Report}
+
+
+def cross_entropy(logits: Tensor, target: int) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def step(network, optimizer, loss: Tensor) -> None:
+    """One step of one network: the other's gradients are not computed."""
+    optimizer.zero_grad()
+    loss.backward(inputs=list(network.parameters()))
+    parallel.sum_gradients(network)
+    optimizer.step()

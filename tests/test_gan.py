@@ -1,0 +1,133 @@
+"""One update of the DCGAN, against the formulas of its papers."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gan
+from modules import Discriminator, Generator, dcgan_init
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    return Generator().apply(dcgan_init), Discriminator().apply(dcgan_init)
+
+
+@pytest.fixture
+def real():
+    return torch.rand(4, 64, 64, 64, generator=torch.Generator().manual_seed(1)) - 0.5
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(4, 128, 1, 1, generator=torch.Generator().manual_seed(2))
+
+
+def way_of(kind, networks, lr=0.0):
+    return kind(*networks, [torch.optim.SGD(network.parameters(), lr=lr) for network in networks])
+
+
+def probabilities(kind, discriminator, real, fake):
+    """D(x) and D(G(z)) of a copy in training mode, through its Sigmoid."""
+    network = copy.deepcopy(discriminator)
+    if kind is gan.Report:
+        return network(real), network(fake)
+    return network(torch.cat([real, fake])).split(len(real))
+
+
+@pytest.mark.parametrize("kind", gan.WAYS.values())
+def test_values_are_binary_cross_entropy_and_the_mean_probabilities(kind, networks, real, noise):
+    with torch.no_grad():
+        d_real, d_fake = probabilities(kind, networks[1], real, copy.deepcopy(networks[0])(noise))
+    d_loss, mean_real, mean_fake, g_loss = way_of(kind, networks).update(0, real, noise).tolist()
+    assert d_loss == pytest.approx(-(d_real.log().mean() + (1 - d_fake).log().mean()).item(), rel=1e-4)
+    assert mean_real == pytest.approx(d_real.mean().item(), rel=1e-4)
+    assert mean_fake == pytest.approx(d_fake.mean().item(), rel=1e-4)
+    assert g_loss == pytest.approx(-d_fake.log().mean().item(), rel=1e-4)  # non-saturating
+
+
+@pytest.mark.parametrize("kind", gan.WAYS.values())
+def test_each_network_moves_by_its_own_loss(kind, networks, real, noise):
+    generator, discriminator = copy.deepcopy(networks)
+    way = way_of(kind, networks, 0.1)
+    way.update(1, real.clone(), noise)  # without R1
+    fake = copy.deepcopy(generator)(noise)
+    d_real, d_fake = (
+        (discriminator(real), discriminator(fake))
+        if kind is gan.Report
+        else discriminator(torch.cat([real, fake])).split(4)
+    )
+    loss = -(d_real.log().mean() + (1 - d_fake).log().mean())
+    slopes = torch.autograd.grad(loss, list(discriminator.parameters()))
+    for new, old, slope in zip(networks[1].parameters(), discriminator.parameters(), slopes, strict=True):
+        torch.testing.assert_close(new, old - 0.1 * slope, rtol=1e-3, atol=1e-5)
+    # the generator is judged by the discriminator after its step
+    d_fake = probabilities(kind, networks[1], real, generator(noise))[1]
+    slopes = torch.autograd.grad(-d_fake.log().mean(), list(generator.parameters()))
+    for new, old, slope in zip(networks[0].parameters(), generator.parameters(), slopes, strict=True):
+        torch.testing.assert_close(new, old - 0.1 * slope, rtol=1e-3, atol=1e-5)
+
+
+def test_batchnorm_hides_amplitude_from_the_report_s_discriminator_and_not_from_ours(networks, real):
+    """Half the amplitude, apart: the same to BatchNorm (but for its eps). This is why the report's heads stay dark."""
+    discriminator = networks[1]
+    with torch.no_grad():
+        d_real, d_fake = probabilities(gan.Report, discriminator, real, real / 2)
+        torch.testing.assert_close(d_real, d_fake, rtol=0.02, atol=0)
+        d_real, d_fake = probabilities(gan.Balanced, discriminator, real, real / 2)
+    assert (d_real - d_fake).abs().max() > 0.1
+
+
+class Quadratic(torch.nn.Module):
+    """D with logits a·|x|²: its gradient is 2a·x, so the penalty is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(0.3))
+
+    def logits(self, x):
+        return self.a * x.square().flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("update, gamma", [(0, 7.0), (4, 2.0), (3, 0.0)])
+def test_r1_is_the_squared_gradient_by_finite_differences_every_fourth_update(update, gamma):
+    torch.manual_seed(0)
+    generator = torch.nn.Conv2d(1, 2, 1)
+    real, noise = torch.randn(5, 2, 3, 3), torch.randn(5, 1, 3, 3)
+    fake = generator(noise).detach()
+
+    def objective(a):
+        logits = [a * x.double().square().sum((1, 2, 3)) for x in (real, fake)]
+        loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()
+        return loss + 4 * gamma / 2 * (2 * a * real.double()).square().sum((1, 2, 3)).mean()
+
+    network = Quadratic()
+    way = gan.Balanced(generator, network, [torch.optim.SGD(net.parameters(), lr=1e-3) for net in (generator, network)])
+    way.gamma.fill_(gamma or 7.0)
+    slope = (objective(torch.tensor(0.3001)) - objective(torch.tensor(0.2999))) / 0.0002
+    way.update(update, real, noise)
+    assert (0.3 - network.a.item()) / 1e-3 == pytest.approx(slope.item(), rel=1e-3)
+
+
+def test_gamma_grows_while_the_discriminator_is_ahead_and_falls_while_it_is_not(networks):
+    way = way_of(gan.Balanced, networks)
+    for difference in (0.9, 0.0, way.BALANCE):
+        way.gamma.fill_(1.0)
+        for _ in range(20):
+            way.steer(torch.tensor(difference))
+        assert way.gamma.item() == pytest.approx(math.exp(20 * way.STEERING * (difference - way.BALANCE)), rel=1e-4)
+    for difference, bound in ((1.0, max(way.R1_GAMMAS)), (-1.0, min(way.R1_GAMMAS))):
+        for _ in range(1000):
+            way.steer(torch.tensor(difference))
+        assert way.gamma.item() == pytest.approx(bound)
+
+
+def test_gamma_goes_on_where_it_was(networks):
+    way, again = way_of(gan.Balanced, networks), way_of(gan.Balanced, networks)
+    way.steer(torch.tensor(0.8))
+    again.restore(way.state())
+    assert again.gamma == way.gamma != gan.Balanced.R1_GAMMA
