@@ -65,29 +65,31 @@ class Balanced(Report):
     - *One batch.* Real and generated latents go through the discriminator together, so that BatchNorm normalises both
       by the same statistics, and the discriminator sees how they differ in amplitude.
     - *R1* (arXiv 1801.04406, eq. 9), every fourth update with four times its weight (arXiv 1912.04958, appendix B).
-      Its γ is steered: it grows while D(x) - D(G(z)) is above BALANCE, and falls while it is below.
+      Its γ follows how far the discriminator is ahead: exp(5 d), with d the running mean of D(x) - D(G(z)).
     - The real side is continuous, so that the discriminator cannot tell real latents by their lying on embeddings.
     - Samples are drawn with an exponential average of the generator's weights.
     """
 
     R1_EVERY = 4
-    R1_GAMMA = 1.0  # at the beginning
-    R1_GAMMAS = 0.01, 100.0  # the least and the greatest
-    BALANCE = 0.3
-    STEERING = 0.03  # by how much log γ changes in an update where the difference is 1 from BALANCE
+    R1_STRENGTH = 5.0
+    AHEAD_DECAY = 0.98  # of the running mean
 
     quantized = False
     average_decay = 0.995
 
     def __init__(self, generator, discriminator, optimizers):
         super().__init__(generator, discriminator, optimizers)
-        self.gamma = next(discriminator.parameters()).new_tensor(self.R1_GAMMA)
+        self.ahead = next(discriminator.parameters()).new_zeros(())
+
+    @property
+    def gamma(self) -> Tensor:
+        return (self.R1_STRENGTH * self.ahead).exp()
 
     def state(self) -> dict:
-        return {"r1_gamma": self.gamma}
+        return {"ahead": self.ahead}
 
     def restore(self, state: dict) -> None:
-        self.gamma.copy_(state["r1_gamma"])
+        self.ahead.copy_(state["ahead"])
 
     def update(self, update: int, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
         fake = self.generator(noise)
@@ -103,12 +105,8 @@ class Balanced(Report):
         step(self.generator, self.generator_optimizer, g_loss * weight)
 
         values = torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
-        self.steer(parallel.total((values[1] - values[2]) * weight))
+        self.ahead.lerp_(parallel.total((values[1] - values[2]) * weight), 1 - self.AHEAD_DECAY)
         return values
-
-    def steer(self, difference: Tensor) -> None:
-        """Move γ by the mean D(x) - D(G(z)) of an update."""
-        self.gamma.mul_((self.STEERING * (difference - self.BALANCE)).exp()).clamp_(*self.R1_GAMMAS)
 
     def logits(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         both = self.discriminator.logits(torch.cat([real, fake]))

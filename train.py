@@ -356,6 +356,7 @@ def train_gan(
 
         columns = dict(zip(gan.COLUMNS, seen.T, strict=True))
         row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | means_by_image(columns, sizes)
+        row |= {key: value.item() for key, value in way.state().items()}
         if parallel.is_first():  # before the state says that the epoch is complete: a signal may end the program here
             draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
             if epoch * MEASURED // o.gan_epochs > (epoch - 1) * MEASURED // o.gan_epochs:

@@ -156,7 +156,7 @@ def _gan_update(rank):
     found = {
         f"{type(net).__name__} {key}": v for net in (discriminator, generator) for key, v in net.state_dict().items()
     }
-    return found | {"values": parallel.total(values * weight), "gamma": way.gamma}
+    return found | {"values": parallel.total(values * weight), "ahead": way.ahead}
 
 
 def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):

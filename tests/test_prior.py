@@ -1,6 +1,8 @@
 """Between VQ-VAE and DCGAN: the scale of latents, encoding a split, snapping to codes, generator.pth."""
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from conftest import quiet
 
@@ -31,38 +33,68 @@ def vqvae(train_set):
 
 @pytest.fixture(scope="module")
 def latents(vqvae, train_set):
-    return Latents(vqvae, train_set, quiet)
+    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), progress=quiet)
 
 
 def test_scale_maps_there_and_back():
-    scale = LatentScale(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]))
-    z = torch.stack([torch.linspace(0.5, 1.5, 9), torch.linspace(-6, 2, 9)]).view(1, 2, 3, 3)
-    t = scale.to_tanh(z)
-    assert t.min() == -1 and t.max() == 1
-    torch.testing.assert_close(scale.from_tanh(t), z)
+    scale = LatentScale(torch.tensor([1.0, -2.0]), torch.tensor([[0.5, 1.0], [0.0, 4.0]]))
+    t = torch.stack([torch.linspace(-1, 1, 9), torch.linspace(1, -1, 9) ** 3]).view(1, 2, 3, 3)
+    z = scale.from_tanh(t)
+    expected = [[0.5 * a + b + 1, 4 * b - 2] for a, b in t[0].flatten(1).T.tolist()]
+    torch.testing.assert_close(z[0].flatten(1).T, torch.tensor(expected))
+    torch.testing.assert_close(scale.to_tanh(z), t)
     assert scale.to_tanh(z + 100).max() == 1  # clipped, not beyond what tanh can give
 
 
 def test_scale_is_fitted_as_defined(vqvae, train_set, latents):
+    """By SciPy's matrix power, in place of eigenvectors."""
     with torch.no_grad():
-        z_e = vqvae.latents(train_set.__getitems__(range(15))).permute(0, 2, 3, 1).reshape(-1, 8).double()
-    codes = vqvae.encode(train_set.__getitems__(range(15))).flatten()
-    background = codes.mode().values
-    shift = vqvae.vector_quantizer.embedding.weight[background].detach()
-    assert torch.equal(latents.scale.shift, shift)
-    others = z_e[codes != background] - shift.double()
-    torch.testing.assert_close(latents.scale.scale.double(), 2.5 * others.square().mean(0).sqrt(), rtol=1e-3, atol=0)
+        z_e = vqvae.latents(train_set.__getitems__(range(15))).permute(0, 2, 3, 1).reshape(-1, 8).double().numpy()
+    codes = vqvae.encode(train_set.__getitems__(range(15))).flatten().numpy()
+    embeddings = vqvae.vector_quantizer.embedding.weight.detach().double().numpy()
+    background = np.bincount(codes).argmax()
+    shift, others = embeddings[background], codes != background
+    np.testing.assert_allclose(latents.scale.shift.numpy(), shift, rtol=1e-6)
+    deviation, error = z_e[others] - shift, embeddings[codes[others]] - z_e[others]
+    second = deviation.T @ deviation / len(deviation)
+    floor = ((error @ np.linalg.eigh(second)[1]) ** 2).mean(0).max()
+    forward = scipy.linalg.fractional_matrix_power(second + floor * np.eye(8), -0.25)
+    forward *= 0.4 / np.sqrt(((deviation @ forward.T) ** 2).mean(0))[:, None]
+    np.testing.assert_allclose(np.linalg.inv(latents.scale.scale.double().numpy()), forward, rtol=1e-3, atol=1e-3)
+    before, after = (np.linalg.eigvalsh(m @ second @ m.T) for m in (np.eye(8), forward))
+    assert after[-1] / after[-2] < 1.2 * np.sqrt(before[-1] / before[-2])  # the spectrum is flatter
+
+
+def test_scale_of_the_codebook_fits_it_into_tanhs_range(vqvae):
+    scale = LatentScale.of_codebook(vqvae)
+    embeddings = vqvae.vector_quantizer.embedding.weight.detach()
+    t = scale.to_tanh(embeddings[:, :, None, None])
+    torch.testing.assert_close(t[:, :, 0, 0], embeddings / embeddings.abs().max())
+    assert t.abs().max() == pytest.approx(1)
+
+
+def test_a_codebook_of_one_used_code_has_a_scale(train_set):
+    model = VQVAE(1, 4)
+    scale = LatentScale.fit(model, train_set)
+    assert scale.scale.isfinite().all() and torch.linalg.matrix_rank(scale.scale) == 4
+
+
+def test_quantized_latents_are_embeddings(vqvae, train_set):
+    scale = LatentScale.of_codebook(vqvae)
+    found = scale.from_tanh(Latents(vqvae, train_set, scale, quantized=True, progress=quiet).__getitems__([4]))
+    expected = vqvae.vector_quantizer.look_up(vqvae.encode(train_set.__getitems__([4])))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # half precision
 
 
 def test_stored_latents_equal_encoding_afresh(vqvae, train_set, latents, monkeypatch):
     monkeypatch.setattr(hardware, "free_memory", lambda device: 0)
-    afresh = Latents(vqvae, train_set, quiet)
+    afresh = Latents(vqvae, train_set, latents.scale, progress=quiet)
     assert latents.stored and not afresh.stored
     first, second = latents.__getitems__([3, 11, 0]), afresh.__getitems__([3, 11, 0])
     assert first.shape == (3, 8, 64, 64) and first.dtype == torch.float32 and first.abs().max() <= 1
     torch.testing.assert_close(first, second, atol=4e-3, rtol=0)  # both rounded to half precision
     assert (first == second).float().mean() > 0.99
-    assert not Latents(vqvae, train_set, quiet, stored=False).stored
+    assert not Latents(vqvae, train_set, latents.scale, progress=quiet, stored=False).stored
 
 
 def test_latents_decode_to_the_image(vqvae, train_set, latents):
@@ -92,6 +124,17 @@ def test_checkpoint_there_and_back(vqvae, latents, tmp_path):
     assert torch.equal(prior.sample(noise), again.sample(noise))
 
 
+def test_checkpoint_with_a_factor_for_each_channel_is_read(vqvae, latents):
+    """As files of older versions have it."""
+    contents = Prior(Generator(embeddings_dim=8), latents.scale, vqvae).checkpoint()
+    factors = torch.linspace(0.5, 2, 8)
+    prior = Prior.from_checkpoint(contents | {"scale": factors}, vqvae)
+    t = torch.rand(1, 8, 2, 2)
+    torch.testing.assert_close(
+        prior.scale.from_tanh(t), t * factors[:, None, None] + latents.scale.shift[:, None, None]
+    )
+
+
 def test_checkpoint_of_another_codebook_is_refused(vqvae, latents):
     contents = Prior(Generator(embeddings_dim=8), latents.scale, vqvae).checkpoint()
     other = VQVAE(64, 8)
@@ -107,7 +150,8 @@ def test_checkpoint_of_another_codebook_is_refused(vqvae, latents):
         ("state_dict", {}, "is missing"),
         ("shift", 1.0, "'shift'"),
         ("shift", torch.zeros(7), "'shift'"),
-        ("scale", torch.full((8,), torch.nan), "'scale'"),
+        ("scale", torch.full((8, 8), torch.nan), "'scale'"),
+        ("scale", torch.eye(7), "'scale' is not 8 x 8"),
     ],
 )
 def test_spoiled_checkpoint_is_refused(vqvae, latents, key, value, message):

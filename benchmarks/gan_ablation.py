@@ -1,0 +1,112 @@
+"""What each part of the DCGAN's training gives: a table of README.md, from short runs of train.py.
+
+    python benchmarks/gan_ablation.py --data DIR --vqvae PATH/vqvae.pth --out OUT    # trains what OUT does not hold yet
+    python benchmarks/gan_ablation.py … --rows apart report --seeds 0 --epochs 5
+
+One run after the other, each in a process of its own. Distances are those that train.py measures at the end of a run,
+on the validation split. The networks, optimizers and losses are the same in every row.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+
+from ablation import find_run, run_folder  # noqa: E402
+
+import gan  # noqa: E402
+import prior  # noqa: E402
+import runs  # noqa: E402
+import train  # noqa: E402
+
+
+class Apart(gan.Balanced):
+    """Real and generated latents go through the discriminator one after the other."""
+
+    def logits(self, real, fake):
+        return self.discriminator.logits(real), self.discriminator.logits(fake)
+
+
+class FixedGamma(gan.Balanced):
+    R1_STRENGTH = 0.0
+
+
+class Quantized(gan.Balanced):
+    quantized = True
+
+
+class Unaveraged(gan.Balanced):
+    average_decay = 0.0
+
+
+ROWS = {
+    "balanced": ("`balanced`: the default", gan.Balanced),
+    "apart": ("real and generated latents apart in the discriminator", Apart),
+    "unwhitened": ("latents scaled by channel alone", gan.Balanced),
+    "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
+    "quantized": ("embeddings as the real side", Quantized),
+    "unaveraged": ("generator's weights not averaged", Unaveraged),
+    "report": ("`report`: the report's bare procedure", gan.Report),
+}
+COLUMNS = {"d_real": ".2f", "d_fake": ".2f", "g_loss": ".2f", "swd_mean": ".0f", "grey_values": ".3f"}
+
+
+def main() -> None:
+    o = parse()
+    if o.train:
+        train_row(o)
+        return
+    for name in o.rows:
+        for seed in o.seeds:
+            if find_run(run_folder(o.out, name, seed), o.epochs) is None:
+                words = ["--data", o.data, "--vqvae", o.vqvae, "--out", run_folder(o.out, name, seed)]
+                words += ["--train", name, "--seeds", str(seed), "--epochs", str(o.epochs)]
+                print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
+                if subprocess.run([sys.executable, HERE, *words], stdout=subprocess.DEVNULL).returncode:
+                    sys.exit(f"gan_ablation.py: error: {name}, seed {seed} failed; its message is above")
+    print_table(o)
+
+
+def train_row(o: argparse.Namespace) -> None:
+    gan.WAYS[o.train] = ROWS[o.train][1]
+    if o.train == "unwhitened":
+        prior.WHITENING = 0.0
+    words = ["--data", o.data, "--out", o.out, "--only", "gan", "--vqvae", o.vqvae, "--gan-training", o.train]
+    train.main([*words, "--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])])
+
+
+def print_table(o: argparse.Namespace) -> None:
+    """Markdown; the seeds of a row side by side."""
+    print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, after {o.epochs} epochs.\n")
+    print("| DCGAN's training | D(x) | D(G(z)) | generator's loss | sliced Wasserstein distance | grey values |")
+    print("|---|" + "---:|" * len(COLUMNS))
+    for name in o.rows:
+        found = []
+        for seed in o.seeds:
+            with open(find_run(run_folder(o.out, name, seed), o.epochs) / "metrics.csv", newline="") as file:
+                found.append(list(csv.DictReader(file))[o.epochs - 1])
+        cells = [" ".join(format(float(row[key]), form) for row in found) for key, form in COLUMNS.items()]
+        print(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
+    parser.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--epochs", type=int, metavar="N", default=10, help="default: 10")
+    parser.add_argument("--train", choices=ROWS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except runs.RunError as error:
+        sys.exit(f"gan_ablation.py: error: {error}")
