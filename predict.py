@@ -26,8 +26,9 @@ import plots
 import runs
 from dataset import SPLITS, DataError, OasisDataset, find_data, say_skipped
 from modules import VQVAE
-from prior import Prior
+from prior import Prior, walk
 
+N_WALKS = 4
 THRESHOLD = 0.6  # the report counts the images at or above it
 
 
@@ -138,19 +139,26 @@ def export_codes(vqvae: VQVAE, dataset: OasisDataset, path: Path) -> None:
 
 
 def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
-    """Decode n new brains as a grid, samples.png, and one file each; returns the folder."""
-    random = runs.random_generator(seed, "samples")
-    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=random).to(prior.scale.shift.device)
-    images = prior.sample_images(noise, progress=runs.progress)
+    """Decode n new brains as a grid, samples.png, and one file each, and walks between others; returns the folder."""
+    images = prior.sample_images(noise_vectors(prior, n, seed, "samples"), progress=runs.progress)
     note = phantom.NOTE if prior.phantoms else ""
     folder = runs.new_folder(out, "_predict")
     plots.image_grid(folder / "samples.png", images, f"{n} generated brains (seed {seed})", note)
+    ends = noise_vectors(prior, 2 * N_WALKS, seed, "walks")
+    path = torch.cat([walk(start, end, 8) for start, end in zip(ends[::2], ends[1::2], strict=True)])
+    title = f"{N_WALKS} walks, each from one noise vector (left) to another (right)"
+    plots.image_grid(folder / "walk.png", prior.sample_images(path, progress=runs.progress), title, note)
     comment = PngImagePlugin.PngInfo()
     comment.add_text("Comment", f"generated, {note}" if note else "generated")
     for i, image in enumerate((images[:, 0] * 255).round().byte().cpu().numpy()):
         Image.fromarray(image).save(folder / f"sample_{i:03d}.png", pnginfo=comment)
     print(f"Decoded {n} new brains.{phantom.mark(note)}")
     return folder
+
+
+def noise_vectors(prior: Prior, n: int, seed: int, stream: str) -> torch.Tensor:
+    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=runs.random_generator(seed, stream))
+    return noise.to(prior.scale.shift.device)
 
 
 @torch.no_grad()
@@ -161,8 +169,7 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
     for distances that is the same of reconstructed training images, since no generator of codes can pass its decoder.
     """
     n = min(len(held_out), len(train))
-    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=runs.random_generator(seed, "measures"))
-    generated = prior.sample_images(noise.to(prior.scale.shift.device), progress=runs.progress)
+    generated = prior.sample_images(noise_vectors(prior, n, seed, "measures"), progress=runs.progress)
     real = held_out.__getitems__(range(n))
     random = runs.random_generator(seed, "measured images")
     floor = metrics.reconstruct(prior.vqvae, train, torch.randperm(len(train), generator=random)[:n].tolist())

@@ -209,6 +209,20 @@ class Prior:
         return cls(generator.to(weight.device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
 
 
+def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
+    """n noise vectors (n, noise_dim, 1, 1) from one (noise_dim, 1, 1) to another, in equal steps of angle.
+
+    On a straight line they would be shorter half way than any the generator was trained on (White 2016,
+    arXiv 1609.04468).
+    """
+    a, b = (noise.double() / noise.norm() for noise in (start, end))
+    angle = torch.acos((a * b).sum().clamp(-1, 1))
+    steps = torch.linspace(0, 1, n, dtype=torch.double, device=start.device).view(-1, 1, 1, 1)
+    from_start, from_end = (torch.sinc(part * angle / torch.pi) * part for part in (1 - steps, steps))
+    lengths = (1 - steps) * start.norm() + steps * end.norm()
+    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float()
+
+
 def codebook_hash(vqvae: VQVAE) -> str:
     """SHA-256 of the codebook's float32 values."""
     values = vqvae.vector_quantizer.embedding.weight.detach().cpu().float().contiguous()

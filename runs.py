@@ -30,7 +30,17 @@ from tqdm import tqdm
 
 RESUME_FILE = "resume.pth"
 # Each has random streams of its own, so that one stage's length never changes another's numbers.
-STREAMS = ("vqvae weights", "vqvae", "gan weights", "gan", "gan samples", "samples", "measures", "measured images")
+STREAMS = (
+    "vqvae weights",
+    "vqvae",
+    "gan weights",
+    "gan",
+    "gan samples",
+    "samples",
+    "measures",
+    "measured images",
+    "walks",
+)
 
 
 class RunError(Exception):

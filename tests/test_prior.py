@@ -10,7 +10,7 @@ import codebook
 import hardware
 from dataset import OasisDataset
 from modules import VQVAE, Generator
-from prior import Latents, LatentScale, Prior, codebook_hash
+from prior import Latents, LatentScale, Prior, codebook_hash, walk
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,21 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     images = prior.sample_images(noise, at_once=2, progress=quiet)
     assert images.shape == (5, 1, 256, 256) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_walk_goes_from_one_noise_vector_to_the_other_in_equal_angles():
+    random = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 128, 1, 1, generator=random)
+    steps = walk(start, 1.5 * end, 7)
+    assert steps.shape == (7, 128, 1, 1)
+    torch.testing.assert_close(steps[0], start)
+    torch.testing.assert_close(steps[-1], 1.5 * end)
+    lengths = steps.flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.linspace(start.norm(), 1.5 * end.norm(), 7))
+    units = (steps.flatten(1) / lengths[:, None]).double()
+    angles = torch.acos((units[:-1] * units[1:]).sum(1))
+    torch.testing.assert_close(angles, angles[:1].expand(6), rtol=1e-4, atol=0)
+    torch.testing.assert_close(walk(start, start, 3), start.expand(3, -1, -1, -1))
 
 
 def test_checkpoint_there_and_back(vqvae, latents, tmp_path):

@@ -177,7 +177,7 @@ def test_new_brains_need_no_data(trained, folder, tmp_path):
     sample = Image.open(next((tmp_path / "a").glob("*/sample_000.png")))
     assert sample.mode == "L" and sample.text == {"Comment": "generated, data: phantoms (synthetic)"}
     names = {path.name for path in next((tmp_path / "a").iterdir()).iterdir()}
-    assert names == {"samples.png", *(f"sample_{i:03d}.png" for i in range(5))}
+    assert names == {"samples.png", "walk.png", *(f"sample_{i:03d}.png" for i in range(5))}
 
 
 def test_exported_codes_there_and_back(trained, data, tmp_path):
@@ -203,6 +203,7 @@ def test_exported_codes_there_and_back(trained, data, tmp_path):
 def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
     _, run = trained
     words = (run / "vqvae.pth", "--generator", run / "generator.pth", "--samples", 2, "--data", data)
+    words += ("--seed", 5)  # the run's own
     tables = []
     for out in "ab":
         done = run_program("predict.py", *words, "--split", "validate", "--out", out, cwd=tmp_path)
@@ -215,6 +216,9 @@ def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
             f"{row['measure']}: {float(row['generated']):.4f} ({row['what stands beside']}: {float(row['beside']):.4f}"
         )
         assert f"{line}) (phantoms)\n" in done.stdout
+    last = rows(run, "gan")[1]  # as train.py saw it
+    for row, name in zip(tables[0], (f"swd_{256 >> level}" for level in range(5)), strict=False):
+        assert float(row["generated"]) == pytest.approx(float(last[name]), rel=1e-5)
     mean = tables[0][5]
     assert mean["measure"].endswith("mean")
     for column in ("generated", "beside"):
@@ -356,6 +360,20 @@ def test_the_second_stage_alone(trained, data, folder):
     assert rows(alone, "vqvae") == []
     refused(run_program("train.py", *words, cwd=folder), "--vqvae")
     refused(run_program("train.py", *words, "--vqvae", run / "generator.pth", cwd=folder), "generator.pth", "no VQ-VAE")
+
+
+def test_the_reports_bare_procedure(trained, data, folder):
+    _, run = trained
+    words = ("--data", data, *SMALL, "--gan-epochs", 1, "--only", "gan", "--vqvae", run / "vqvae.pth")
+    done = run_program("train.py", *words, "--gan-training", "report", "--out", "bare", cwd=folder)
+    bare = new_run(done, folder / "bare")
+    saved = torch.load(bare / "generator.pth", weights_only=True)
+    state = torch.load(bare / "resume.pth", weights_only=True)["state"]["gan"]
+    embeddings = torch.load(run / "vqvae.pth", weights_only=True)["vector_quantizer.embedding.weight"]
+    assert torch.equal(saved["scale"], torch.eye(64) * embeddings.abs().max()) and not saved["shift"].any()
+    for key, value in state["generator"].items():  # nothing is averaged
+        assert torch.equal(saved["state_dict"][key], value), key
+    assert "ahead" not in state and len(rows(bare, "gan")) == 1
 
 
 def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp_path):
