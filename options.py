@@ -12,8 +12,9 @@ import codebook
 import gan
 import hardware
 import parallel
+import phantom
 import runs
-from dataset import demo_data, find_data
+from dataset import DEFAULT_PHANTOMS, SPLITS, demo_data, find_data, list_scans
 from modules import VQVAE
 
 # The report's values; arXiv 1711.00937 gives β = 0.25, arXiv 1511.06434 the DCGAN's rate and betas.
@@ -75,8 +76,8 @@ def choose_fast_path(run: runs.Run, device: torch.device, n_images: int) -> hard
     return hardware.choose_fast_path(device, run.options["precision"], run.options["plain"], n_updates)
 
 
-def new_run(given: dict) -> runs.Run:
-    """A run with every option; phantoms are written for it where it has no other data."""
+def new_run(given: dict, dry: bool = False) -> runs.Run:
+    """A run with every option; phantoms are written for it where it has no other data, unless it is a dry one."""
     if given.get("demo") and "data" in given:
         raise runs.RunError("--demo and --data contradict each other; give one of them")
     if given.get("plain") and given.get("precision") == "bfloat16":
@@ -94,9 +95,29 @@ def new_run(given: dict) -> runs.Run:
         print("DEMO: training on phantoms, synthetic brain slices. No real scan is used, and")
         print("no figure below is a result. With OASIS data: python train.py --data DIR")
         print("=" * 78, flush=True)
-        data = demo_data(runs.progress)
+        data = DEFAULT_PHANTOMS if dry else demo_data(runs.progress)
     defaults = DEFAULTS | DEMO_DEFAULTS if demo else DEFAULTS
     return runs.Run(None, defaults | given | {"demo": demo, "data": str(data.resolve())})
+
+
+def print_plan(given: dict) -> None:
+    """Say what train.py would do with these options; nothing is written, no image is read."""
+    run = resumed_run(given) if "resume" in given else new_run(given, dry=True)
+    o, data = run.options, Path(run.options["data"])
+    if data.is_dir():
+        counts = {split: len(list_scans(data, split)) for split in SPLITS}
+        print(f"Data: {data} ({', '.join(f'{n} {split}' for split, n in counts.items())} files)")
+    else:
+        counts = {"train": len(phantom.CASES["train"]) * phantom.SLICES}
+        print(f"Data: phantoms, which would be written to {data} ({counts['train']} training images)")
+    print(f"Device: {runs.choose_device(o['device'])}. Folder: {run.folder or 'a new one in ' + o['out']}")
+    for stage, name, prefix in (("vqvae", "VQ-VAE", ""), ("gan", "DCGAN", "gan_")):
+        if o["only"] in (None, stage):
+            done, epochs = run.state.get(stage, {}).get("epoch", 0), o[f"{prefix}epochs"]
+            updates = math.ceil(counts["train"] / o[f"{prefix}batch_size"])
+            print(f"{name}: {epochs - done} epochs of {updates} updates, {done} done before")
+    print("Options: " + ", ".join(f"{name} {value}" for name, value in o.items() if value is not None))
+    print("Nothing was done (--dry-run).")
 
 
 def how_to_go_on(run: runs.Run) -> str:
@@ -192,6 +213,7 @@ def parse(words: list[str] | None, description: str | None = None) -> dict:
     add(group, "--plain", "nothing that is there for speed alone: standard layout, float32, eager", action="store_true")
     add(group, "--only", "one stage alone; gan needs --vqvae", choices=("vqvae", "gan"))
     add(group, "--vqvae", "trained VQ-VAE for --only gan", metavar="PATH")
+    add(group, "--dry-run", "say what would be done, and do nothing", action="store_true")
     allowed = "--epochs and --gan-epochs (upwards), --data and --device"
     add(group, "--resume", f"go on with the run in this folder; only {allowed} may change", metavar="RUN")
     group = parser.add_argument_group("VQ-VAE")

@@ -68,15 +68,46 @@ def single_image(path: Path, image, title: str, note: str = "") -> None:
 
 
 @_never_fatal
-def code_map(path: Path, codes, n_embeddings: int, title: str, note: str = "") -> None:
-    """The indices (64, 64) of one image's codes, as colours."""
-    figure, axes = _figure(5.2, 4.8, title, note)
-    shown = axes.imshow(
-        np.asarray(codes.cpu()), cmap="nipy_spectral", vmin=0, vmax=n_embeddings - 1, interpolation="nearest"
-    )
-    axes.set(xlabel="x / code positions", ylabel="y / code positions")
-    axes.grid(False)
-    figure.colorbar(shown, ax=axes, label="code (index of an embedding)", fraction=0.046)
+def comparison(path: Path, x, x_hat, ssim: float, title: str, note: str = "") -> None:
+    """An image (1, H, W), its reconstruction, and the absolute difference of both."""
+    x, x_hat = (np.asarray(image.float().cpu())[0] for image in (x, x_hat))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.9), layout="constrained")
+    figure.suptitle(f"{title}\n{note}" if note else title, fontsize=STYLE["axes.titlesize"])
+    for axes, image, text in zip(panels, (x, x_hat), ("original", f"reconstruction, SSIM {ssim:.4f}"), strict=False):
+        grey = axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xlabel(text)
+    error = panels[2].imshow(abs(x - x_hat), cmap="magma", vmin=0, vmax=0.25, interpolation="nearest")
+    panels[2].set_xlabel(f"absolute difference, mean {abs(x - x_hat).mean():.4f}")
+    for axes in panels:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    figure.colorbar(grey, ax=panels[1], label="grey value", fraction=0.046)
+    figure.colorbar(error, ax=panels[2], label="grey values", fraction=0.046, extend="max")
+    _save(figure, path)
+
+
+@_never_fatal
+def code_map(path: Path, codes, usage, title: str, note: str = "") -> None:
+    """The codes (64, 64) of one image, the most frequent one black; and how often a split uses each code.
+
+    Args:
+        usage: (n_embeddings,) counts.
+    """
+    codes, usage = np.asarray(codes.cpu()), np.asarray(usage.cpu())
+    background = np.bincount(codes.ravel()).argmax()
+    colours = plt.get_cmap("tab20")(codes % 20)
+    colours[codes == background] = (0, 0, 0, 1)
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")
+    _title(left, title, note)
+    left.imshow(colours, interpolation="nearest")
+    left.set(xlabel=f"x / code positions (black: code {background})", ylabel="y / code positions")
+    left.grid(False)
+    ranked = np.sort(usage)[::-1]
+    right.bar(np.arange(1, len(ranked) + 1), ranked, width=1, color=BLUE)
+    right.set(xlabel="code, by how often it is used", ylabel="positions (log scale)", yscale="log")
+    right.set_title(f"{(usage > 0).sum()} of {len(usage)} codes are used on the validation split")
     _save(figure, path)
 
 
@@ -186,15 +217,28 @@ def gan_measures(path: Path, rows: list[dict], floor: dict, note: str = "") -> N
 
 
 @_never_fatal
-def scores(path: Path, ssim, threshold: float, title: str, note: str = "") -> None:
-    """SSIM of each image, in the data set's order, with the threshold and the mean."""
+def scores(path: Path, ssim, cases: list, threshold: float, title: str, note: str = "") -> None:
+    """SSIM of each image, in the data set's order, with the threshold and the mean; and their histogram.
+
+    Args:
+        ssim: (N,).
+        cases: of each image what it belongs to: colour changes where that does.
+    """
     ssim = np.asarray(ssim)
-    figure, axes = _figure(7.2, 4.4, title, note)
-    axes.scatter(np.arange(len(ssim)), ssim, s=9, color=BLUE, alpha=0.7, label="one image")
-    axes.axhline(ssim.mean(), color=ORANGE, label=f"mean {ssim.mean():.4f}")
-    axes.axhline(threshold, color=GREY, linestyle="--", label=f"threshold {threshold}")
-    axes.set(xlabel="image (in order of case and slice)", ylabel="SSIM (1 = identical)")
-    axes.legend(loc="best")
+    changes = np.cumsum([i > 0 and case != cases[i - 1] for i, case in enumerate(cases)])
+    with plt.rc_context(STYLE):
+        figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 6.4), layout="constrained")
+    _title(upper, title, note)
+    for parity, colour, label in ((0, BLUE, "one image (colour"), (1, ORANGE, "changes with the subject)")):
+        some = changes % 2 == parity
+        upper.scatter(np.flatnonzero(some), ssim[some], s=9, color=colour, label=label)
+    upper.axhline(ssim.mean(), color=GREY, label=f"mean {ssim.mean():.4f}")
+    upper.axhline(threshold, color=GREY, linestyle="--", label=f"threshold {threshold}")
+    upper.set(xlabel="image (in order of case and slice)", ylabel="SSIM (1 = identical)")
+    upper.legend(loc="best", ncols=2)
+    lower.hist(ssim, bins=min(40, max(5, len(ssim) // 5)), color=BLUE)
+    lower.axvline(ssim.mean(), color=GREY, label=f"mean {ssim.mean():.4f}")
+    lower.set(xlabel="SSIM (1 = identical)", ylabel="images")
     _save(figure, path)
 
 

@@ -20,6 +20,7 @@ from PIL import Image, PngImagePlugin
 
 import hardware
 import metrics
+import page
 import parallel
 import phantom
 import plots
@@ -50,13 +51,21 @@ def main(words: list[str] | None = None) -> None:
             for split in (o.split, "train"):
                 splits.append(OasisDataset(find_data(o.data), split, device, runs.progress, o.skip_bad))
                 say_skipped(splits[-1], split)
-        folder = draw_samples(prior, o.samples or 64, o.seed or 0, o.out)
+        seed, n, note = o.seed or 0, o.samples or 64, phantom.NOTE if prior.phantoms else ""
+        folder = draw_samples(prior, n, seed, o.out)
+        facts = {"Brains": n, "Seed": seed, "VQ-VAE": path, "Generator": o.generator}
         if splits:
-            measure_samples(prior, *splits, o.seed or 0, folder, phantom.note(o.data))
+            measure_samples(prior, *splits, seed, folder, phantom.note(o.data))
+            facts["Measured against"] = f"{o.split} split of {splits[0].root}"
+        page.write(folder, "New brains", facts, note)
     else:
         dataset = load_split(o, path, device)
-        folder = score_split(vqvae, dataset, o.split, o.out, phantom.note(dataset.root))
-    print(f"Look at {folder}")
+        note = phantom.note(dataset.root)
+        folder, scores = score_split(vqvae, dataset, o.split, o.out, note)
+        facts = {"SSIM, mean": f"{scores.mean():.4f}", "SSIM, range": f"{scores.min():.4f} to {scores.max():.4f}"}
+        facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": path, "Data": dataset.root}
+        page.write(folder, "Reconstructions scored", facts, note)
+    print(f"Look at {folder / 'index.html'}")
 
 
 def load_split(o: argparse.Namespace, path: Path, device: torch.device) -> OasisDataset:
@@ -79,8 +88,11 @@ def data_folder(named: str | None, record: dict) -> Path:
     return Path(recorded)
 
 
-def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note: str = "") -> Path:
-    """Print the report's four lines and draw the split's scores, its best and its worst image; returns the folder."""
+def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note: str = "") -> tuple[Path, torch.Tensor]:
+    """Print the report's four lines and draw the split's scores, its best and its worst image.
+
+    Returns the folder, and SSIM of each image (N,).
+    """
     scores = metrics.score(vqvae, dataset, runs.progress)
     ssim = scores.ssim
     folder = runs.new_folder(out, "_predict")
@@ -97,7 +109,9 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
         title = f"{name.capitalize()} {split} image, {dataset.name(i)}"
         plots.single_image(folder / f"{name}_recon_before.png", x[0], title, note)
         plots.single_image(folder / f"{name}_recon.png", x_hat[0], f"Its reconstruction, SSIM {ssim[i]:.4f}", note)
-    plots.scores(folder / f"{split}_ssim_scores.png", ssim, THRESHOLD, f"SSIM of the {split} split", note)
+        plots.comparison(folder / f"{name}_comparison.png", x[0], x_hat[0], ssim[i].item(), title, note)
+    cases = [dataset.case_and_slice(i)[0] for i in range(len(dataset))]
+    plots.scores(folder / f"{split}_ssim_scores.png", ssim, cases, THRESHOLD, f"SSIM of the {split} split", note)
 
     mark = phantom.mark(note)
     above = int((ssim >= THRESHOLD).sum())
@@ -115,7 +129,7 @@ def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note:
     print(f"Min SSIM score: {ssim.min():.4f}{mark}")
     print(f"Max SSIM score: {ssim.max():.4f}{mark}")
     print(f"Number of images with SSIM >= {THRESHOLD}: {above}, {above / len(ssim):.2%}.{mark}")
-    return folder
+    return folder, ssim
 
 
 @torch.no_grad()

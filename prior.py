@@ -19,7 +19,6 @@ from modules import VQVAE, Generator, load_checked, plain_state, rows
 # The foreground's root mean square in tanh's range: about 0.5 % of values are clipped. More clips more; less squeezes
 # the anatomy towards the background's zero.
 RMS = 0.4
-WHITENING = 0.25  # 0: not at all; 0.5: fully
 FIT_IMAGES = 128  # spaced evenly over the split, that a scale is fitted on
 
 
@@ -52,14 +51,14 @@ class LatentScale(NamedTuple):
     @classmethod
     @torch.no_grad()
     def fit(cls, vqvae: VQVAE, dataset: Dataset) -> "LatentScale":
-        """The background's embedding at 0, and fine detail beside the grey level, in all channels alike.
+        """The background's embedding at 0, one factor, and a rotation that gives every channel the same share.
 
-        The 64 channels of trained latents have 95 % of their variance in one direction, the grey level of a position;
-        edges are in the few that follow, and the rest is less than quantization changes. So the deviations d from the
-        background's embedding, at positions of other codes, are partly whitened: with S = E[d dᵀ], and q the greatest
-        mean square of the quantization error along one of its eigenvectors, by (S + q)^-¼. That halves the ratios of
-        the spectrum (in orders of magnitude) and raises nothing that codes cannot express. Then each channel is divided
-        by its root mean square over RMS.
+        Deviations d from the background's embedding, at positions of other codes, have 95 % of their variance in one
+        direction, the grey level, and in most of 64 less than quantization changes. Were each channel divided by its
+        own root mean square, weak channels would be raised, up to 15 times, and with them what no code expresses: the
+        discriminator tells real latents by that. A rotation and one factor keep distances as the codebook measures
+        them. With E[d dᵀ] = U diag(λ) Uᵀ, λ falling, and C the cosine transform, whose first function is constant, Cᵀ Uᵀ
+        spreads the first direction evenly over all channels.
 
         Args:
             vqvae: the trained network, on the device of the data set's batches.
@@ -75,13 +74,14 @@ class LatentScale(NamedTuple):
         if not others.any():
             others[:] = True
         deviation = (z[others] - embeddings[background]).double()
-        error = (embeddings[codes[others]] - z[others]).double()
-        variance, directions = torch.linalg.eigh(deviation.T @ deviation / len(deviation))
-        floor = (error @ directions).square().mean(0).max().clamp(min=1e-12)
-        forward = directions * (variance.clamp(min=0) + floor) ** -WHITENING @ directions.T
-        forward *= RMS / (deviation @ forward.T).square().mean(0).sqrt().clamp(min=1e-6)[:, None]
+        second = deviation.T @ deviation / len(deviation)
+        k = torch.arange(len(second), dtype=torch.double)
+        cosines = torch.cos(torch.pi * (k[:, None] + 0.5) * k / len(k)) * (2 / len(k)) ** 0.5
+        cosines[:, 0] /= 2**0.5
+        rotation = cosines @ torch.linalg.eigh(second).eigenvectors.flip(1).T
+        factor = second.trace().div(len(k)).sqrt().clamp(min=1e-6) / RMS
         to = dict(dtype=torch.float32, device=quantizer.embedding.weight.device)
-        return cls(embeddings[background].to(**to), torch.linalg.inv(forward).to(**to))
+        return cls(embeddings[background].to(**to), (rotation.T * factor).to(**to))
 
 
 def _mix(matrix: Tensor, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import gan
 import hardware
 import metrics
 import options
+import page
 import parallel
 import phantom
 import plots
@@ -50,6 +51,9 @@ MEASURED = 10  # times in a run that generated brains are compared with the vali
 
 def main(words: list[str] | None = None) -> None:
     given = options.parse(words, __doc__)
+    if given.pop("dry_run", False):
+        options.print_plan(given)
+        return
     runs.stop_at_signals()
     parallel.start()
     run = parallel.from_first(lambda: options.open_run(given))
@@ -180,6 +184,7 @@ def train_vqvae(train_set: OasisDataset, validate_set: OasisDataset, run: runs.R
     kept = parallel.from_first(lambda: runs.load(run.folder / "vqvae.pth", VQVAE.from_state_dict))
     if parallel.is_first():
         draw_codes(kept.to(device), validate_set, run, note)
+        page.write_run(run.folder)
     return kept.cpu()
 
 
@@ -222,6 +227,7 @@ def end_vqvae_epoch(model: VQVAE, shown: Tensor, row: dict, scores: metrics.Scor
         runs.save(plain_state(model), run.folder / "vqvae.pth")
     draw_vqvae_epoch(model, shown, row["epoch"], run, note)
     run.save()
+    page.write_run(run.folder)
 
 
 @torch.no_grad()
@@ -243,7 +249,11 @@ def draw_codes(model: VQVAE, validate_set: OasisDataset, run: runs.Run, note: st
     codes = model.encode(x)
     n = model.vector_quantizer.embedding.num_embeddings
     plots.single_image(run.folder / "codebook_comparison.png", x[0], "First validation image, as it is", note)
-    plots.code_map(run.folder / "codebook.png", codes[0], n, "First validation image, its 64×64 codes", note)
+    usage = torch.zeros(n, dtype=torch.long)
+    for start in range(0, len(validate_set), 32):
+        some = model.encode(validate_set.__getitems__(range(start, min(start + 32, len(validate_set)))))
+        usage += torch.bincount(some.flatten().cpu(), minlength=n)
+    plots.code_map(run.folder / "codebook.png", codes[0], usage, "First validation image, its 64×64 codes", note)
     plots.single_image(
         run.folder / "decoded.png", model.decode(codes)[0], "First validation image, decoded from its codes", note
     )
@@ -383,6 +393,7 @@ def end_gan_epoch(prior: Prior, discriminator: Discriminator, row: dict, run: ru
     if measured:
         plots.gan_measures(run.folder / "gan_measures.png", measured, state["floor"], note)
     run.save()
+    page.write_run(run.folder)
 
 
 @torch.no_grad()

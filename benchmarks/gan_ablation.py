@@ -16,12 +16,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
+import torch  # noqa: E402
 from ablation import find_run, run_folder  # noqa: E402
 
 import gan  # noqa: E402
 import prior  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
+from modules import rows  # noqa: E402
 
 
 class Apart(gan.Balanced):
@@ -43,10 +45,22 @@ class Unaveraged(gan.Balanced):
     average_decay = 0.0
 
 
+def by_channel(cls, vqvae, dataset) -> prior.LatentScale:
+    """Every channel at the same root mean square by a factor of its own, without a rotation."""
+    fitted = FIT(vqvae, dataset)
+    z = torch.cat([vqvae.latents(dataset.__getitems__(range(i, i + 8))) for i in range(0, len(dataset) - 7, 160)])
+    others = vqvae.vector_quantizer.nearest(z).flatten() != vqvae.vector_quantizer.nearest(
+        fitted.shift[None, :, None, None]
+    )
+    deviation = rows(z)[others.flatten()] - fitted.shift
+    return cls(fitted.shift, torch.diag(deviation.square().mean(0).sqrt() / prior.RMS))
+
+
+FIT = prior.LatentScale.fit
 ROWS = {
     "balanced": ("`balanced`: the default", gan.Balanced),
     "apart": ("real and generated latents apart in the discriminator", Apart),
-    "unwhitened": ("latents scaled by channel alone", gan.Balanced),
+    "by-channel": ("latents divided by a factor for each channel", gan.Balanced),
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
     "quantized": ("embeddings as the real side", Quantized),
     "unaveraged": ("generator's weights not averaged", Unaveraged),
@@ -73,8 +87,8 @@ def main() -> None:
 
 def train_row(o: argparse.Namespace) -> None:
     gan.WAYS[o.train] = ROWS[o.train][1]
-    if o.train == "unwhitened":
-        prior.WHITENING = 0.0
+    if o.train == "by-channel":
+        prior.LatentScale.fit = classmethod(by_channel)
     words = ["--data", o.data, "--out", o.out, "--only", "gan", "--vqvae", o.vqvae, "--gan-training", o.train]
     train.main([*words, "--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])])
 

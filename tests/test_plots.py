@@ -46,14 +46,16 @@ def test_the_note_stands_under_every_title(figures):
     history = {key: [1.0, 0.5] for key in ("d_loss", "g_loss", "d_real", "d_fake")}
     plots.image_grid(path, image[None], "T", note)
     plots.single_image(path, image, "T", note)
-    plots.code_map(path, torch.zeros(64, 64), 512, "T", note)
+    plots.code_map(path, torch.zeros(64, 64, dtype=torch.long), torch.arange(512), "T", note)
     plots.ssim_by_epoch(path, [0.5], [0.4], [0.6], note)
     plots.recon_losses(path, [0.5, 0.4], [2], [0.45], note)
     plots.gan_losses(path, history, note)
-    plots.scores(path, [0.5], 0.6, "T", note)
+    plots.scores(path, [0.5], [1], 0.6, "T", note)
+    measures = {"swd_mean": 50.0, "grey_values": 0.1} | {f"swd_{256 >> level}": 60.0 - level for level in range(5)}
+    plots.gan_measures(path, [measures | {"epoch": 1}], measures, note)
     row = dict(epoch=1, psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
     plots.rate_distortion(path, [row], note)
-    assert len(figures) == 8
+    assert len(figures) == 9
     for figure in figures:
         first, second = figure.axes[0].get_title().split("\n")
         assert first and second == note
@@ -74,12 +76,50 @@ def test_gan_losses_are_blue_and_orange_by_update(figures):
     assert labels == ["discriminator", "generator"]
 
 
-def test_scores_show_every_image_the_mean_and_the_threshold(figures):
-    values = [0.7, 0.5, 0.9]
-    plots.scores(None, values, 0.6, "T")
-    axes = figures[0].axes[0]
-    assert axes.collections[0].get_offsets().tolist() == [[0, 0.7], [1, 0.5], [2, 0.9]]
-    assert [line.get_ydata()[0] for line in axes.lines] == [pytest.approx(0.7), 0.6]
+def test_scores_show_every_image_its_subject_the_mean_the_threshold_and_how_many(figures):
+    values = [0.7, 0.5, 0.9, 0.7, 0.7]
+    plots.scores(None, values, [7, 7, 9, 7, 7], 0.6, "T")
+    upper, lower = figures[0].axes
+    one, other = (part.get_offsets().tolist() for part in upper.collections)
+    assert one == [[0, 0.7], [1, 0.5], [3, 0.7], [4, 0.7]] and other == [[2, 0.9]]
+    assert [line.get_ydata()[0] for line in upper.lines] == [pytest.approx(0.7), 0.6]
+    assert sorted(bar.get_height() for bar in lower.patches)[-3:] == [1, 1, 3]
+
+
+def test_comparison_shows_both_and_the_absolute_difference(figures):
+    x, x_hat = torch.rand(2, 1, 64, 64)
+    plots.comparison(None, x, x_hat, 0.8765, "T", "data: phantoms (synthetic)")
+    shown = [axes.images[0].get_array() for axes in figures[0].axes[:3]]
+    for found, expected in zip(shown, (x, x_hat, (x - x_hat).abs()), strict=True):
+        np.testing.assert_array_equal(found, expected[0].numpy())
+    assert figures[0].axes[1].get_xlabel() == "reconstruction, SSIM 0.8765"
+    assert figures[0].get_suptitle() == "T\ndata: phantoms (synthetic)"
+
+
+def test_code_map_tells_neighbours_apart_and_ranks_usage(figures):
+    codes = torch.zeros(64, 64, dtype=torch.long)
+    codes[3, 4], codes[3, 5] = 17, 18
+    plots.code_map(None, codes, torch.tensor([5, 0, 9, 1]), "T")
+    left, right = figures[0].axes
+    image = left.images[0].get_array()
+    assert image[0, 0, :3].sum() == 0  # the background
+    assert len({tuple(image[3, x]) for x in (3, 4, 5)}) == 3
+    assert [bar.get_height() for bar in right.patches] == [9, 5, 1, 0]
+    assert right.get_title().startswith("3 of 4 codes")
+
+
+def test_gan_measures_show_each_level_and_the_floor(figures):
+    floor = {"swd_mean": 20.0, "grey_values": 0.02}
+    rows = [
+        {"epoch": n, "swd_mean": 90.0 - n, "grey_values": 0.1 / n}
+        | {f"swd_{256 >> level}": n + level for level in range(5)}
+        for n in (1, 2)
+    ]
+    plots.gan_measures(None, rows, floor)
+    upper, lower = figures[0].axes
+    assert [list(line.get_ydata()) for line in upper.lines[:5]] == [[1 + level, 2 + level] for level in range(5)]
+    assert list(upper.lines[5].get_ydata()) == [89, 88] and upper.lines[6].get_ydata()[0] == 20
+    assert list(lower.lines[0].get_ydata()) == [0.1, 0.05] and lower.lines[1].get_ydata()[0] == 0.02
 
 
 def test_epoch_means_stand_in_the_middle_of_their_updates(figures):

@@ -51,6 +51,7 @@ def test_the_runs_folder(trained):
     expected |= {"codebook_comparison.png", "codebook.png", "decoded.png", "gan_losses.png", "gan_measures.png"}
     expected |= {"train_ssim_scores.png", "train_recon_losses.png", "rate_distortion.png"}
     expected |= {"vqvae.pth", "generator.pth", "discriminator.pth", "run.json", "metrics.csv", "resume.pth"}
+    expected |= {"index.html"}
     assert {path.name for path in run.iterdir()} == expected
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
     for path in run.glob("*.png"):
@@ -137,7 +138,8 @@ def test_predict_on_the_test_split(trained, folder, data):
         "worst_recon_before.png",
         "worst_recon.png",
     }
-    assert {path.name for path in out.iterdir()} == pictures | {"scores.csv"}
+    pictures |= {"best_comparison.png", "worst_comparison.png"}
+    assert {path.name for path in out.iterdir()} == pictures | {"scores.csv", "index.html"}
     with open(out / "scores.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["file"], row["case"], row["slice"]) for row in table] == [
@@ -177,7 +179,7 @@ def test_new_brains_need_no_data(trained, folder, tmp_path):
     sample = Image.open(next((tmp_path / "a").glob("*/sample_000.png")))
     assert sample.mode == "L" and sample.text == {"Comment": "generated, data: phantoms (synthetic)"}
     names = {path.name for path in next((tmp_path / "a").iterdir()).iterdir()}
-    assert names == {"samples.png", "walk.png", *(f"sample_{i:03d}.png" for i in range(5))}
+    assert names == {"index.html", "samples.png", "walk.png", *(f"sample_{i:03d}.png" for i in range(5))}
 
 
 def test_exported_codes_there_and_back(trained, data, tmp_path):

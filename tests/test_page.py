@@ -1,0 +1,92 @@
+"""The page of a run: what it shows, that names are escaped, and that a browser is content with it."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+import page
+import plots
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+STRANGE = '<b>&"case_001_slice_0".png'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as predict.py and train.py leave it, with strange names."""
+    image = torch.rand(1, 256, 256)
+    for name in ("best_comparison", "worst_comparison"):
+        plots.comparison(tmp_path / f"{name}.png", image, image, 0.5, "T")
+    for epoch in (0, 2, 10):
+        plots.single_image(tmp_path / f"epoch_{epoch}_single.png", image, "T")
+        plots.image_grid(tmp_path / f"gan_epoch_{epoch}.png", image[None], "T")
+    (tmp_path / "scores.csv").write_text(
+        'file,case,slice,ssim\n"' + STRANGE.replace('"', '""') + '",1,0,0.25\nb.png,2,,0.125\na.png,10,3,0.75\n'
+    )
+    page.write(tmp_path, "Reconstructions <scored>", {"Data": "/some/<folder>"}, "data: phantoms (synthetic)")
+    return tmp_path
+
+
+class Reader(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.tags, self.cells, self.inside = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.inside = tag
+        attributes = dict(attributes)
+        if tag == "img":
+            assert attributes["alt"]
+            self.sources.append(attributes["src"])
+        assert not attributes.get("src", "").startswith(("http", "//")) and tag not in ("link", "b")
+
+    def handle_data(self, data):
+        if self.inside == "td":
+            self.cells.append(data)
+
+
+def test_pictures_stand_in_the_order_of_epochs_and_names_are_escaped(folder):
+    text = (folder / "index.html").read_text()
+    reader = Reader(text)
+    assert [name for name in reader.sources if name.startswith("gan")] == [f"gan_epoch_{n}.png" for n in (0, 2, 10)]
+    assert sorted(reader.sources) == sorted(path.name for path in folder.glob("*.png"))
+    assert STRANGE in reader.cells and "0.125" in reader.cells
+    assert "/some/&lt;folder&gt;" in text and "phantoms" in text and "http" not in text
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    page.write(tmp_path / "nowhere", "T", {})
+    page.write_run(tmp_path)  # which holds no run
+    assert capsys.readouterr().err.count("warning: ") == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+def test_a_browser_shows_every_picture_without_errors_and_sorts_the_table(folder, tmp_path_factory):
+    check = """<script>
+      addEventListener("load", async () => {
+        const column = n => [...document.querySelectorAll(`td:nth-child(${n})`)].map(cell => cell.textContent);
+        const buttons = document.querySelectorAll("th button"), seen = [];
+        for (const n of [3, 3, 1, 0]) { buttons[n].click(); seen.push(column(4).join(" ")); }
+        for (const image of document.images) image.loading = "eager";
+        await Promise.all([...document.images].map(image => image.complete || new Promise(go => image.onload = go)));
+        seen.push([...document.images].filter(image => image.naturalWidth > 0).length);
+        seen.push(document.documentElement.scrollWidth <= innerWidth);
+        document.title = JSON.stringify(seen);
+      });
+    </script>"""
+    text = (folder / "index.html").read_text()
+    (folder / "checked.html").write_text(text.replace("</body>", check + "</body>"))
+    profile = tmp_path_factory.mktemp("profile")
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    words += ["--allow-file-access-from-files", "--window-size=500,900", "--virtual-time-budget=20000"]
+    words += ["--enable-logging=stderr", "--dump-dom", f"file://{folder}/checked.html"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    (title,) = re.findall("<title>(.*)</title>", done.stdout)
+    assert title == '["0.125 0.25 0.75","0.75 0.25 0.125","0.25 0.125 0.75","0.25 0.75 0.125",8,true]'
