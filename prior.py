@@ -57,8 +57,8 @@ class LatentScale(NamedTuple):
         direction, the grey level, and in most of 64 less than quantization changes. Were each channel divided by its
         own root mean square, weak channels would be raised, up to 15 times, and with them what no code expresses: the
         discriminator tells real latents by that. A rotation and one factor keep distances as the codebook measures
-        them. With E[d dᵀ] = U diag(λ) Uᵀ, λ falling, and C the cosine transform, whose first function is constant, Cᵀ Uᵀ
-        spreads the first direction evenly over all channels.
+        them. With E[d dᵀ] = U diag(λ) Uᵀ, λ falling, the rotation is Cᵀ Uᵀ, C being the cosine transform: its first
+        function is constant and so spreads the first direction evenly over all channels.
 
         Args:
             vqvae: the trained network, on the device of the data set's batches.

@@ -3,7 +3,8 @@
     python resources/update.py RUN PREDICT     # a folder of train.py, and one of predict.py for its vqvae.pth
 
 A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and resources/strip.png. A run on
-real scans goes to resources/oasis/ and gives only what shows no scan: scores, curves and generated images.
+real scans goes to resources/oasis/ and gives only what shows no scan: scores and curves. A run of --only gan, with a
+folder of predict.py --generator, gives curves, generated images, and the generator of resources/pretrained/.
 """
 
 import csv
@@ -24,7 +25,7 @@ from modules import VQVAE  # noqa: E402
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
 OF_SCANS = ("train_ssim_scores", "train_recon_losses")
-OF_SCANS_GAN = ("gan_losses", "gan_epoch_0", "gan_epoch_1", "gan_epoch_2")
+OF_SCANS_GAN = ("gan_losses", "gan_measures", "gan_epoch_0", "gan_epoch_1")
 
 
 def main(run: Path, predicted: Path) -> None:
@@ -38,20 +39,30 @@ def main(run: Path, predicted: Path) -> None:
         for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
             shown |= {run / f"epoch_{n}{kind}.png": f"epoch_{name}{kind}" for kind in ("", "_single")}
         draw_strip(run, Path(record["data"]["folder"]))
+    elif options["only"] == "gan":
+        shown = {run / f"{name}.png": name for name in OF_SCANS_GAN}
+        for part, name in ((10, "tenth"), (3, "third"), (1, "last")):
+            shown[run / f"gan_epoch_{options['gan_epochs'] // part}.png"] = f"gan_epoch_{name}"
+        shown |= {predicted / f"{name}.png": name for name in ("samples", "walk")}
+        save_generator(run / "generator.pth")
     else:
         shown = {predicted / "test_ssim_scores.png": "test_ssim_scores"}
-        if options["only"] != "gan":
-            shown |= {run / f"{name}.png": name for name in OF_SCANS}
-            with open(run / "metrics.csv", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row.pop("stage") == "vqvae"]
-            numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
-            plots.rate_distortion(target / "rate_distortion.png", [n | {"epoch": int(n["epoch"])} for n in numbers])
-        if options["only"] != "vqvae":
-            shown |= {run / f"{name}.png": name for name in OF_SCANS_GAN}
-            shown[run / f"gan_epoch_{options['gan_epochs']}.png"] = "gan_epoch_last"
+        shown |= {run / f"{name}.png": name for name in OF_SCANS}
+        with open(run / "metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.pop("stage") == "vqvae"]
+        numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
+        plots.rate_distortion(target / "rate_distortion.png", [n | {"epoch": int(n["epoch"])} for n in numbers])
     for path, name in shown.items():
         shutil.copy(path, target / f"{name}.png")
     print(f"Wrote {target}")
+
+
+def save_generator(path: Path) -> None:
+    """In half precision, where a page of its own describes it."""
+    contents = runs.load(path)
+    weights = contents["state_dict"]
+    contents["state_dict"] = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
+    runs.save(contents, HERE / "pretrained" / "generator.pth")
 
 
 @torch.no_grad()

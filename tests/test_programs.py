@@ -364,6 +364,23 @@ def test_the_second_stage_alone(trained, data, folder):
     refused(run_program("train.py", *words, "--vqvae", run / "generator.pth", cwd=folder), "generator.pth", "no VQ-VAE")
 
 
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_path):
+    _, run = trained
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    for words, said in (
+        (("--data", data, "--batch-size", 4), ("VQ-VAE: 12 epochs of 4 updates, 0 done", "DCGAN: 25 epochs of 1 ")),
+        (("--gan-epochs", 3), ("would be written to", "VQ-VAE: 5 epochs of 16 updates", "DCGAN: 3 epochs")),
+        (("--resume", run, "--epochs", 4), ("VQ-VAE: 2 epochs of 4 updates, 2 done before", f"Folder: {run}")),
+    ):
+        done = run_program("train.py", *words, "--dry-run", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for text in (*said, "Nothing was done"):
+            assert text in done.stdout
+    assert not list(tmp_path.iterdir())
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    refused(run_program("train.py", "--data", tmp_path / "no", "--dry-run", cwd=tmp_path), "no")
+
+
 def test_the_reports_bare_procedure(trained, data, folder):
     _, run = trained
     words = ("--data", data, *SMALL, "--gan-epochs", 1, "--only", "gan", "--vqvae", run / "vqvae.pth")
