@@ -148,9 +148,13 @@ def _page(folder: Path, title: str, facts: dict[str, object], note: str) -> str:
     parts.append(f"<dl>{''.join(rows)}</dl>")
     files = sorted(path.name for path in folder.glob("*.png"))
     for heading, patterns in SECTIONS:
-        pictures = [picture for pattern in patterns if (picture := _pictures(files, pattern))]
-        if pictures:
-            parts.append(f"<section><h2>{heading}</h2>{''.join(pictures)}</section>")
+        strips, pictures = ["".join(_pictures(files, p)) for p in patterns if "<n>" in p], []
+        for pattern in patterns:
+            pictures += _pictures(files, pattern) if "<n>" not in pattern else []
+        shown = [f'<div class="pictures">{"".join(pictures)}</div>'] if pictures else []
+        shown += [f'<div class="strip" tabindex="0" role="group" aria-label="By epoch">{s}</div>' for s in strips if s]
+        if shown:
+            parts.append(f"<section><h2>{heading}</h2>{''.join(shown)}</section>")
     for file, heading in TABLES.items():
         if (folder / file).is_file():
             parts.append(f"<section><h2>{heading}</h2>{_tables(folder / file)}</section>")
@@ -163,28 +167,21 @@ def _page(folder: Path, title: str, facts: dict[str, object], note: str) -> str:
     )
 
 
-def _pictures(files: list[str], pattern: str) -> str:
-    """The files of a pattern as figures, in the order of their epochs."""
+def _pictures(files: list[str], pattern: str) -> list[str]:
+    """The files of a pattern as figures, those of the last epoch first."""
     expression = re.escape(pattern).replace("<n>", r"(?P<n>\d+)").replace("<any>", r"\w+")
     found = [match for match in map(re.compile(expression).fullmatch, files) if match]
-    found.sort(key=lambda match: int(match.groupdict().get("n") or 0))
     figures = []
-    for match in found:
-        kind = match.string.removesuffix(".png")
+    for match in sorted(found, key=lambda match: -int(match.groupdict().get("n") or 0)):
         epoch = match.groupdict().get("n")
-        if epoch is not None:
-            kind = kind.replace(f"_{epoch}", "")
+        kind = match.string.removesuffix(".png").replace(f"_{epoch}", "")
         caption = html.escape(CAPTIONS.get(kind, kind.replace("_", " ")).format(epoch))
         source = html.escape(match.string)
         figures.append(
             f'<figure><a href="{source}"><img src="{source}" alt="{caption}" loading="lazy"></a>'
             f"<figcaption>{caption}</figcaption></figure>"
         )
-    if not figures:
-        return ""
-    if "<n>" in pattern:
-        return f'<div class="strip" tabindex="0" role="group" aria-label="By epoch">{"".join(figures)}</div>'
-    return f'<div class="pictures">{"".join(figures)}</div>'
+    return figures
 
 
 def _tables(path: Path) -> str:
