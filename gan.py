@@ -16,8 +16,7 @@ COLUMNS = ("d_loss", "d_real", "d_fake", "g_loss")  # what `update` returns of e
 class Report:
     """The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
 
-    The real side is quantized latents. Real and generated latents go through the discriminator apart, so that its
-    BatchNorm sets the amplitude of both to 1: it cannot see that generated latents have half of the real ones'.
+    The real side is quantized latents. Real and generated latents go through the discriminator apart.
 
     Args:
         generator, discriminator: in training mode when they are updated.
@@ -26,6 +25,7 @@ class Report:
 
     quantized = True  # the real side: embeddings, or the encoder's output before it is quantized
     average_decay = 0.0  # of the generator's weights that samples are drawn with
+    calibrated = False  # whether generated latents are given the amplitude of real ones (`prior.Prior.calibrate`)
 
     def __init__(self, generator, discriminator, optimizers):
         self.generator, self.discriminator = generator, discriminator
@@ -38,11 +38,10 @@ class Report:
     def restore(self, state: dict) -> None:
         """Go on from what `state` gave."""
 
-    def update(self, update: int, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+    def update(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
         """One step of the discriminator, then one of the generator.
 
         Args:
-            update: how many there were before.
             real: latents, this process's part of the batch.
             noise: (B, noise_dim, 1, 1).
             weight: the part's share of the batch.
@@ -60,22 +59,20 @@ class Report:
 
 
 class Balanced(Report):
-    """What proved itself.
+    """What keeps the two in balance.
 
-    - *One batch.* Real and generated latents go through the discriminator together, so that BatchNorm normalises both
-      by the same statistics, and the discriminator sees how they differ in amplitude.
-    - *R1* (arXiv 1801.04406, eq. 9), every fourth update with four times its weight (arXiv 1912.04958, appendix B).
-      Its γ follows how far the discriminator is ahead: exp(5 d), with d the running mean of D(x) - D(G(z)).
+    - *R1* (arXiv 1801.04406, eq. 9), a penalty on the discriminator's gradient at real latents. Its γ follows how far
+      the discriminator is ahead: exp(5 d), with d the running mean of D(x) - D(G(z)).
     - The real side is continuous, so that the discriminator cannot tell real latents by their lying on embeddings.
     - Samples are drawn with an exponential average of the generator's weights.
     """
 
-    R1_EVERY = 4
     R1_STRENGTH = 5.0
     AHEAD_DECAY = 0.98  # of the running mean
 
     quantized = False
     average_decay = 0.995
+    calibrated = True
 
     def __init__(self, generator, discriminator, optimizers):
         super().__init__(generator, discriminator, optimizers)
@@ -91,26 +88,20 @@ class Balanced(Report):
     def restore(self, state: dict) -> None:
         self.ahead.copy_(state["ahead"])
 
-    def update(self, update: int, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+    def update(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
         fake = self.generator(noise)
         real.requires_grad_(True)
-        d_real, d_fake = self.logits(real, fake.detach())
+        d_real, d_fake = self.discriminator.logits(real), self.discriminator.logits(fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
-        penalty = 0.0
-        if update % self.R1_EVERY == 0:
-            (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
-            penalty = self.R1_EVERY * self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
+        (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
+        penalty = self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
         step(self.discriminator, self.discriminator_optimizer, (d_loss + penalty) * weight)
-        g_loss = cross_entropy(self.logits(real.detach(), fake)[1], 1)
+        g_loss = cross_entropy(self.discriminator.logits(fake), 1)
         step(self.generator, self.generator_optimizer, g_loss * weight)
 
         values = torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
         self.ahead.lerp_(parallel.total((values[1] - values[2]) * weight), 1 - self.AHEAD_DECAY)
         return values
-
-    def logits(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        both = self.discriminator.logits(torch.cat([real, fake]))
-        return both[: len(real)], both[len(real) :]
 
 
 WAYS = {"balanced": Balanced, "report": Report}

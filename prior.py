@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -172,6 +173,22 @@ class Prior:
                 bar.update(len(part))
         return torch.cat(images)
 
+    @torch.no_grad()
+    def calibrate(self, amplitude: float, fitted: LatentScale, noise: Tensor) -> None:
+        """Give generated latents the amplitude of real ones, by a factor on the scale.
+
+        A discriminator with BatchNorm, that sees real and generated latents in batches of their own, cannot see their
+        amplitude: its first layer has no bias, the background is 0, and what it gives is divided by the batch's
+        standard deviation. So a generator is free to draw latents that are too weak, which decode to dark brains.
+
+        Args:
+            amplitude: `structure` of real latents in the fitted scale.
+            fitted: the scale that the generator was trained with.
+            noise: (B, noise_dim, 1, 1), to measure generated latents with.
+        """
+        found = torch.cat([structure(self.generator.eval()(part)) for part in noise.split(32)]).mean().sqrt()
+        self.scale = fitted._replace(scale=fitted.scale * (amplitude / found.item()))
+
     def checkpoint(self) -> dict:
         """The contents of generator.pth."""
         return {
@@ -207,6 +224,11 @@ class Prior:
                 raise ValueError(f"its '{name}' has values that are not finite")
         scale = LatentScale(shift.float().to(weight.device), scale.float().to(weight.device))
         return cls(generator.to(weight.device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
+
+
+def structure(t: Tensor) -> Tensor:
+    """Mean square (B,) of latents (B, D, 64, 64) after means over 4x4 positions, which noise does not survive."""
+    return F.avg_pool2d(t, 4).square().mean((1, 2, 3))
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:

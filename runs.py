@@ -40,6 +40,7 @@ STREAMS = (
     "measures",
     "measured images",
     "walks",
+    "calibration",
 )
 
 

@@ -39,7 +39,7 @@ from dataset import (
     say_skipped,
 )
 from modules import VQVAE, Discriminator, Generator, dcgan_init, load_checked, plain_state
-from prior import Latents, LatentScale, Prior, codebook_hash
+from prior import Latents, LatentScale, Prior, codebook_hash, structure
 
 # At a constant rate the weights wander from update to update, and with them the black background's level, to which
 # SSIM is very sensitive. What is scored and kept is an exponential average of them.
@@ -322,6 +322,9 @@ def train_gan(
         return torch.randn(n, prior.noise_dim, 1, 1, generator=random)
 
     shown = noise(64, runs.random_generator(o.seed, "gan samples"))
+    picked = [i * len(latents) // n for n in [min(256, len(latents))] for i in range(n)]
+    amplitude = torch.cat([structure(latents.__getitems__(picked[i : i + 32])) for i in range(0, len(picked), 32)])
+    amplitude = amplitude.mean().sqrt().item()
 
     def draw_samples(epoch: int, when: str) -> None:
         images = prior.sample_images(shown.to(device), progress=runs.progress)
@@ -351,7 +354,7 @@ def train_gan(
         with runs.progress(total=len(latents), desc=f"DCGAN epoch {epoch}/{o.gan_epochs}", unit=" images") as bar:
             for real, n in zip(loader, sizes, strict=True):
                 weight = parallel.weight(n)
-                values = way.update(update, real, parallel.part(noise(n, random)).to(device, non_blocking=True), weight)
+                values = way.update(real, parallel.part(noise(n, random)).to(device, non_blocking=True), weight)
                 seen.append(values * weight)
                 update += 1
                 if update % CHECK_EVERY == 0:
@@ -367,6 +370,8 @@ def train_gan(
         columns = dict(zip(gan.COLUMNS, seen.T, strict=True))
         row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | means_by_image(columns, sizes)
         row |= {key: value.item() for key, value in way.state().items()}
+        if way.calibrated:
+            prior.calibrate(amplitude, scale, noise(256, runs.random_generator(o.seed, "calibration")).to(device))
         if parallel.is_first():  # before the state says that the epoch is complete: a signal may end the program here
             draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
             if epoch * MEASURED // o.gan_epochs > (epoch - 1) * MEASURED // o.gan_epochs:

@@ -12,7 +12,6 @@ times (compiling, caches, allocators). What is printed is the median over rounds
 
 import argparse
 import copy
-import itertools
 import json
 import os
 import platform
@@ -215,10 +214,10 @@ def our_dcgan(stored: bool, device, folder: Path) -> Work:
     )
     d_optimizer, g_optimizer = path.adam(discriminator, 2e-4, (0.5, 0.999)), path.adam(generator, 2e-4, (0.5, 0.999))
 
-    way, updates = gan.Balanced(generator, discriminator, (g_optimizer, d_optimizer)), itertools.count()
+    way = gan.Balanced(generator, discriminator, (g_optimizer, d_optimizer))
 
     def once() -> None:
-        way.update(next(updates), real_batch(), torch.randn(BATCH, 128, 1, 1).to(device, non_blocking=True))
+        way.update(real_batch(), torch.randn(BATCH, 128, 1, 1).to(device, non_blocking=True))
         train.update_average(average, generator, 100, way.average_decay)
 
     return Work(once, BATCH)
