@@ -1,7 +1,7 @@
 """What each part of the DCGAN's training gives: a table of README.md, from short runs of train.py.
 
     python benchmarks/gan_ablation.py --data DIR --vqvae PATH/vqvae.pth --out OUT    # trains what OUT does not hold yet
-    python benchmarks/gan_ablation.py … --rows apart report --seeds 0 --epochs 5
+    python benchmarks/gan_ablation.py … --rows by-channel report --seeds 0 --epochs 5
 
 One run after the other, each in a process of its own. Distances are those that train.py measures at the end of a run,
 on the validation split. The networks, optimizers and losses are the same in every row.
@@ -26,19 +26,16 @@ import train  # noqa: E402
 from modules import rows  # noqa: E402
 
 
-class Apart(gan.Balanced):
-    """Real and generated latents go through the discriminator one after the other."""
-
-    def logits(self, real, fake):
-        return self.discriminator.logits(real), self.discriminator.logits(fake)
-
-
 class FixedGamma(gan.Balanced):
     R1_STRENGTH = 0.0
 
 
 class Quantized(gan.Balanced):
     quantized = True
+
+
+class Uncalibrated(gan.Balanced):
+    calibrated = False
 
 
 class Unaveraged(gan.Balanced):
@@ -59,10 +56,10 @@ def by_channel(cls, vqvae, dataset) -> prior.LatentScale:
 FIT = prior.LatentScale.fit
 ROWS = {
     "balanced": ("`balanced`: the default", gan.Balanced),
-    "apart": ("real and generated latents apart in the discriminator", Apart),
+    "uncalibrated": ("generated latents not calibrated", Uncalibrated),
     "by-channel": ("latents divided by a factor for each channel", gan.Balanced),
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
-    "quantized": ("embeddings as the real side", Quantized),
+    "quantized": ("embeddings as the real side, in the range of the codebook", Quantized),
     "unaveraged": ("generator's weights not averaged", Unaveraged),
     "report": ("`report`: the report's bare procedure", gan.Report),
 }

@@ -82,6 +82,22 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path):
     assert codebooks["report"].abs().max() <= 1 / 512 and not torch.equal(codebooks["paper"], codebooks["report"])
 
 
+def test_the_dcgan_ablation_prints_a_table(data, tmp_path):
+    torch.save(VQVAE(32).state_dict(), tmp_path / "vqvae.pth")
+    command = [sys.executable, PROJECT / "benchmarks" / "gan_ablation.py", "--data", data, "--out", tmp_path / "runs"]
+    words = ["--vqvae", tmp_path / "vqvae.pth", "--rows", "by-channel", "report", "--seeds", "0", "--epochs", "1"]
+    done = subprocess.run([*map(str, command), *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scales = {}
+    for name in ("by-channel", "report"):
+        (saved,) = (tmp_path / "runs" / f"{name}-0").glob("*/resume.pth")
+        saved = torch.load(saved, weights_only=True)
+        scales[name] = saved["state"]["gan"]["scale"][1]
+        assert f" | {saved['rows'][0]['swd_mean']:.0f} | " in done.stdout
+    assert torch.equal(scales["by-channel"], scales["by-channel"].diag().diag())
+    assert len(set(scales["by-channel"].diag().tolist())) == 64 and len(set(scales["report"].diag().tolist())) == 1
+
+
 def test_moving_averages_with_start_and_revival(random):
     quantizer = VectorQuantizer(16, 4)
     way = ablation.EmaAlive(quantizer, torch.optim.Adam(quantizer.parameters()))

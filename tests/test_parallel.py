@@ -152,7 +152,7 @@ def _gan_update(rank):
     weight = parallel.weight(5)
     step = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (generator, discriminator)]
     way = gan.Balanced(generator, discriminator, step)
-    values = way.update(0, parallel.part(real).clone(), parallel.part(noise), weight)
+    values = way.update(parallel.part(real).clone(), parallel.part(noise), weight)
     found = {
         f"{type(net).__name__} {key}": v for net in (discriminator, generator) for key, v in net.state_dict().items()
     }

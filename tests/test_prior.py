@@ -9,7 +9,7 @@ import codebook
 import hardware
 from dataset import OasisDataset
 from modules import VQVAE, Generator
-from prior import Latents, LatentScale, Prior, codebook_hash, walk
+from prior import Latents, LatentScale, Prior, codebook_hash, structure, walk
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,20 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     images = prior.sample_images(noise, at_once=2, progress=quiet)
     assert images.shape == (5, 1, 256, 256) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_calibration_gives_generated_latents_the_amplitude_of_real_ones(vqvae, latents):
+    torch.manual_seed(0)
+    noise = torch.randn(6, 128, 1, 1)
+    prior = Prior(Generator(embeddings_dim=8).eval(), latents.scale, vqvae)
+    real = structure(latents.__getitems__(range(15))).mean().sqrt().item()
+    blocks = latents.__getitems__([2])[0].view(8, 16, 4, 16, 4).mean((2, 4))
+    assert structure(latents.__getitems__([2])).item() == pytest.approx(blocks.square().mean().item(), rel=1e-5)
+    for _ in range(2):  # a second time changes nothing
+        prior.calibrate(real, latents.scale, noise)
+        t = prior.generator(noise) * prior.scale.scale[0, 0] / latents.scale.scale[0, 0]
+        assert structure(t).mean().sqrt().item() == pytest.approx(real, rel=1e-4)
+    assert torch.equal(prior.scale.shift, latents.scale.shift)
 
 
 def test_walk_goes_from_one_noise_vector_to_the_other_in_equal_angles():
