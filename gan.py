@@ -25,7 +25,7 @@ class Report:
 
     quantized = True  # the real side: embeddings, or the encoder's output before it is quantized
     average_decay = 0.0  # of the generator's weights that samples are drawn with
-    calibrated = False  # whether generated latents are given the amplitude of real ones (`prior.Prior.calibrate`)
+    calibrated = False  # whether generated latents are given the brightness of real ones (`prior.Prior.calibrate`)
 
     def __init__(self, generator, discriminator, optimizers):
         self.generator, self.discriminator = generator, discriminator

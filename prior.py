@@ -6,6 +6,7 @@ between the two, fitted on the training split and kept in generator.pth.
 
 import hashlib
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -173,21 +174,24 @@ class Prior:
                 bar.update(len(part))
         return torch.cat(images)
 
-    @torch.no_grad()
-    def calibrate(self, amplitude: float, fitted: LatentScale, noise: Tensor) -> None:
-        """Give generated latents the amplitude of real ones, by a factor on the scale.
+    def calibrate(self, brightness: float, fitted: LatentScale, noise: Tensor) -> None:
+        """Give generated brains the brightness of real ones, by a factor on the scale.
 
         A discriminator with BatchNorm, that sees real and generated latents in batches of their own, cannot see their
         amplitude: its first layer has no bias, the background is 0, and what it gives is divided by the batch's
         standard deviation. So a generator is free to draw latents that are too weak, which decode to dark brains.
 
         Args:
-            amplitude: `structure` of real latents in the fitted scale.
+            brightness: `brightness_of` reconstructed real images.
             fitted: the scale that the generator was trained with.
-            noise: (B, noise_dim, 1, 1), to measure generated latents with.
+            noise: (B, noise_dim, 1, 1), of the brains that are looked at.
         """
-        found = torch.cat([structure(self.generator.eval()(part)) for part in noise.split(32)]).mean().sqrt()
-        self.scale = fitted._replace(scale=fitted.scale * (amplitude / found.item()))
+        factor = 1.0
+        for _ in range(3):  # brightness is nearly proportional to the factor
+            self.scale = fitted._replace(scale=fitted.scale * factor)
+            found = max(brightness_of(self.sample_images(noise, progress=partial(tqdm, disable=True))), 1e-3)
+            factor = min(max(factor * brightness / found, 0.25), 4.0)
+        self.scale = fitted._replace(scale=fitted.scale * factor)
 
     def checkpoint(self) -> dict:
         """The contents of generator.pth."""
@@ -226,9 +230,9 @@ class Prior:
         return cls(generator.to(weight.device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
 
 
-def structure(t: Tensor) -> Tensor:
-    """Mean square (B,) of latents (B, D, 64, 64) after means over 4x4 positions, which noise does not survive."""
-    return F.avg_pool2d(t, 4).square().mean((1, 2, 3))
+def brightness_of(images: Tensor) -> float:
+    """Root mean square of images (B, 1, H, W) after means over 16x16 pixels, which grain does not survive."""
+    return F.avg_pool2d(images, 16).square().mean().sqrt().item()
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:

@@ -39,7 +39,7 @@ from dataset import (
     say_skipped,
 )
 from modules import VQVAE, Discriminator, Generator, dcgan_init, load_checked, plain_state
-from prior import Latents, LatentScale, Prior, codebook_hash, structure
+from prior import Latents, LatentScale, Prior, brightness_of, codebook_hash
 
 # At a constant rate the weights wander from update to update, and with them the black background's level, to which
 # SSIM is very sensitive. What is scored and kept is an exponential average of them.
@@ -322,9 +322,8 @@ def train_gan(
         return torch.randn(n, prior.noise_dim, 1, 1, generator=random)
 
     shown = noise(64, runs.random_generator(o.seed, "gan samples"))
-    picked = [i * len(latents) // n for n in [min(256, len(latents))] for i in range(n)]
-    amplitude = torch.cat([structure(latents.__getitems__(picked[i : i + 32])) for i in range(0, len(picked), 32)])
-    amplitude = amplitude.mean().sqrt().item()
+    picked = range(0, len(train_set), -(-len(train_set) // 128))
+    brightness = brightness_of(metrics.reconstruct(vqvae, train_set, list(picked)))
 
     def draw_samples(epoch: int, when: str) -> None:
         images = prior.sample_images(shown.to(device), progress=runs.progress)
@@ -371,7 +370,7 @@ def train_gan(
         row = epoch_row("gan", epoch, len(seen), len(latents), seconds) | means_by_image(columns, sizes)
         row |= {key: value.item() for key, value in way.state().items()}
         if way.calibrated:
-            prior.calibrate(amplitude, scale, noise(256, runs.random_generator(o.seed, "calibration")).to(device))
+            prior.calibrate(brightness, scale, noise(32, runs.random_generator(o.seed, "calibration")).to(device))
         if parallel.is_first():  # before the state says that the epoch is complete: a signal may end the program here
             draw_samples(epoch, f"the same for all epochs, after epoch {epoch}")
             if epoch * MEASURED // o.gan_epochs > (epoch - 1) * MEASURED // o.gan_epochs:

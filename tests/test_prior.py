@@ -1,15 +1,16 @@
 """Between VQ-VAE and DCGAN: the scale of latents, encoding a split, snapping to codes, generator.pth."""
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import quiet
+from conftest import PROJECT, quiet
 
 import codebook
 import hardware
 from dataset import OasisDataset
 from modules import VQVAE, Generator
-from prior import Latents, LatentScale, Prior, codebook_hash, structure, walk
+from prior import Latents, LatentScale, Prior, brightness_of, codebook_hash, walk
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +115,28 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
 
 
-def test_calibration_gives_generated_latents_the_amplitude_of_real_ones(vqvae, latents):
-    torch.manual_seed(0)
-    noise = torch.randn(6, 128, 1, 1)
-    prior = Prior(Generator(embeddings_dim=8).eval(), latents.scale, vqvae)
-    real = structure(latents.__getitems__(range(15))).mean().sqrt().item()
-    blocks = latents.__getitems__([2])[0].view(8, 16, 4, 16, 4).mean((2, 4))
-    assert structure(latents.__getitems__([2])).item() == pytest.approx(blocks.square().mean().item(), rel=1e-5)
+def test_calibration_gives_generated_brains_the_brightness_of_real_ones(train_set):
+    weights = torch.load(PROJECT / "resources" / "pretrained" / "vqvae.pth", weights_only=True)
+    vqvae = VQVAE.from_state_dict(weights)
+    latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), progress=quiet)
+
+    class Weak(torch.nn.Module):
+        """A generator that draws real latents at 0.7 of their amplitude: its noise holds their numbers."""
+
+        def forward(self, noise):
+            return 0.7 * latents.__getitems__([int(n) for n in noise[:, 0, 0, 0]])
+
+    prior = Prior(Weak().eval(), latents.scale, vqvae)
+    noise = torch.arange(15.0).view(15, 1, 1, 1)
+    real = vqvae.decode(vqvae.encode(train_set.__getitems__(range(15)))).clamp(0, 1)
+    wanted = np.sqrt(np.mean(real.double().numpy().reshape(15, 16, 16, 16, 16).mean((2, 4)) ** 2))
+    assert brightness_of(real) == pytest.approx(wanted, rel=1e-5)
+    dark = brightness_of(prior.sample_images(noise, progress=quiet))
     for _ in range(2):  # a second time changes nothing
-        prior.calibrate(real, latents.scale, noise)
-        t = prior.generator(noise) * prior.scale.scale[0, 0] / latents.scale.scale[0, 0]
-        assert structure(t).mean().sqrt().item() == pytest.approx(real, rel=1e-4)
+        prior.calibrate(wanted, latents.scale, noise)
+        assert brightness_of(prior.sample_images(noise, progress=quiet)) == pytest.approx(wanted, rel=0.01)
+    assert dark < 0.95 * wanted
+    assert (prior.scale.scale / latents.scale.scale).mean().item() == pytest.approx(1 / 0.7, rel=0.05)
     assert torch.equal(prior.scale.shift, latents.scale.shift)
 
 
