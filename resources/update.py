@@ -41,9 +41,11 @@ def main(run: Path, predicted: Path) -> None:
         draw_strip(run, Path(record["data"]["folder"]))
     elif options["only"] == "gan":
         shown = {run / f"{name}.png": name for name in OF_SCANS_GAN}
-        for part, name in ((10, "tenth"), (3, "third"), (1, "last")):
-            shown[run / f"gan_epoch_{options['gan_epochs'] // part}.png"] = f"gan_epoch_{name}"
-        shown |= {predicted / f"{name}.png": name for name in ("samples", "walk")}
+        with open(run / "metrics.csv", newline="") as file:
+            last = len(list(csv.DictReader(file)))  # of a run that may have been stopped
+        for epoch, name in ((10, "10"), (33, "33"), (last, "last")):
+            shown[run / f"gan_epoch_{epoch}.png"] = f"gan_epoch_{name}"
+        shown[predicted / "walk.png"] = "walk"
         save_generator(run / "generator.pth")
     else:
         shown = {predicted / "test_ssim_scores.png": "test_ssim_scores"}

@@ -59,6 +59,7 @@ def test_every_file_that_the_readme_names_is_there():
 
 def test_the_pretrained_weights_are_those_that_their_page_describes():
     folder = PROJECT / "resources" / "pretrained"
-    digest = hashlib.sha256((folder / "vqvae.pth").read_bytes()).hexdigest()
-    assert f"| SHA-256 | `{digest}` |" in (folder / "README.md").read_text()
-    assert (folder / "vqvae.pth").stat().st_size < 1_000_000
+    for name, size in (("vqvae.pth", 1_000_000), ("generator.pth", 10_000_000)):
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert f"| SHA-256 | `{digest}` |" in (folder / "README.md").read_text()
+        assert (folder / name).stat().st_size < size
