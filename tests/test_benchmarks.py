@@ -98,6 +98,18 @@ def test_the_dcgan_ablation_prints_a_table(data, tmp_path):
     assert len(set(scales["by-channel"].diag().tolist())) == 64 and len(set(scales["report"].diag().tolist())) == 1
 
 
+def test_the_limits_table_ends_with_what_all_directions_give(data):
+    path = PROJECT / "resources" / "pretrained" / "vqvae.pth"
+    command = [sys.executable, PROJECT / "benchmarks" / "limits.py", path, "--data", data]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    whole = next(float(line[1]) for line in table if line[0] == "| decoded from codes")
+    assert float(table[-1][-1].rstrip(" |")) == pytest.approx(whole, abs=2e-4) and table[-1][1] == "1.0000"
+    shares = [float(line[1]) for line in table[-7:]]
+    assert shares == sorted(shares)
+
+
 def test_moving_averages_with_start_and_revival(random):
     quantizer = VectorQuantizer(16, 4)
     way = ablation.EmaAlive(quantizer, torch.optim.Adam(quantizer.parameters()))
