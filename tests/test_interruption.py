@@ -59,6 +59,8 @@ def assert_nothing_is_torn(run: Path) -> None:
             Image.open(path).load()
         elif path.suffix == ".pth":
             torch.load(path, weights_only=True)
+        elif path.suffix == ".html":
+            assert path.read_text().endswith("</html>\n")
         elif path.name == "run.json":
             assert runs.read_json(path)["seed"] == 2
         else:
