@@ -5,6 +5,7 @@ Images are grey values in [0, 1], drawn with that fixed range and never rescaled
 """
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"  # files are all that is drawn; whatever the environment says
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#777777"  # distinguishable with colour-blind eyes (Okabe and Ito)
 STYLE = {
@@ -49,11 +51,11 @@ def image_grid(path: Path, images, title: str, note: str = "", columns: int = 8)
     for i, image in enumerate(images[:, 0].float().cpu().clamp(0, 1)):
         top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
         grid[top : top + h, left : left + w] = image
-    height = 9.6 * grid.shape[0] / grid.shape[1]
-    figure, axes = _figure(9.6, height + 0.7, title, note)
+    height = 8 * grid.shape[0] / grid.shape[1]
+    figure, axes = _figure(8, height + 0.7, title, note)
     axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
     axes.axis("off")
-    _save(figure, path)
+    _save(figure, path, "L")
 
 
 @_never_fatal
@@ -64,7 +66,7 @@ def single_image(path: Path, image, title: str, note: str = "") -> None:
     axes.set(xlabel="x / pixels", ylabel="y / pixels")
     axes.grid(False)
     figure.colorbar(shown, ax=axes, label="grey value", fraction=0.046)
-    _save(figure, path)
+    _save(figure, path, "L")
 
 
 @_never_fatal
@@ -259,10 +261,13 @@ def _smooth(x: np.ndarray, y: list[float]) -> tuple[np.ndarray, np.ndarray]:
     return x[width - 1 :] - (width - 1) / 2, np.convolve(y, np.ones(width) / width, "valid")
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure, path: Path, mode: str = "RGB") -> None:
+    """Mode "L" for figures without colour: a grid of grainy brains takes half a megabyte as it is."""
     temporary = path.with_name(f".{path.name}.tmp")
+    drawn = io.BytesIO()
     try:
-        figure.savefig(temporary, format="png")
+        figure.savefig(drawn, format="png")
+        Image.open(drawn).convert(mode).save(temporary, format="png", optimize=True)
         os.replace(temporary, path)  # a figure of this name is never half written
     finally:
         plt.close(figure)

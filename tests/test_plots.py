@@ -14,7 +14,7 @@ import plots
 def figures(monkeypatch):
     """The figures that were drawn, in place of files."""
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path, mode="RGB": drawn.append(figure))
     yield drawn
     plt.close("all")
 
