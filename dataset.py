@@ -7,6 +7,7 @@ them is a 256x256 scan. Folders of label maps beside them (keras_png_slices_seg_
 import os
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -172,6 +173,12 @@ class _Shares:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def batches(dataset: Dataset, indices: Sequence[int], size: int = 32) -> Iterator[Tensor]:
+    """Images (B, 1, 256, 256) of an `OasisDataset`, a batch at a time."""
+    for start in range(0, len(indices), size):
+        yield dataset.__getitems__(indices[start : start + size])
 
 
 def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator) -> DataLoader:

@@ -52,10 +52,15 @@ class Report:
         fake = self.generator(noise)
         d_real, d_fake = self.discriminator.logits(real), self.discriminator.logits(fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
-        step(self.discriminator, self.discriminator_optimizer, d_loss * weight)
+        loss = d_loss + self.penalty(real, d_real)
+        step(self.discriminator, self.discriminator_optimizer, loss * weight)
         g_loss = cross_entropy(self.discriminator.logits(fake), 1)
         step(self.generator, self.generator_optimizer, g_loss * weight)
         return torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
+
+    def penalty(self, real: Tensor, d_real: Tensor) -> Tensor | float:
+        """What is added to the discriminator's loss, given its logits (B, 1) of real latents."""
+        return 0.0
 
 
 class Balanced(Report):
@@ -89,19 +94,13 @@ class Balanced(Report):
         self.ahead.copy_(state["ahead"])
 
     def update(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
-        fake = self.generator(noise)
-        real.requires_grad_(True)
-        d_real, d_fake = self.discriminator.logits(real), self.discriminator.logits(fake.detach())
-        d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
-        (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
-        penalty = self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
-        step(self.discriminator, self.discriminator_optimizer, (d_loss + penalty) * weight)
-        g_loss = cross_entropy(self.discriminator.logits(fake), 1)
-        step(self.generator, self.generator_optimizer, g_loss * weight)
-
-        values = torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
+        values = super().update(real.requires_grad_(True), noise, weight)
         self.ahead.lerp_(parallel.total((values[1] - values[2]) * weight), 1 - self.AHEAD_DECAY)
         return values
+
+    def penalty(self, real: Tensor, d_real: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
+        return self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
 
 
 WAYS = {"balanced": Balanced, "report": Report}

@@ -188,7 +188,7 @@ def _tables(path: Path) -> str:
     """A CSV file as a table whose columns sort; one table for each stage where it has stages."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
-    stages = list(dict.fromkeys(row.pop("stage", "") for row in [dict(row) for row in rows]))
+    stages = dict.fromkeys(row.get("stage", "") for row in rows)
     return "".join(_table([row for row in rows if row.get("stage", "") == stage]) for stage in stages)
 
 

@@ -11,7 +11,6 @@ Everything goes to a new folder, gen_imgs/<date_time>_predict/: README.md says w
 
 import argparse
 import csv
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import parallel
 import phantom
 import plots
 import runs
-from dataset import SPLITS, DataError, OasisDataset, find_data, say_skipped
+from dataset import SPLITS, DataError, OasisDataset, batches, find_data, say_skipped
 from modules import VQVAE
 from prior import Prior, walk
 
@@ -216,12 +215,6 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
         csv.writer(file).writerows([("measure", "generated", "beside", "what stands beside"), *rows])
     for name, value, other, what in rows:
         print(f"{name}: {value:.4f} ({what}: {other:.4f}){phantom.mark(note)}")
-
-
-def batches(dataset: OasisDataset, indices: Sequence[int], size: int = 32) -> Iterator[torch.Tensor]:
-    """Images (B, 1, 256, 256) of a data set, a batch at a time."""
-    for start in range(0, len(indices), size):
-        yield dataset.__getitems__(indices[start : start + size])
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:

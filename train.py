@@ -33,6 +33,7 @@ from dataset import (
     SPLITS,
     DataError,
     OasisDataset,
+    batches,
     list_scans,
     make_loader,
     refuse_shared_cases,
@@ -250,9 +251,8 @@ def draw_codes(model: VQVAE, validate_set: OasisDataset, run: runs.Run, note: st
     n = model.vector_quantizer.embedding.num_embeddings
     plots.single_image(run.folder / "codebook_comparison.png", x[0], "First validation image, as it is", note)
     usage = torch.zeros(n, dtype=torch.long)
-    for start in range(0, len(validate_set), 32):
-        some = model.encode(validate_set.__getitems__(range(start, min(start + 32, len(validate_set)))))
-        usage += torch.bincount(some.flatten().cpu(), minlength=n)
+    for some in batches(validate_set, range(len(validate_set))):
+        usage += torch.bincount(model.encode(some).flatten().cpu(), minlength=n)
     plots.code_map(run.folder / "codebook.png", codes[0], usage, "First validation image, its 64×64 codes", note)
     plots.single_image(
         run.folder / "decoded.png", model.decode(codes)[0], "First validation image, decoded from its codes", note
@@ -322,8 +322,9 @@ def train_gan(
         return torch.randn(n, prior.noise_dim, 1, 1, generator=random)
 
     shown = noise(64, runs.random_generator(o.seed, "gan samples"))
-    picked = range(0, len(train_set), -(-len(train_set) // 128))
-    brightness = brightness_of(metrics.reconstruct(vqvae, train_set, list(picked)))
+    if way.calibrated:
+        picked = range(0, len(train_set), -(-len(train_set) // 128))
+        brightness = brightness_of(metrics.reconstruct(vqvae, train_set, picked))
 
     def draw_samples(epoch: int, when: str) -> None:
         images = prior.sample_images(shown.to(device), progress=runs.progress)

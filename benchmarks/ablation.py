@@ -78,22 +78,25 @@ ROWS = {
 
 
 def main() -> None:
-    o = parse()
+    o = parser(__doc__, ROWS, 6).parse_args()
     if o.train:
         train_row(ROWS[o.train], o)
         return
+    train_missing(HERE, o, ["--data", o.data], {name: row.epochs or o.epochs for name, row in ROWS.items()})
+    print_table(o)
+
+
+def train_missing(script: Path, o: argparse.Namespace, words: list[str], epochs: dict[str, int]) -> None:
+    """Call a script of this kind for each row and seed that OUT does not hold, with `words` and what names them."""
     for name in o.rows:
         for seed in o.seeds:
             folder = run_folder(o.out, name, seed)
-            epochs = ROWS[name].epochs or o.epochs
-            if find_run(folder, epochs) is None:
-                words = ["--data", o.data, "--out", folder, "--train", name, "--seeds", str(seed)]
-                words += ["--epochs", str(epochs)]
+            if find_run(folder, epochs[name]) is None:
+                which = ["--out", folder, "--train", name, "--seeds", str(seed), "--epochs", str(epochs[name])]
                 print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
-                done = subprocess.run([sys.executable, HERE, *words], stdout=subprocess.DEVNULL)
+                done = subprocess.run([sys.executable, script, *words, *which], stdout=subprocess.DEVNULL)
                 if done.returncode:
-                    sys.exit(f"ablation.py: error: {name}, seed {seed} failed; its message is above")
-    print_table(o)
+                    sys.exit(f"{script.name}: error: {name}, seed {seed} failed; its message is above")
 
 
 def train_row(row: Row, o: argparse.Namespace) -> None:
@@ -139,15 +142,16 @@ def read_run(folder: Path, epochs: int) -> dict[str, float]:
     return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses, default=nan)}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser:
+    """The options that scripts of this kind share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="S", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--epochs", type=int, metavar="N", default=6, help="default: 6")
-    parser.add_argument("--train", choices=ROWS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--epochs", type=int, metavar="N", default=epochs, help=f"default: {epochs}")
+    parser.add_argument("--train", choices=rows, help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

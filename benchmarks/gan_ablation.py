@@ -9,7 +9,6 @@ on the validation split. The networks, optimizers and losses are the same in eve
 
 import argparse
 import csv
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
-from ablation import find_run, run_folder  # noqa: E402
+from ablation import find_run, parser, run_folder, train_missing  # noqa: E402
 
 import gan  # noqa: E402
 import prior  # noqa: E402
@@ -67,18 +66,13 @@ COLUMNS = {"d_real": ".2f", "d_fake": ".2f", "g_loss": ".2f", "swd_mean": ".0f",
 
 
 def main() -> None:
-    o = parse()
+    options = parser(__doc__, ROWS, 10)
+    options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
+    o = options.parse_args()
     if o.train:
         train_row(o)
         return
-    for name in o.rows:
-        for seed in o.seeds:
-            if find_run(run_folder(o.out, name, seed), o.epochs) is None:
-                words = ["--data", o.data, "--vqvae", o.vqvae, "--out", run_folder(o.out, name, seed)]
-                words += ["--train", name, "--seeds", str(seed), "--epochs", str(o.epochs)]
-                print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
-                if subprocess.run([sys.executable, HERE, *words], stdout=subprocess.DEVNULL).returncode:
-                    sys.exit(f"gan_ablation.py: error: {name}, seed {seed} failed; its message is above")
+    train_missing(HERE, o, ["--data", o.data, "--vqvae", o.vqvae], dict.fromkeys(ROWS, o.epochs))
     print_table(o)
 
 
@@ -102,18 +96,6 @@ def print_table(o: argparse.Namespace) -> None:
                 found.append(list(csv.DictReader(file))[o.epochs - 1])
         cells = [" ".join(format(float(row[key]), form) for row in found) for key, form in COLUMNS.items()]
         print(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
-    parser.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--epochs", type=int, metavar="N", default=10, help="default: 10")
-    parser.add_argument("--train", choices=ROWS, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
