@@ -69,14 +69,14 @@ class Balanced(Report):
     - *R1* (arXiv 1801.04406, eq. 9), a penalty on the discriminator's gradient at real latents. Its γ follows how far
       the discriminator is ahead: exp(5 d), with d the running mean of D(x) - D(G(z)).
     - The real side is continuous, so that the discriminator cannot tell real latents by their lying on embeddings.
-    - Samples are drawn with an exponential average of the generator's weights.
+    - Samples are drawn with a short exponential average of the generator's weights: a long one blurs what is fine.
     """
 
     R1_STRENGTH = 5.0
     AHEAD_DECAY = 0.98  # of the running mean
 
     quantized = False
-    average_decay = 0.995
+    average_decay = 0.95
     calibrated = True
 
     def __init__(self, generator, discriminator, optimizers):
