@@ -164,7 +164,8 @@ def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
     comment = PngImagePlugin.PngInfo()
     comment.add_text("Comment", f"generated, {note}" if note else "generated")
     for i, image in enumerate((images[:, 0] * 255).round().byte().cpu().numpy()):
-        Image.fromarray(image).save(folder / f"sample_{i:03d}.png", pnginfo=comment)
+        with runs.atomically(folder / f"sample_{i:03d}.png") as temporary:
+            Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
     print(f"Decoded {n} new brains.{phantom.mark(note)}")
     return folder
 
@@ -189,9 +190,7 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
     # the same patches and directions for both, and for train.py
     pair = [metrics.distances(real, side, runs.derived_seed(seed, "measures")) for side in (generated, floor)]
     cases = [held_out.case_and_slice(i)[0] for i in range(n)]
-    both = torch.cat(
-        [generated, metrics.reconstruct(prior.vqvae, held_out, range(n))]
-    )  # one pass over the training images
+    both = torch.cat([generated, metrics.reconstruct(prior.vqvae, held_out, range(n))])  # the training images pass once
     distances = metrics.nearest_distances(both, batches(train, range(len(train)), 512))
     nearest, nearest_real = (part.quantile(0.05).item() for part in distances.split(n))
     names = {f"swd_{256 >> level}": f"sliced Wasserstein distance, {256 >> level} pixels" for level in range(5)}
@@ -220,13 +219,14 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
 def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="vqvae.pth of a run, as given or under gen_imgs/")
-    parser.add_argument("--data", metavar="DIR", help="OASIS folder (default: what run.json beside PATH records)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and say so")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
     parser.add_argument("--out", metavar="DIR", default="gen_imgs", help="where the folder is made (default: gen_imgs)")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    group = parser.add_argument_group("scans")
+    group.add_argument("--data", metavar="DIR", help="OASIS folder (default: what run.json beside PATH records)")
+    group.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and say so")
     text = "write the split's codes to this .npz file, instead of scores"
-    parser.add_argument("--export-codes", metavar="FILE", help=text)
+    group.add_argument("--export-codes", metavar="FILE", help=text)
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
     count = runs.number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
@@ -241,6 +241,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     for name, value in (("--samples", o.samples), ("--seed", o.seed)):
         if value is not None and not o.generator:
             parser.error(f"{name} is for new brains; name the generator.pth with --generator, or leave it out")
+    if o.generator and o.data is None and (o.split != "test" or o.skip_bad):
+        parser.error("--split and --skip-bad are for scans; name those with --data, or leave them out")
     return o
 
 

@@ -434,8 +434,15 @@ def test_bad_options_are_refused_by_name(tmp_path, words, name):
 
 @pytest.mark.parametrize(
     "words",
-    [("--samples", "0"), ("--samples", "9999999"), ("--seed", "-1"), ("--samples", "5"), ("--seed", "5")],
-)  # the last two are nothing without --generator
+    [
+        ("--samples", "0"),
+        ("--samples", "9999999"),
+        ("--seed", "-1"),
+        ("--samples", "5"),  # nothing without --generator
+        ("--seed", "5"),
+        ("--split", "train", "--generator", "g.pth"),  # nothing without --data
+    ],
+)
 def test_bad_options_of_predict_are_refused_by_name(words, capsys):
     with pytest.raises(SystemExit) as caught:
         predict.parse(["x.pth", *words])
