@@ -52,7 +52,7 @@ def image_grid(path: Path, images, title: str, note: str = "", columns: int = 8)
         top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
         grid[top : top + h, left : left + w] = image
     height = 8 * grid.shape[0] / grid.shape[1]
-    figure, axes = _figure(8, height + 0.7, title, note)
+    figure, axes = _figure(8, height + (0.7 if note else 0.45), title, note)
     axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
     axes.axis("off")
     _save(figure, path, "L")
