@@ -1,5 +1,8 @@
-# `make demo` and `make test` work in a fresh clone: each makes .venv if it is missing and installs what it needs.
+# Each target works in a fresh clone: it makes .venv if it is missing and installs what it needs.
 PYTHON ?= python3
+
+brains: .venv/installed
+	.venv/bin/python predict.py resources/pretrained/vqvae.pth --generator resources/pretrained/generator.pth
 
 demo: .venv/installed
 	.venv/bin/python train.py --demo --out gen_imgs/demo

@@ -1,8 +1,10 @@
 """Copy a run's figures to where README.md shows them, and draw its first picture.
 
     python resources/update.py RUN PREDICT     # a folder of train.py, and one of predict.py for its vqvae.pth
+    python resources/update.py RUN             # of --gan-training report, whose curves are all there is to show
 
-A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and resources/strip.png. A run on
+A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and its data the upper row of
+resources/strip.png, whose other rows the pretrained weights draw. A run on
 real scans goes to resources/oasis/ and gives only what shows no scan: scores and curves. A run of --only gan, with a
 folder of predict.py --generator, gives curves, generated images, and the generator of resources/pretrained/.
 """
@@ -21,6 +23,7 @@ import plots  # noqa: E402
 import runs  # noqa: E402
 from dataset import OasisDataset  # noqa: E402
 from modules import VQVAE  # noqa: E402
+from prior import Prior  # noqa: E402
 
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
@@ -28,7 +31,7 @@ OF_SCANS = ("train_ssim_scores", "train_recon_losses")
 OF_SCANS_GAN = ("gan_losses", "gan_measures", "gan_epoch_0", "gan_epoch_1")
 
 
-def main(run: Path, predicted: Path) -> None:
+def main(run: Path, predicted: Path | None = None) -> None:
     record = runs.read_json(run / "run.json")
     options = record["options"]
     target = HERE / ("phantoms" if record["data"]["phantoms"] else "oasis")
@@ -38,7 +41,9 @@ def main(run: Path, predicted: Path) -> None:
         shown |= {predicted / f"{name}.png": name for name in OF_PHANTOMS_PREDICTED}
         for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
             shown |= {run / f"epoch_{n}{kind}.png": f"epoch_{name}{kind}" for kind in ("", "_single")}
-        draw_strip(run, Path(record["data"]["folder"]))
+        draw_strip(Path(record["data"]["folder"]))
+    elif predicted is None:
+        shown = {run / "gan_losses.png": "gan_losses_report"}
     elif options["only"] == "gan":
         shown = {run / f"{name}.png": name for name in OF_SCANS_GAN}
         with open(run / "metrics.csv", newline="") as file:
@@ -68,16 +73,18 @@ def save_generator(path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_strip(run: Path, data: Path) -> None:
-    """Eight validation phantoms above their reconstructions."""
+def draw_strip(data: Path) -> None:
+    """Eight validation phantoms, what the pretrained VQ-VAE makes of them, and eight brains of the generator."""
     dataset = OasisDataset(data, "validate", progress=runs.progress)
     x = dataset.__getitems__([i * len(dataset) // 8 for i in range(8)])
-    vqvae = runs.load(run / "vqvae.pth", VQVAE.from_state_dict)
-    images = torch.cat([x, vqvae.decode(vqvae.encode(x))])
-    plots.image_grid(HERE / "strip.png", images, "Synthetic slices, and decoded from their 64×64 codes")
+    vqvae = runs.load(HERE / "pretrained" / "vqvae.pth", VQVAE.from_state_dict)
+    prior = runs.load(HERE / "pretrained" / "generator.pth", lambda contents: Prior.from_checkpoint(contents, vqvae))
+    noise = torch.randn(8, prior.noise_dim, 1, 1, generator=runs.random_generator(0, "samples"))
+    images = torch.cat([x, vqvae.decode(vqvae.encode(x)), prior.sample_images(noise, progress=runs.progress)])
+    plots.image_grid(HERE / "strip.png", images, "Synthetic slices; decoded from their 64×64 codes; decoded from noise")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))
