@@ -202,6 +202,7 @@ PATCH, PATCHES_PER_IMAGE, PROJECTIONS = 7, 128, 512
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
+@_exact_float32()
 def sliced_wasserstein(real: Tensor, fake: Tensor, random: torch.Generator) -> Tensor:
     """Sliced Wasserstein distance of Laplacian-pyramid patches (Karras et al. 2018, arXiv 1710.10196, section 5).
 
@@ -230,8 +231,9 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, random: torch.Generator) -> T
         a, b = _patches(a, top, left), _patches(b, top, left)
         mean, deviation = a.mean(), a.std()
         a, b = ((side - mean) / deviation @ directions for side in (a, b))
-        distances.append((a.sort(0).values - b.sort(0).values).abs().double().mean())
-    return 1000 * torch.stack(distances).cpu()
+        apart = (a.sort(0).values - b.sort(0).values).abs()
+        distances.append(apart.mean().cpu().double())  # MPS has no float64
+    return 1000 * torch.stack(distances)
 
 
 def _patches(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
@@ -263,6 +265,7 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     return [*levels, images]
 
 
+@_exact_float32()
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """Multi-scale structural similarity of pairs of images (Wang, Simoncelli, Bovik 2003).
 
@@ -295,6 +298,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
+@_exact_float32()
 def nearest_distances(images: Tensor, others: Iterable[Tensor]) -> Tensor:
     """Root mean squared difference of each image (N, 1, H, W) to the nearest of others, batches (B, 1, H, W): (N,).
 

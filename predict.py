@@ -54,7 +54,7 @@ def main(words: list[str] | None = None) -> None:
         folder = draw_samples(prior, n, seed, o.out)
         facts = {"Brains": n, "Seed": seed, "VQ-VAE": path, "Generator": o.generator}
         if splits:
-            measure_samples(prior, *splits, seed, folder, phantom.note(o.data))
+            measure_samples(prior, *splits, seed, folder, note or phantom.note(o.data))
             facts["Measured against"] = f"{o.split} split of {splits[0].root}"
         page.write(folder, "New brains", facts, note)
     else:
@@ -180,7 +180,7 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
     """Print how far generated brains are from held-out images, and write it to measures.csv.
 
     As many brains are generated as there are held-out images. Beside each value stands what it is to be compared with;
-    for distances that is the same of reconstructed training images, since no generator of codes can pass its decoder.
+    for distances that is the same of reconstructed training images, which pass the same decoder.
     """
     n = min(len(held_out), len(train))
     generated = prior.sample_images(noise_vectors(prior, n, seed, "measures"), progress=runs.progress)
@@ -243,6 +243,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
             parser.error(f"{name} is for new brains; name the generator.pth with --generator, or leave it out")
     if o.generator and o.data is None and (o.split != "test" or o.skip_bad):
         parser.error("--split and --skip-bad are for scans; name those with --data, or leave them out")
+    if o.generator and o.split == "train":
+        parser.error("--split train: brains of a generator are measured against images that it was not trained on")
     return o
 
 

@@ -241,12 +241,13 @@ def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
     On a straight line they would be shorter half way than any the generator was trained on (White 2016,
     arXiv 1609.04468).
     """
-    a, b = (noise.double() / noise.norm() for noise in (start, end))
+    device, start, end = start.device, start.cpu().double(), end.cpu().double()  # MPS has no float64
+    a, b = start / start.norm(), end / end.norm()
     angle = torch.acos((a * b).sum().clamp(-1, 1))
-    steps = torch.linspace(0, 1, n, dtype=torch.double, device=start.device).view(-1, 1, 1, 1)
+    steps = torch.linspace(0, 1, n, dtype=torch.double).view(-1, 1, 1, 1)
     from_start, from_end = (torch.sinc(part * angle / torch.pi) * part for part in (1 - steps, steps))
     lengths = (1 - steps) * start.norm() + steps * end.norm()
-    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float()
+    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float().to(device)
 
 
 def codebook_hash(vqvae: VQVAE) -> str:

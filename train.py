@@ -276,7 +276,7 @@ def train_gan(
         note: where the data come from, if they are phantoms; goes into every figure.
 
     Returns:
-        The trained prior, as generator.pth holds it.
+        The trained prior.
 
     Raises:
         runs.RunError: the loss is not finite, or a resumed run's vqvae.pth is not the one that it began with.
@@ -290,7 +290,8 @@ def train_gan(
     way = gan.WAYS[o.gan_training]
     if not state["epoch"]:
         scale = LatentScale.of_codebook(vqvae) if way.quantized else LatentScale.fit(vqvae, train_set)
-        state["scale"] = [part.cpu() for part in scale]  # a resumed run must see the same, to the last bit
+        # all processes, and a resumed run, must see the same to the last bit
+        state["scale"] = parallel.from_first(lambda: [part.cpu() for part in scale])
     with runs.restoring(run):
         scale = LatentScale(*(part.to(device) for part in state["scale"]))
     latents = Latents(vqvae, train_set, scale, way.quantized, runs.progress, state.get("stored"))

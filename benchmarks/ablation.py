@@ -112,7 +112,7 @@ def run_folder(out: str, name: str, seed: int) -> Path:
 
 
 def find_run(folder: Path, epochs: int) -> Path | None:
-    """A run in the folder that has so many epochs."""
+    """A run in the folder that has so many epochs, or more."""
     logs = sorted(folder.glob("*/metrics.csv"))
     return next((log.parent for log in logs if len(log.read_text().splitlines()) > epochs), None)
 

@@ -4,7 +4,8 @@
     python benchmarks/gan_ablation.py … --rows by-channel report --seeds 0 --epochs 5
 
 One run after the other, each in a process of its own. Distances are those that train.py measures at the end of a run,
-on the validation split. The networks, optimizers and losses are the same in every row.
+on the validation split. The networks, optimizers and losses are the same in every row. OUT belongs to one VQ-VAE, one
+commit and one number of epochs.
 """
 
 import argparse
@@ -45,6 +46,7 @@ class LongAverage(gan.Balanced):
     average_decay = 0.995
 
 
+@torch.no_grad()
 def by_channel(cls, vqvae, dataset) -> prior.LatentScale:
     """Every channel at the same root mean square by a factor of its own, without a rotation."""
     fitted = FIT(vqvae, dataset)
@@ -62,7 +64,7 @@ ROWS = {
     "uncalibrated": ("generated latents not calibrated", Uncalibrated),
     "by-channel": ("latents divided by a factor for each channel", gan.Balanced),
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
-    "quantized": ("embeddings as the real side, in the range of the codebook", Quantized),
+    "quantized": ("embeddings as the real side, in the codebook's range by one factor", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
     "long-average": ("samples with weights averaged over 200 updates", LongAverage),
     "report": ("`report`: the report's bare procedure", gan.Report),
@@ -98,8 +100,12 @@ def print_table(o: argparse.Namespace) -> None:
     for name in o.rows:
         found = []
         for seed in o.seeds:
-            with open(find_run(run_folder(o.out, name, seed), o.epochs) / "metrics.csv", newline="") as file:
-                found.append(list(csv.DictReader(file))[o.epochs - 1])
+            folder = find_run(run_folder(o.out, name, seed), o.epochs)
+            with open(folder / "metrics.csv", newline="") as file:
+                log = list(csv.DictReader(file))
+            if len(log) != o.epochs:
+                sys.exit(f"gan_ablation.py: error: {folder} has {len(log)} epochs, not {o.epochs}; use another --out")
+            found.append(log[-1])
         cells = [" ".join(format(float(row[key]), form) for row in found) for key, form in COLUMNS.items()]
         print(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
 

@@ -36,13 +36,14 @@ def main(run: Path, predicted: Path | None = None) -> None:
     options = record["options"]
     target = HERE / ("phantoms" if record["data"]["phantoms"] else "oasis")
     target.mkdir(exist_ok=True)
+    generator = None
     if record["data"]["phantoms"]:
         shown = {run / f"{name}.png": name for name in OF_PHANTOMS}
         shown |= {predicted / f"{name}.png": name for name in OF_PHANTOMS_PREDICTED}
         for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
             shown |= {run / f"epoch_{n}{kind}.png": f"epoch_{name}{kind}" for kind in ("", "_single")}
         draw_strip(Path(record["data"]["folder"]))
-    elif predicted is None:
+    elif options.get("gan_training") == "report":
         shown = {run / "gan_losses.png": "gan_losses_report"}
     elif options["only"] == "gan":
         shown = {run / f"{name}.png": name for name in OF_SCANS_GAN}
@@ -51,7 +52,7 @@ def main(run: Path, predicted: Path | None = None) -> None:
         for epoch, name in ((10, "10"), (33, "33"), (last, "last")):
             shown[run / f"gan_epoch_{epoch}.png"] = f"gan_epoch_{name}"
         shown[predicted / "walk.png"] = "walk"
-        save_generator(run / "generator.pth")
+        generator = run / "generator.pth"
     else:
         shown = {predicted / "test_ssim_scores.png": "test_ssim_scores"}
         shown |= {run / f"{name}.png": name for name in OF_SCANS}
@@ -61,6 +62,8 @@ def main(run: Path, predicted: Path | None = None) -> None:
         plots.rate_distortion(target / "rate_distortion.png", [n | {"epoch": int(n["epoch"])} for n in numbers])
     for path, name in shown.items():
         shutil.copy(path, target / f"{name}.png")
+    if generator:
+        save_generator(generator)
     print(f"Wrote {target}")
 
 

@@ -1,5 +1,8 @@
 """Measures of generated images: against SciPy, plain loops, and cases whose answer is known."""
 
+import csv
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -7,6 +10,10 @@ import scipy.stats
 import torch
 
 import metrics
+import predict
+from dataset import OasisDataset
+from modules import VQVAE, Generator
+from prior import LatentScale, Prior
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +135,22 @@ def test_diversity_pairs_different_groups_only(images, some, random):
     assert metrics.diversity(two, [0] * 4 + [1] * 4, random, 50) == pytest.approx(between, rel=1e-5)
     assert between < metrics.diversity(two, range(8), random, 50) < 1
     assert np.isnan(metrics.diversity(alike, [7] * 4, random))
+
+
+def test_copies_of_one_training_image_are_seen_through(data, tmp_path, monkeypatch):
+    class Copies(Prior):
+        def sample_images(self, noise, **_):
+            return train.__getitems__([3] * len(noise))
+
+    monkeypatch.setattr(metrics, "diversity", partial(metrics.diversity, n_pairs=20))
+    train, held_out = OasisDataset(data, "train"), OasisDataset(data, "validate")
+    vqvae = VQVAE()
+    predict.measure_samples(
+        Copies(Generator(), LatentScale.of_codebook(vqvae), vqvae), held_out, train, seed=0, folder=tmp_path
+    )
+    with open(tmp_path / "measures.csv", newline="") as file:
+        measures = {row["measure"]: (float(row["generated"]), float(row["beside"])) for row in csv.DictReader(file)}
+    alike, alike_real = measures["MS-SSIM of pairs"]
+    near, near_real = measures["distance to the nearest training image, 5th percentile"]
+    assert alike == pytest.approx(1) and alike_real < 0.9
+    assert near < 1e-3 and near_real > 0.01

@@ -107,6 +107,10 @@ def test_generator_pth_loads_as_weights_only(trained):
     contents = torch.load(run / "generator.pth", weights_only=True)
     assert contents["shift"].shape == (64,) and contents["scale"].shape == (64, 64)
     assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
+    state = torch.load(run / "resume.pth", weights_only=True)["state"]["gan"]
+    for key, value in contents["state_dict"].items():  # samples are drawn with the average
+        assert torch.equal(value, state["average"][key])
+    assert not torch.equal(state["average"]["net.4.weight"], state["generator"]["net.4.weight"])
 
 
 def test_predict_gives_what_training_printed(trained, folder):
@@ -440,7 +444,8 @@ def test_bad_options_are_refused_by_name(tmp_path, words, name):
         ("--seed", "-1"),
         ("--samples", "5"),  # nothing without --generator
         ("--seed", "5"),
-        ("--split", "train", "--generator", "g.pth"),  # nothing without --data
+        ("--split", "validate", "--generator", "g.pth"),  # nothing without --data
+        ("--split", "train", "--generator", "g.pth", "--data", "."),
     ],
 )
 def test_bad_options_of_predict_are_refused_by_name(words, capsys):
