@@ -9,7 +9,7 @@ demo: .venv/installed
 	run="$$(dirname "$$(ls -td gen_imgs/demo/*/vqvae.pth | head -n 1)")" && \
 	.venv/bin/python predict.py "$$run/vqvae.pth" --out "$$run" && \
 	.venv/bin/python predict.py "$$run/vqvae.pth" --generator "$$run/generator.pth" --samples 64 --out "$$run" && \
-	echo "The demo is done. Look at $$run: README.md says what each file is."
+	echo "The demo is done. Look at $$run/index.html; README.md says what each file is."
 
 test: .venv/installed
 	.venv/bin/ruff check .
@@ -31,4 +31,4 @@ kills: .venv/installed
 	.venv/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test fuzz kills
+.PHONY: brains demo test fuzz kills

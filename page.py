@@ -9,6 +9,7 @@ import html
 import re
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import runs
 
@@ -26,9 +27,13 @@ CAPTIONS = {
     "gan_epoch": "The same 64 noise vectors, decoded after epoch {}",
     "best_comparison": "The image of the highest SSIM",
     "worst_comparison": "The image of the lowest SSIM",
-    "epoch": "Reconstructions after epoch {} (0: the images themselves)",
+    "epoch": "Reconstructions after epoch {}",
+    "epoch_0": "Training images",
     "epoch_single": "One reconstruction after epoch {}",
+    "epoch_0_single": "One training image",
     "train_ssim_scores": "Validation SSIM by epoch",
+    "validate_ssim_scores": "SSIM of the validation images",
+    "test_ssim_scores": "SSIM of the test images",
     "train_recon_losses": "Reconstruction loss by update",
     "rate_distortion": "Bits of an image's codes against PSNR and SSIM",
     "gan_losses": "Losses, and how sure the discriminator is",
@@ -144,8 +149,11 @@ def _page(folder: Path, title: str, facts: dict[str, object], note: str) -> str:
     parts = [f"<h1>{name}</h1>"]
     if note:
         parts.append(f'<p class="notice">{html.escape(note)}: no figure here is a result.</p>')
-    rows = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in facts.items())
-    parts.append(f"<dl>{''.join(rows)}</dl>")
+    parts.append(f"<dl>{''.join(_fact(key, str(value)) for key, value in facts.items())}</dl>")
+    pages = sorted(path.parent.name for path in folder.glob("*/index.html"))
+    links = (f'<li><a href="{html.escape(quote(name))}/index.html">{html.escape(name)}</a></li>' for name in pages)
+    if pages:
+        parts.append(f"<section><h2>Predicted with it</h2><ul>{''.join(links)}</ul></section>")
     files = sorted(path.name for path in folder.glob("*.png"))
     for heading, patterns in SECTIONS:
         strips, pictures = ["".join(_pictures(files, p)) for p in patterns if "<n>" in p], []
@@ -167,6 +175,13 @@ def _page(folder: Path, title: str, facts: dict[str, object], note: str) -> str:
     )
 
 
+def _fact(key: str, value: str) -> str:
+    value = html.escape(value)
+    if len(value) > 200:
+        value = f"<details><summary>all of them</summary>{value}</details>"
+    return f"<dt>{html.escape(key)}</dt><dd>{value}</dd>"
+
+
 def _pictures(files: list[str], pattern: str) -> list[str]:
     """The files of a pattern as figures, those of the last epoch first."""
     expression = re.escape(pattern).replace("<n>", r"(?P<n>\d+)").replace("<any>", r"\w+")
@@ -175,7 +190,8 @@ def _pictures(files: list[str], pattern: str) -> list[str]:
     for match in sorted(found, key=lambda match: -int(match.groupdict().get("n") or 0)):
         epoch = match.groupdict().get("n")
         kind = match.string.removesuffix(".png").replace(f"_{epoch}", "")
-        caption = html.escape(CAPTIONS.get(kind, kind.replace("_", " ")).format(epoch))
+        text = CAPTIONS.get(match.string.removesuffix(".png")) or CAPTIONS.get(kind, kind.replace("_", " "))
+        caption = html.escape(text.format(epoch))
         source = html.escape(match.string)
         figures.append(
             f'<figure><a href="{source}"><img src="{source}" alt="{caption}" loading="lazy"></a>'

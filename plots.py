@@ -185,7 +185,7 @@ def gan_losses(path: Path, history: dict[str, list[float]], note: str = "") -> N
             axes.plot(*_smooth(update, history[key]), color=colour, label=label)
         axes.legend(loc="upper right", ncols=2)
     upper.set(ylabel="binary cross entropy")
-    lower.set(xlabel="update", ylabel="mean probability of being real", ylim=(0, 1))
+    lower.set(xlabel="update", ylabel="mean probability of being real", ylim=(0, 1.15))  # the legend covers nothing
     _save(figure, path)
 
 

@@ -50,11 +50,13 @@ def main(words: list[str] | None = None) -> None:
             for split in (o.split, "train"):
                 splits.append(OasisDataset(find_data(o.data), split, device, runs.progress, o.skip_bad))
                 say_skipped(splits[-1], split)
-        seed, n, note = o.seed or 0, o.samples or 64, phantom.NOTE if prior.phantoms else ""
+        seed, n = o.seed or 0, o.samples or 64
+        on_phantoms = prior.phantoms or any(phantom.note(split.root) for split in splits)
+        note = phantom.NOTE if on_phantoms else ""
         folder = draw_samples(prior, n, seed, o.out)
         facts = {"Brains": n, "Seed": seed, "VQ-VAE": path, "Generator": o.generator}
         if splits:
-            measure_samples(prior, *splits, seed, folder, note or phantom.note(o.data))
+            measure_samples(prior, *splits, seed, folder, note)
             facts["Measured against"] = f"{o.split} split of {splits[0].root}"
         page.write(folder, "New brains", facts, note)
     else:
@@ -64,6 +66,8 @@ def main(words: list[str] | None = None) -> None:
         facts = {"SSIM, mean": f"{scores.mean():.4f}", "SSIM, range": f"{scores.min():.4f} to {scores.max():.4f}"}
         facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": path, "Data": dataset.root}
         page.write(folder, "Reconstructions scored", facts, note)
+    if (folder.parent / "run.json").is_file():
+        page.write_run(folder.parent)  # which names this page, too
     print(f"Look at {folder / 'index.html'}")
 
 

@@ -60,6 +60,16 @@ def test_pictures_stand_in_the_order_of_epochs_and_names_are_escaped(folder):
     assert "/some/&lt;folder&gt;" in text and "phantoms" in text and "http" not in text
 
 
+def test_long_facts_are_folded_and_pages_below_are_linked(tmp_path):
+    below = tmp_path / "a b<_predict"
+    below.mkdir()
+    page.write(below, "New brains", {"Brains": 64})
+    page.write(tmp_path, "T", {"Options": "x" * 300, "Seed": 0})
+    text = (tmp_path / "index.html").read_text()
+    assert '<a href="a%20b%3C_predict/index.html">a b&lt;_predict</a>' in text
+    assert text.count("<details>") == 1 and "<dd>0</dd>" in text
+
+
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     page.write(tmp_path / "nowhere", "T", {})
     page.write_run(tmp_path)  # which holds no run
