@@ -149,7 +149,11 @@ def refuse_shared_cases(root: Path) -> None:
     where: dict[int, str] = {}
     shared = {}
     for split in SPLITS:
-        for case in {case_and_slice(path)[0] for path in list_scans(root, split)} - {None}:
+        cases = [case_and_slice(path)[0] for path in list_scans(root, split)]
+        if None in cases:
+            n = cases.count(None)
+            print(f"{n} names of {split} have no case number: whether those are in another split is not known.")
+        for case in set(cases) - {None}:
             if where.setdefault(case, split) != split:
                 shared[case] = (where[case], split)
     if shared:
@@ -202,15 +206,21 @@ def list_scans(root: Path, split: str) -> list[Path]:
         )
     folder = root / f"keras_png_slices_{split}"
     if not folder.is_dir():
-        raise DataError(
-            f"{printable(folder)}: missing; the data folder (--data) must hold it, as the OASIS PNG set does"
+        near = next(
+            (path.parent for path in (root.parent / folder.name, *root.glob(f"*/{folder.name}")) if path.is_dir()), None
         )
+        mend = (
+            f"--data {printable(near)} has one"
+            if near
+            else "the data folder (--data) must hold it, as the README shows"
+        )
+        raise DataError(f"{printable(folder)}: missing; {mend}")
     try:
         files = [path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != "."]
     except OSError as error:
         raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
     if not files:
-        raise DataError(f"{printable(folder)}: holds no .png files; put the split's scans there")
+        raise DataError(f"{printable(folder)}: holds no .png files; put the split's scans there, as 256x256 grey PNGs")
 
     def natural(path: Path) -> tuple:
         parts = re.split(r"([0-9]+)", path.name)  # text and digits in turn

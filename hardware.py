@@ -1,5 +1,6 @@
 """What the machine offers: the memory that is free, and what makes training fast there."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -27,8 +28,12 @@ def free_memory(device: torch.device) -> int:
     try:
         (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
         free.append(int(line.split()[1]) * 1024)
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        free.append(int(limit) - int(used))  # of a container or a cluster's job; "max" where there is no limit
+        (line,) = [line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
+        group = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
+        for folder in (group, *group.parents):  # a container's or a cluster's job may be limited at each level
+            with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+                limit, used = ((folder / f"memory.{name}").read_text() for name in ("max", "current"))
+                free.append(int(limit) - int(used))
     except (OSError, ValueError):
         pass
     processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's, on one machine

@@ -203,7 +203,17 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, 1, 256, 256), not clamped, of codes (B, 64, 64): what forward gives as x_hat."""
+        """Images (B, 1, 256, 256), not clamped, of integer codes (B, 64, 64): what forward gives as x_hat.
+
+        Raises:
+            ValueError: codes have another shape, or are not indices of embeddings.
+        """
+        n = self.vector_quantizer.embedding.num_embeddings
+        if codes.ndim != 3 or codes.is_floating_point():
+            raise ValueError(f"codes must be integers (B, 64, 64), not {codes.dtype} {tuple(codes.shape)}")
+        codes = codes.long()  # NumPy's uint16 has few operations
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < n:
+            raise ValueError(f"codes must be from 0 to {n - 1}, not from {codes.min()} to {codes.max()}")
         return self.decoder(self.vector_quantizer.look_up(codes))
 
     @classmethod

@@ -131,7 +131,12 @@ def how_to_go_on(run: runs.Run) -> str:
         at = f"DCGAN epoch {epoch.get('gan', 0) + 1}"
     else:
         at = "the last figures"
-    return f"Stopped. It goes on with {at} by: python train.py --resume {shlex.quote(str(run.folder))}"
+    return f"Stopped. It goes on with {at} by: {resume_command(run)}"
+
+
+def resume_command(run: runs.Run) -> str:
+    start = "python" if parallel.world() == 1 else "torchrun …"
+    return f"{start} train.py --resume {shlex.quote(str(run.folder))}"
 
 
 def check_types(options: dict) -> None:

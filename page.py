@@ -136,12 +136,18 @@ def _run_facts(folder: Path) -> tuple[dict[str, object], str]:
     images = ", ".join(f"{n} {split}" for split, n in data["images"].items())
     facts["Data"] = f"{data['folder']} ({images})"
     facts["Seed"] = record["seed"]
-    facts["Command"] = " ".join(record["command"])
     facts["Options"] = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
-    facts["Commit"] = record["commit"]
-    facts["Machine"] = f"{record['device']}, {record['threads']} threads, {record['platform']}"
-    facts["Versions"] = ", ".join(f"{name} {record[name]}" for name in ("python", "torch", "numpy"))
-    return facts, "Data: phantoms (synthetic)" if data["phantoms"] else ""
+    return facts | environment_facts(record), "Data: phantoms (synthetic)" if data["phantoms"] else ""
+
+
+def environment_facts(record: dict) -> dict[str, str]:
+    """What a page says about command, commit and machine, from `runs.environment`."""
+    return {
+        "Command": " ".join(record["command"]),
+        "Commit": record["commit"],
+        "Machine": f"{record['device']}, {record['threads']} threads, {record['platform']}",
+        "Versions": ", ".join(f"{name} {record[name]}" for name in ("python", "torch", "numpy")),
+    }
 
 
 def _page(folder: Path, title: str, facts: dict[str, object], note: str) -> str:

@@ -231,7 +231,7 @@ def scores(path: Path, ssim, cases: list, threshold: float, title: str, note: st
     with plt.rc_context(STYLE):
         figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 6.4), layout="constrained")
     _title(upper, title, note)
-    for parity, colour, label in ((0, BLUE, "one image (colour"), (1, ORANGE, "changes with the subject)")):
+    for parity, colour, label in ((0, BLUE, "images of a subject"), (1, ORANGE, "of the next one")):
         some = changes % 2 == parity
         upper.scatter(np.flatnonzero(some), ssim[some], s=9, color=colour, label=label)
     upper.axhline(ssim.mean(), color=GREY, label=f"mean {ssim.mean():.4f}")

@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     if o.export_codes:
         dataset = load_split(o, path, device)
         export_codes(vqvae, dataset, Path(o.export_codes))
-        print(f"Wrote the codes of {len(dataset)} images to {o.export_codes}")
+        print(f"Wrote the codes of the {len(dataset)} {o.split} images to {o.export_codes}")
         return
     if o.generator:
         prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
@@ -58,14 +58,15 @@ def main(words: list[str] | None = None) -> None:
         if splits:
             measure_samples(prior, *splits, seed, folder, note)
             facts["Measured against"] = f"{o.split} split of {splits[0].root}"
-        page.write(folder, "New brains", facts, note)
+        title = "New brains"
     else:
         dataset = load_split(o, path, device)
         note = phantom.note(dataset.root)
         folder, scores = score_split(vqvae, dataset, o.split, o.out, note)
         facts = {"SSIM, mean": f"{scores.mean():.4f}", "SSIM, range": f"{scores.min():.4f} to {scores.max():.4f}"}
         facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": path, "Data": dataset.root}
-        page.write(folder, "Reconstructions scored", facts, note)
+        title = "Reconstructions scored"
+    page.write(folder, title, facts | page.environment_facts(runs.environment(device)), note)
     if (folder.parent / "run.json").is_file():
         page.write_run(folder.parent)  # which names this page, too
     print(f"Look at {folder / 'index.html'}")
@@ -190,34 +191,41 @@ def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note
     generated = prior.sample_images(noise_vectors(prior, n, seed, "measures"), progress=runs.progress)
     real = held_out.__getitems__(range(n))
     random = runs.random_generator(seed, "measured images")
-    floor = metrics.reconstruct(prior.vqvae, train, torch.randperm(len(train), generator=random)[:n].tolist())
-    # the same patches and directions for both, and for train.py
-    pair = [metrics.distances(real, side, runs.derived_seed(seed, "measures")) for side in (generated, floor)]
+    picked = torch.randperm(len(train), generator=random)[:n].tolist()
+    floor = metrics.reconstruct(prior.vqvae, train, picked)
+    independent = decode_independent_codes(prior.vqvae, train, picked, runs.random_generator(seed, "independent codes"))
+    # the same patches and directions for all, and for train.py
+    sides = [
+        metrics.distances(real, side, runs.derived_seed(seed, "measures")) for side in (generated, floor, independent)
+    ]
     cases = [held_out.case_and_slice(i)[0] for i in range(n)]
-    both = torch.cat([generated, metrics.reconstruct(prior.vqvae, held_out, range(n))])  # the training images pass once
-    distances = metrics.nearest_distances(both, batches(train, range(len(train)), 512))
-    nearest, nearest_real = (part.quantile(0.05).item() for part in distances.split(n))
+    # the training images pass once
+    images = torch.cat([generated, metrics.reconstruct(prior.vqvae, held_out, range(n)), independent])
+    nearest = metrics.nearest_distances(images, batches(train, range(len(train)), 512)).split(n)
     names = {f"swd_{256 >> level}": f"sliced Wasserstein distance, {256 >> level} pixels" for level in range(5)}
     names |= {"swd_mean": "sliced Wasserstein distance, mean", "grey_values": "distance of grey values"}
-    rows = [(text, *(side[name] for side in pair), "reconstructed training images") for name, text in names.items()]
-    rows += [
-        (
-            "MS-SSIM of pairs",
-            metrics.diversity(generated, range(n), random),
-            metrics.diversity(real, cases, random),
-            "held-out pairs of different cases",
-        ),
-        (
-            "distance to the nearest training image, 5th percentile",
-            nearest,
-            nearest_real,
-            "reconstructed held-out images",
-        ),
-    ]
+    rows = [(text, *(side[name] for side in sides), "reconstructed training images") for name, text in names.items()]
+    groups = (generated, range(n)), (real, cases), (independent, range(n))
+    alike = [metrics.diversity(side, belongs, random) for side, belongs in groups]
+    rows.append(("MS-SSIM of pairs", *alike, "held-out pairs of different cases"))
+    near = [part.quantile(0.05).item() for part in nearest]
+    text = "distance to the nearest training image, 5th percentile"
+    rows.append((text, *near, "reconstructed held-out images"))
     with runs.atomically(folder / "measures.csv") as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("measure", "generated", "beside", "what stands beside"), *rows])
-    for name, value, other, what in rows:
-        print(f"{name}: {value:.4f} ({what}: {other:.4f}){phantom.mark(note)}")
+        head = ("measure", "generated", "beside", "independent codes", "what stands beside")
+        csv.writer(file).writerows([head, *rows])
+    for name, value, other, worst, what in rows:
+        print(f"{name}: {value:.4f} ({what}: {other:.4f}; independent codes: {worst:.4f}){phantom.mark(note)}")
+
+
+def decode_independent_codes(vqvae: VQVAE, dataset: OasisDataset, picked: list[int], random) -> torch.Tensor:
+    """As many images as are picked, their codes drawn at each position from those that the picked have there.
+
+    A prior that knows every position's codes and nothing about their neighbours: what it reaches, a measure gives away.
+    """
+    codes = torch.cat([vqvae.encode(x) for x in batches(dataset, picked)])
+    drawn = torch.randint(len(codes), codes.shape, generator=random).to(codes.device)
+    return torch.cat([vqvae.decode(part).clamp(0, 1) for part in codes.gather(0, drawn).split(32)])
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:

@@ -41,6 +41,7 @@ STREAMS = (
     "measured images",
     "walks",
     "calibration",
+    "independent codes",
 )
 
 

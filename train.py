@@ -89,7 +89,9 @@ def train(run: runs.Run) -> None:
     n_images = f"{counts['train']} training, {counts['validate']} validation images"
     processes = f"{parallel.world()} processes, " if parallel.world() > 1 else ""
     print(f"Data: {data} ({n_images}){phantom.mark(note)}")
-    print(f"Device: {device}. Folder: {run.folder}. If interrupted: python train.py --resume {run.folder}")
+    print(
+        f"Device: {device}. Folder: {run.folder}. Interrupted after an epoch, go on by: {options.resume_command(run)}"
+    )
     print(f"Fast path: {processes}{path}", flush=True)
 
     if o.only == "gan":

@@ -241,7 +241,7 @@ def test_names_that_are_no_text_are_shown_by_their_bytes(folder):
     assert str(caught.value).encode().startswith(f"{folder}/caf\\udce9_2.png: ".encode())
 
 
-def test_a_case_in_two_splits_is_refused(tmp_path):
+def test_a_case_in_two_splits_is_refused(tmp_path, capsys):
     for split, cases in (("train", (1, 2, 3)), ("validate", (3, 4)), ("test", (2, 5))):
         (tmp_path / f"keras_png_slices_{split}").mkdir()
         for case in cases:
@@ -254,7 +254,9 @@ def test_a_case_in_two_splits_is_refused(tmp_path):
     assert "--allow-shared-cases" in message and "\n" not in message
     (tmp_path / "keras_png_slices_test" / "case_002_slice_7.nii.png").unlink()
     (tmp_path / "keras_png_slices_validate" / "case_003_slice_7.nii.png").unlink()
+    capsys.readouterr()
     refuse_shared_cases(tmp_path)
+    assert "1 names of test have no case number" in capsys.readouterr().out
 
 
 def test_missing_and_empty_folders_are_named(folder):
@@ -262,6 +264,9 @@ def test_missing_and_empty_folders_are_named(folder):
         OasisDataset(folder.parent / "nowhere", "train", progress=quiet)
     with pytest.raises(DataError, match="keras_png_slices_test: missing"):
         OasisDataset(folder.parent, "test", progress=quiet)
+    (folder.parent / "deeper" / "keras_png_slices_validate").mkdir(parents=True)
+    with pytest.raises(DataError, match="keras_png_slices_validate: missing; --data .*deeper has one"):
+        OasisDataset(folder.parent, "validate", progress=quiet)
     with pytest.raises(DataError, match="keras_png_slices_train: holds no .png"):
         OasisDataset(folder.parent, "train", progress=quiet)
 

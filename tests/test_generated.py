@@ -9,6 +9,7 @@ import scipy.ndimage
 import scipy.stats
 import torch
 
+import codebook
 import metrics
 import predict
 from dataset import OasisDataset
@@ -154,3 +155,16 @@ def test_copies_of_one_training_image_are_seen_through(data, tmp_path, monkeypat
     near, near_real = measures["distance to the nearest training image, 5th percentile"]
     assert alike == pytest.approx(1) and alike_real < 0.9
     assert near < 1e-3 and near_real > 0.01
+
+
+def test_independent_codes_are_at_each_position_those_of_some_image(data):
+    dataset = OasisDataset(data, "train")
+    vqvae = VQVAE()
+    with torch.no_grad():  # codes that spread, and a decoder that shows them
+        codebook.start_from(vqvae.vector_quantizer, vqvae.latents(dataset.__getitems__([0, 3])), torch.Generator())
+    codes = vqvae.encode(dataset.__getitems__([0, 3]))
+    vqvae.decode = lambda codes: codes / 512
+    drawn = predict.decode_independent_codes(vqvae, dataset, [0, 3], torch.Generator()) * 512
+    for one in drawn:
+        assert ((one == codes[0]) | (one == codes[1])).all()
+        assert (one != codes[0]).any() and (one != codes[1]).any()

@@ -60,6 +60,20 @@ def test_residual_block_is_its_formula():
     torch.testing.assert_close(block(x), expected)
 
 
+@pytest.mark.parametrize(
+    "codes, said",
+    [
+        (torch.zeros(1, 64, 64), "integers"),
+        (torch.zeros(1, 4096, dtype=torch.long), r"\(1, 4096\)"),
+        (torch.full((1, 64, 64), 512), "from 0 to 511"),
+        (torch.full((1, 64, 64), -1), "from 0 to 511"),
+    ],
+)
+def test_what_are_no_codes_is_refused(codes, said):
+    with pytest.raises(ValueError, match=said):
+        VQVAE().decode(codes)
+
+
 def test_encode_and_decode_are_the_two_halves_of_forward(images):
     vqvae = VQVAE().eval()
     with torch.no_grad():

@@ -218,10 +218,9 @@ def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
             tables.append(list(csv.DictReader(file)))
     assert tables[0] == tables[1] and len(tables[0]) == 9
     for row in tables[0]:
-        line = (
-            f"{row['measure']}: {float(row['generated']):.4f} ({row['what stands beside']}: {float(row['beside']):.4f}"
-        )
-        assert f"{line}) (phantoms)\n" in done.stdout
+        value, beside, worst = (f"{float(row[column]):.4f}" for column in ("generated", "beside", "independent codes"))
+        line = f"{row['measure']}: {value} ({row['what stands beside']}: {beside}; independent codes: {worst})"
+        assert f"{line} (phantoms)\n" in done.stdout
     last = rows(run, "gan")[1]  # as train.py saw it
     for row, name in zip(tables[0], (f"swd_{256 >> level}" for level in range(5)), strict=False):
         assert float(row["generated"]) == pytest.approx(float(last[name]), rel=1e-5)
