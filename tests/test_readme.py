@@ -12,10 +12,10 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
-@pytest.mark.parametrize("i", range(2))
+@pytest.mark.parametrize("i", range(3))
 def test_the_examples_run(i, data, tmp_path):
     pretrained = PROJECT / "resources" / "pretrained"
     words = (pretrained / "vqvae.pth", "--data", data, "--split", "validate", "--export-codes", "codes.npz")
