@@ -68,7 +68,10 @@ th button { font: inherit; font-weight: 600; color: inherit; background: none; b
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 :focus-visible { outline: 2px solid #0072b2; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
-@media print { .strip { flex-wrap: wrap; } .table { max-height: none; } th { position: static; } }
+@media print { .strip { flex-wrap: wrap; } .strip figure:nth-child(n+5) { display: none; }
+  figure { break-inside: avoid; }
+  .table { max-height: none; overflow: visible; } table { font-size: .45rem; } th, td { padding: 0 .2rem; }
+  th { position: static; } }
 """
 SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
@@ -137,15 +140,20 @@ def _run_facts(folder: Path) -> tuple[dict[str, object], str]:
     facts["Data"] = f"{data['folder']} ({images})"
     facts["Seed"] = record["seed"]
     facts["Options"] = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
-    return facts | environment_facts(record), "Data: phantoms (synthetic)" if data["phantoms"] else ""
+    facts |= environment_facts(record)
+    if record.get("resumed"):
+        commits = ", ".join(dict.fromkeys(part["commit"] for part in record["resumed"]))
+        facts["Resumed"] = f"{len(record['resumed'])} times, at commit {commits}"
+    return facts, "Data: phantoms (synthetic)" if data["phantoms"] else ""
 
 
 def environment_facts(record: dict) -> dict[str, str]:
     """What a page says about command, commit and machine, from `runs.environment`."""
+    more = f", {record['processes']} processes" if record.get("processes", 1) > 1 else ""
     return {
         "Command": " ".join(record["command"]),
         "Commit": record["commit"],
-        "Machine": f"{record['device']}, {record['threads']} threads, {record['platform']}",
+        "Machine": f"{record['device']}, {record['threads']} threads, {record['platform']}{more}",
         "Versions": ", ".join(f"{name} {record[name]}" for name in ("python", "torch", "numpy")),
     }
 

@@ -326,8 +326,8 @@ def train_gan(
 
     shown = noise(64, runs.random_generator(o.seed, "gan samples"))
     if way.calibrated:
-        picked = range(0, len(train_set), -(-len(train_set) // 128))
-        brightness = brightness_of(metrics.reconstruct(vqvae, train_set, picked))
+        looked_at = range(0, len(train_set), -(-len(train_set) // 128))
+        brightness = brightness_of(metrics.reconstruct(vqvae, train_set, looked_at))
 
     def draw_samples(epoch: int, when: str) -> None:
         images = prior.sample_images(shown.to(device), progress=runs.progress)
