@@ -74,7 +74,7 @@ def comparison(path: Path, x, x_hat, ssim: float, title: str, note: str = "") ->
     """An image (1, H, W), its reconstruction, and the absolute difference of both."""
     x, x_hat = (np.asarray(image.float().cpu())[0] for image in (x, x_hat))
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.9), layout="constrained")
+        figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.5), layout="constrained")
     figure.suptitle(f"{title}\n{note}" if note else title, fontsize=STYLE["axes.titlesize"])
     for axes, image, text in zip(panels, (x, x_hat), ("original", f"reconstruction, SSIM {ssim:.4f}"), strict=False):
         grey = axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
