@@ -135,7 +135,7 @@ def how_to_go_on(run: runs.Run) -> str:
 
 
 def resume_command(run: runs.Run) -> str:
-    start = "python" if parallel.world() == 1 else "torchrun …"
+    start = "python" if parallel.world() == 1 else "torchrun ..."
     return f"{start} train.py --resume {shlex.quote(str(run.folder))}"
 
 

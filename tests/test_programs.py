@@ -190,7 +190,7 @@ def test_exported_codes_there_and_back(trained, data, tmp_path):
     _, run = trained
     words = (run / "vqvae.pth", "--split", "validate", "--export-codes", "codes.npz")
     done = run_program("predict.py", *words, cwd=tmp_path)
-    assert done.returncode == 0 and "10 images to codes.npz" in done.stdout, done.stderr
+    assert done.returncode == 0 and "the 10 validate images to codes.npz" in done.stdout, done.stderr
     contents = np.load(tmp_path / "codes.npz")
     assert contents["codes"].shape == (10, 64, 64) and contents["codes"].dtype == np.uint16
     assert contents["case"].tolist() == [4] * 5 + [5] * 5 and contents["slice"].tolist() == [0, 8, 16, 23, 31] * 2
