@@ -11,12 +11,13 @@ demo: .venv/installed
 	.venv/bin/python predict.py "$$run/vqvae.pth" --generator "$$run/generator.pth" --samples 64 --out "$$run" && \
 	echo "The demo is done. Look at $$run/index.html; README.md says what each file is."
 
+# two workers with a thread each, files kept together because their tests share trained networks
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
-# longer versions of two tests, by hand: 10,000 damaged PNGs and as many checkpoints; 100 kills
+# longer versions of two tests, by hand: 30,000 damaged files; 100 kills
 fuzz: .venv/installed
 	FUZZ=10000 .venv/bin/python -m pytest tests/test_fuzz.py
 

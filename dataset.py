@@ -7,7 +7,7 @@ them is a 256x256 scan. Folders of label maps beside them (keras_png_slices_seg_
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,58 +16,47 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
-from tqdm import tqdm
 
-import hardware
-import parallel
-import phantom
+from preparation import phantoms
+from support import console, distributed
+from support.console import UserError
+from support.device import fits
 
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
 DEFAULT_DATA = Path("keras_png_slices_data")
-DEFAULT_PHANTOMS = Path("phantoms")
 MOST_BYTES = 16 * 2**20  # of a file; 256x256 pixels take half a megabyte uncompressed in the richest kind of PNG
 
-# Pillow's own guard against images that fill the memory; here their size is looked at before anything is decoded.
+# Pillow's guard against images that fill the memory. Here the size is checked before anything is decoded.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class DataError(Exception):
-    """The data cannot be used; the message names the file or folder and says what to do."""
+class DataError(UserError):
+    """The data cannot be used. The message names the file or folder and says what to do."""
 
 
 class OasisDataset(Dataset):
     """One split of an OASIS-shaped folder, decoded once into a uint8 tensor and served as float32 in [0, 1].
 
-    `dataset[i]` is (1, 256, 256); `dataset.__getitems__(indices)` gathers (B, 1, 256, 256) at once, which is what a
-    DataLoader calls, so that it needs no worker processes. Order: natural, by case and slice number.
+    `dataset[i]` is (1, 256, 256), `dataset.batch(indices)` is (B, 1, 256, 256), gathered at once, so that a DataLoader
+    needs no worker processes. The order is natural, by case and slice number.
 
     Args:
-        root: the folder that holds keras_png_slices_<split>.
-        split: "train", "validate" or "test".
-        device: where batches are made; the images are kept there too if they take at most half of its free memory.
-        progress: called as tqdm is, with an iterable, `total`, `desc` and `unit`.
-        skip_bad: leave out files that cannot be used, instead of raising an error that lists them.
+        root, split: the folder that holds keras_png_slices_<split>, and "train", "validate" or "test".
+        device: where batches are made. The images are kept there too if they take at most half of its free memory.
+        skip_bad: leave out files that cannot be used instead of raising an error that lists them.
 
     Attributes:
-        root: the folder, a Path.
-        images: (N, 1, 256, 256) uint8.
-        files: the N paths, in the same order.
+        images, files: (N, 1, 256, 256) uint8, and the N paths in the same order.
         skipped: for each file that was left out, a line that names it and says what is wrong.
+        phantoms: whether the folder holds phantoms.
 
     Raises:
         DataError: a folder is missing or empty, a file is not a readable 256x256 PNG, or all images are black.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        device: str | torch.device = "cpu",
-        progress=tqdm,
-        skip_bad: bool = False,
-    ):
-        self.root = Path(root)
+    def __init__(self, root: str | Path, split: str, device: str | torch.device = "cpu", skip_bad: bool = False):
+        self.root, self.split = Path(root), split
         self.files = list_scans(self.root, split)
         pixels = np.empty((len(self.files), 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
 
@@ -78,8 +67,10 @@ class OasisDataset(Dataset):
                 return str(error)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow releases the interpreter while it decodes
-            results = pool.map(read, range(len(self.files)))
-            results = list(progress(results, total=len(self.files), desc=f"Reading {split}", unit=" images"))
+            results, reading = [], pool.map(read, range(len(self.files)))
+            for result in console.progress(reading, total=len(self.files), desc=f"Reading {split}", unit=" images"):
+                results.append(result)
+                console.stop_if_signalled()
         self.skipped = [error for error in results if error]
         good = [i for i, error in enumerate(results) if not error]
         if self.skipped and (not skip_bad or not good):
@@ -89,9 +80,10 @@ class OasisDataset(Dataset):
         if not pixels.any():
             folder = printable(self.files[0].parent)
             raise DataError(f"{folder}: every image is black; put the split's scans there")
+        self.phantoms = phantoms.are_in(self.root)
         self.device = torch.device(device)
         self.images = torch.from_numpy(pixels)
-        if hardware.fits(self.images.nbytes, self.device):
+        if fits(self.images.nbytes, self.device):
             self.images = self.images.to(self.device)
 
     def __len__(self) -> int:
@@ -100,9 +92,19 @@ class OasisDataset(Dataset):
     def __getitem__(self, i: int) -> Tensor:
         return self.images[i].float() / 255
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        batch = self.images[torch.as_tensor(indices).to(self.images.device, non_blocking=True)]
-        return batch.to(self.device, non_blocking=True).float() / 255
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """Images (B, 1, 256, 256) float32 in [0, 1] on the device."""
+        images = self.images[torch.as_tensor(indices).to(self.images.device, non_blocking=True)]
+        return images.to(self.device, non_blocking=True).float() / 255
+
+    __getitems__ = batch  # what DataLoader calls
+
+    def print_skipped(self) -> None:
+        """Print what was left out, if anything."""
+        if self.skipped:
+            n = len(self.skipped)
+            lines = [f"Left out of {self.split}: {n} of {n + len(self)} files.", *self.skipped]
+            print("\n  ".join(lines), flush=True)
 
     def name(self, i: int) -> str:
         """The name of image i's file, as it can be printed."""
@@ -133,15 +135,8 @@ def _report(errors: list[str], n_files: int) -> str:
     return "\n  ".join([f"{len(errors)} of {n_files} files cannot be used:", *errors]) + f"\n{advice.capitalize()}."
 
 
-def say_skipped(dataset: OasisDataset, split: str) -> None:
-    """Print what --skip-bad left out of a split, if anything."""
-    if dataset.skipped:
-        n = len(dataset.skipped)
-        print("\n  ".join([f"Left out of {split}: {n} of {n + len(dataset)} files.", *dataset.skipped]), flush=True)
-
-
 def refuse_shared_cases(root: Path) -> None:
-    """Refuse data in which a case, that is a subject, is in two splits: what is tested would have been trained on.
+    """Refuse data in which a case (a subject) is in two splits, so that test images would have been trained on.
 
     Raises:
         DataError: names the first such case and how many there are.
@@ -152,7 +147,7 @@ def refuse_shared_cases(root: Path) -> None:
         cases = [case_and_slice(path)[0] for path in list_scans(root, split)]
         if None in cases:
             n = cases.count(None)
-            print(f"{n} names of {split} have no case number: whether those are in another split is not known.")
+            print(f"{n} file names of {split} have no case number, which may be of subjects in another split.")
         for case in set(cases) - {None}:
             if where.setdefault(case, split) != split:
                 shared[case] = (where[case], split)
@@ -161,28 +156,15 @@ def refuse_shared_cases(root: Path) -> None:
         more = f" (and {len(shared) - 1} more cases are in two splits)" if len(shared) > 1 else ""
         raise DataError(
             f"{printable(root)}: case {case} is in keras_png_slices_{first} and keras_png_slices_{second}{more}, so "
-            "that scores would be of subjects seen in training; mend the splits, or allow it with --allow-shared-cases"
+            "that scores would be of subjects seen in training; correct the splits, or give --allow-shared-cases"
         )
 
 
-class _Shares:
-    """Of each batch of indices the part that this process works on."""
-
-    def __init__(self, batches: BatchSampler):
-        self.batches = batches
+class _Shares(BatchSampler):
+    """This process's share of each batch of indices."""
 
     def __iter__(self):
-        for batch in self.batches:
-            yield parallel.part(batch)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def batches(dataset: Dataset, indices: Sequence[int], size: int = 32) -> Iterator[Tensor]:
-    """Images (B, 1, 256, 256) of an `OasisDataset`, a batch at a time."""
-    for start in range(0, len(indices), size):
-        yield dataset.__getitems__(indices[start : start + size])
+        return map(distributed.part, super().__iter__())
 
 
 def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator) -> DataLoader:
@@ -190,8 +172,8 @@ def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator) -
 
     Each of several processes gets its share of every batch.
     """
-    batches = BatchSampler(RandomSampler(dataset, generator=generator), batch_size, drop_last=False)
-    return DataLoader(dataset, batch_sampler=_Shares(batches), generator=generator, collate_fn=lambda batch: batch)
+    batches = _Shares(RandomSampler(dataset, generator=generator), batch_size, drop_last=False)
+    return DataLoader(dataset, batch_sampler=batches, generator=generator, collate_fn=lambda batch: batch)
 
 
 def list_scans(root: Path, split: str) -> list[Path]:
@@ -209,12 +191,8 @@ def list_scans(root: Path, split: str) -> list[Path]:
         near = next(
             (path.parent for path in (root.parent / folder.name, *root.glob(f"*/{folder.name}")) if path.is_dir()), None
         )
-        mend = (
-            f"--data {printable(near)} has one"
-            if near
-            else "the data folder (--data) must hold it, as the README shows"
-        )
-        raise DataError(f"{printable(folder)}: missing; {mend}")
+        advice = f"--data {printable(near)} has one" if near else "the data folder (--data) must hold it"
+        raise DataError(f"{printable(folder)}: missing; {advice}")
     try:
         files = [path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != "."]
     except OSError as error:
@@ -274,17 +252,3 @@ def find_data(named: str | None) -> Path | None:
                 raise DataError(f"{value or '(empty)'}: no such folder, named by {source}; name the OASIS folder there")
             return Path(value)
     return DEFAULT_DATA if DEFAULT_DATA.is_dir() else None
-
-
-def demo_data(progress=tqdm) -> Path:
-    """The phantoms in ./phantoms, written there the first time.
-
-    Raises:
-        DataError: they cannot be written.
-    """
-    if not phantom.is_complete(DEFAULT_PHANTOMS):
-        try:
-            phantom.write(DEFAULT_PHANTOMS, progress=progress)
-        except OSError as error:
-            raise DataError(f"{DEFAULT_PHANTOMS}: cannot write phantoms there ({error.strerror})") from None
-    return DEFAULT_PHANTOMS

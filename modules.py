@@ -1,4 +1,4 @@
-"""The networks: the VQ-VAE that turns a 256x256 slice into 64x64 codes and back, and the DCGAN of its latents.
+"""The networks: a VQ-VAE that turns a 256x256 slice into 64x64 codes and back, and a DCGAN for its latents.
 
 Sources: van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv 1711.00937 (VQ-VAE);
 Radford et al. 2015, "Unsupervised Representation Learning with Deep Convolutional GANs", arXiv 1511.06434 (DCGAN).
@@ -6,21 +6,18 @@ B is the batch size throughout.
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Images whose distances to the codebook are held at once, 8 MB each: near a CPU's cache; on a GPU one piece of work.
+# Images whose distances to the codebook are held at once, 8 MB each: about a CPU's cache; one large kernel on a GPU.
 IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
 
 
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x)))) at constant resolution: (B, C, H, W) -> (B, C, H, W).
 
-    Args:
-        n_hiddens: channels in and out, C.
-        n_residual_hidden_layers: channels between the two convolutions.
+    C is `n_hiddens`; between the convolutions there are `n_residual_hidden_layers` channels.
     """
 
     def __init__(self, n_hiddens: int = 64, n_residual_hidden_layers: int = 32):
@@ -76,9 +73,9 @@ class Decoder(nn.Module):
 class _StraightThrough(torch.autograd.Function):
     """The last two terms of eq. 3, and z_q, from latents z_e and their embeddings e (B, D, H, W).
 
-    loss = mse(sg[z_e], e) + β · mse(z_e, sg[e]) has one value for both terms, (1 + β) · mse(z_e, e). Gradients are
-    written out because that takes half the passes over memory that autograd's would: 2 (e - z_e) / n for e, and for
-    z_e β times its opposite, plus z_q's own gradient unchanged.
+    Both terms have one value, so loss = (1 + β) · mse(z_e, e). Its gradient is 2 (e - z_e) / n for e and -β times that
+    for z_e, to which z_q's own gradient is added unchanged. Autograd would round differently where a batch is divided
+    among processes, and takes 1.4 % more of a training step (measured on two CPU cores with batch 32).
     """
 
     @staticmethod
@@ -97,15 +94,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces each latent vector by the nearest vector of a learned codebook (arXiv 1711.00937, eq. 1 and 2).
+    """Replace each latent vector by the nearest vector of a learned codebook (arXiv 1711.00937, eq. 1 and 2).
 
-    The embeddings start uniform in ±1/n_embeddings. With that start alone nearly all of them stay unused, so training
-    moves them (`codebook.KMeans`); nothing here does so by itself.
+    The embeddings start uniform in ±1/n_embeddings. From that start most of them are never used, so training moves them
+    by explicit calls (`training.codebook.KMeans`).
 
-    Args:
-        n_embeddings: size of the codebook.
-        embeddings_dim: length D of an embedding.
-        beta: weight of the commitment term, β of eq. 3.
+    `n_embeddings` is the size of the codebook, `embeddings_dim` the length D of an embedding, `beta` the weight β of
+    the commitment term (eq. 3).
     """
 
     def __init__(self, n_embeddings: int = 512, embeddings_dim: int = 64, beta: float = 0.25):
@@ -130,16 +125,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Codes (B, H, W) int64 of the embeddings nearest in Euclidean distance to z (B, D, H, W) (eq. 1).
-
-        Computed in float32, under autocast too.
-        """
+        """Codes (B, H, W) int64 of the embeddings nearest to z (B, D, H, W) (eq. 1); in float32, under autocast too."""
         codebook = self.embedding.weight.float()
         half_norms = codebook.square().sum(1) / -2
 
-        def likeness(part: Tensor) -> Tensor:
-            # |z - e|² is least where z·e - |e|²/2 is greatest: one matrix product, and |z|² is never needed. On a CPU
-            # a 1x1 convolution computes it 1.5 times as fast; on a GPU it would not be float32, but TF32.
+        def similarity(part: Tensor) -> Tensor:
+            # |z - e|² is smallest where z·e - |e|²/2 is largest: one matrix product, and |z|² is not needed. On a CPU a
+            # 1x1 convolution computes it 1.5 times as fast; on a GPU a convolution would use TF32.
             if part.device.type == "cpu":
                 return F.conv2d(part, codebook[:, :, None, None], half_norms)
             return torch.addmm(half_norms, rows(part), codebook.T).view(len(part), *part.shape[2:], -1).movedim(-1, 1)
@@ -147,7 +139,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             parts = z.float().contiguous(memory_format=torch.channels_last)
             parts = parts.split(IMAGES_AT_ONCE.get(z.device.type, 4))
-            return torch.cat([likeness(part).argmax(1) for part in parts])
+            return torch.cat([similarity(part).argmax(1) for part in parts])
 
     def look_up(self, codes: Tensor) -> Tensor:
         """Embeddings (B, D, H, W) of codes (B, H, W)."""
@@ -162,10 +154,7 @@ def rows(z: Tensor) -> Tensor:
 class VQVAE(nn.Module):
     """Vector-quantized autoencoder of (B, 1, 256, 256) images in [0, 1] with (B, 64, 64) codes.
 
-    Args:
-        n_embeddings, embeddings_dim, beta: see `VectorQuantizer`.
-        n_hiddens: channels of the encoder's and decoder's hidden layers.
-        n_residual_hidden_layers: channels inside a residual block.
+    `n_hiddens` are the channels of hidden layers; see `VectorQuantizer` and `ResidualBlock` for the other arguments.
 
     Example:
         >>> vqvae = VQVAE()
@@ -205,68 +194,19 @@ class VQVAE(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, 1, 256, 256), not clamped, of integer codes (B, 64, 64): what forward gives as x_hat.
 
-        Raises:
-            ValueError: codes have another shape, or are not indices of embeddings.
+        Raises ValueError if codes have another shape, or are not indices of embeddings.
         """
         n = self.vector_quantizer.embedding.num_embeddings
         if codes.ndim != 3 or codes.is_floating_point():
             raise ValueError(f"codes must be integers (B, 64, 64), not {codes.dtype} {tuple(codes.shape)}")
-        codes = codes.long()  # NumPy's uint16 has few operations
+        codes = codes.long()  # uint16, as exported, supports few operations
         if codes.numel() and not 0 <= codes.min() <= codes.max() < n:
             raise ValueError(f"codes must be from 0 to {n - 1}, not from {codes.min()} to {codes.max()}")
         return self.decoder(self.vector_quantizer.look_up(codes))
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "VQVAE":
-        """The network, in eval mode, whose sizes and weights a `state_dict` holds.
-
-        Raises:
-            ValueError: `state` is not one of this network, or holds values that are not finite.
-        """
-        codebook = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
-        shape = getattr(codebook, "shape", ())
-        if len(shape) != 2 or not all(1 <= size <= 65536 for size in shape):
-            raise ValueError("it holds no VQ-VAE (no codebook 'vector_quantizer.embedding.weight')")
-        model = cls(n_embeddings=shape[0], embeddings_dim=shape[1])
-        load_checked(model, state)
-        return model.eval()
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over all processes. What each of them makes of it adds to the gradient, so backward is a sum as well."""
-
-    @staticmethod
-    def forward(ctx, part: Tensor) -> Tensor:
-        whole = part.clone()
-        dist.all_reduce(whole)
-        return whole
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return _Sum.apply(gradient)
-
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's own, printed as in the report: versions from 2.15 on would add "bias=True".
-
-    Where several processes train, its statistics in training are over all their batches together (torch.nn's
-    SyncBatchNorm does so too, but cannot be differentiated twice, as a gradient penalty needs).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return super().forward(x)
-        dims = (0, 2, 3)
-        n = _Sum.apply(x.new_full((), x.numel() / x.shape[1]))
-        mean = _Sum.apply(x.sum(dims)) / n
-        centred = x - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum(dims)) / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        gain = self.weight * (variance + self.eps).rsqrt()
-        return centred * gain[:, None, None] + self.bias[:, None, None]
+    """torch.nn.BatchNorm2d, printed as in the report: torch 2.15 and later would add "bias=True"."""
 
     def extra_repr(self) -> str:
         return (
@@ -282,7 +222,7 @@ def _block(convolution: nn.Module) -> nn.Sequential:
 class Generator(nn.Module):
     """DCGAN generator: noise (B, noise_dim, 1, 1) -> latents (B, embeddings_dim, 64, 64) in [-1, 1].
 
-    `prior.LatentScale` maps its range to and from the VQ-VAE's latents.
+    `training.latents.LatentScale` maps its range to and from the VQ-VAE's latents.
     """
 
     def __init__(self, noise_dim: int = 128, embeddings_dim: int = 64):
@@ -327,41 +267,13 @@ class Discriminator(nn.Module):
         return self.net(latents)
 
     def logits(self, latents: Tensor) -> Tensor:
-        """What the Sigmoid is applied to, (B, 1): the loss computed from it stays finite where D is certain."""
+        """The input of the Sigmoid, (B, 1): a loss computed from it stays finite where D is certain."""
         return self.net[:-1](latents)
 
 
 def dcgan_init(module: nn.Module) -> None:
-    """The start of arXiv 1511.06434, section 4, for `apply`: weights from N(0, 0.02²), BatchNorm's gains around 1."""
+    """Initialise as in arXiv 1511.06434, section 4, for `apply`: weights N(0, 0.02²), BatchNorm's gains N(1, 0.02²)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state_dict as it is written to files: on the CPU, in standard layout."""
-    return {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-
-
-def load_checked(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """`load_state_dict` that says in one line what does not fit.
-
-    Raises:
-        ValueError: a key is missing or unknown, a shape differs, or a value is not finite.
-    """
-    name, wanted = type(model).__name__, model.state_dict()
-    if not isinstance(state, dict):
-        raise ValueError(f"it does not hold the weights of a {name}")
-    for key in sorted(wanted.keys() | state.keys(), key=str):
-        if key not in state:
-            raise ValueError(f"it does not hold the weights of this {name} ('{key}' is missing)")
-        if key not in wanted:
-            raise ValueError(f"it holds more than the weights of this {name} ('{str(key)[:99]}')")
-        if not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape:
-            raise ValueError(f"its '{key}' is not of the shape {tuple(wanted[key].shape)} that this {name} has")
-        if state[key].is_floating_point() != wanted[key].is_floating_point():
-            raise ValueError(f"its '{key}' is of the kind {state[key].dtype}, not {wanted[key].dtype}")
-        if not state[key].to(wanted[key].dtype).isfinite().all():  # a float64 may be too large for float32
-            raise ValueError(f"its '{key}' holds values that are not finite")
-    model.load_state_dict(state)

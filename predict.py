@@ -1,32 +1,33 @@
-"""Score a trained VQ-VAE on a split by SSIM, or decode new brains with a trained generator.
+"""Score a trained VQ-VAE on a split by SSIM, decode new brains with a trained generator, or export codes.
 
-    python predict.py PATH/vqvae.pth                     # the test split of the data it was trained on
-    python predict.py PATH/vqvae.pth --data DIR          # of the OASIS folder DIR
-    python predict.py PATH/vqvae.pth --export-codes FILE.npz         # a split's codes, for other programs
+    python predict.py PATH/vqvae.pth                     # the test split of the data that it was trained on
+    python predict.py PATH/vqvae.pth --data DIR          # that of the OASIS folder DIR
+    python predict.py PATH/vqvae.pth --export-codes FILE.npz                         # a split's codes
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and measures of them
 
-Everything goes to a new folder, gen_imgs/<date_time>_predict/: README.md says what is in it.
+Everything is written to a new folder, gen_imgs/<date_time>_predict/. README.md says what is in it.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-import hardware
-import metrics
-import page
-import parallel
-import phantom
-import plots
-import runs
-from dataset import SPLITS, DataError, OasisDataset, batches, find_data, say_skipped
+from dataset import SPLITS, DataError, OasisDataset, find_data
+from evaluation import generation, reconstruction
 from modules import VQVAE
-from prior import Prior, walk
+from report import page
+from report.plots import NOTE, Figures
+from support import console, files, seeds
+from support.console import in_batches
+from support.device import choose_device, keep_freed_memory
+from support.run import environment, mark, new_folder, read_record
+from training.config import SEED, Number
+from training.latents import Prior, load_prior, walk
+from training.vqvae import load_vqvae
 
 N_WALKS = 4
 THRESHOLD = 0.6  # the report counts the images at or above it
@@ -34,217 +35,175 @@ THRESHOLD = 0.6  # the report counts the images at or above it
 
 def main(words: list[str] | None = None) -> None:
     o = parse(words)
-    device = runs.choose_device(o.device)
-    hardware.keep_freed_memory()
-    path = runs.find(o.path)
-    vqvae = runs.load(path, VQVAE.from_state_dict).to(device)
+    device = choose_device(o.device)
+    keep_freed_memory()
+    o.path = files.find(o.path)
+    vqvae = load_vqvae(o.path).to(device)
     if o.export_codes:
-        dataset = load_split(o, path, device)
-        export_codes(vqvae, dataset, Path(o.export_codes))
-        print(f"Wrote the codes of the {len(dataset)} {o.split} images to {o.export_codes}")
-        return
-    if o.generator:
-        prior = runs.load(runs.find(o.generator), lambda contents: Prior.from_checkpoint(contents, vqvae))
-        splits = []
-        if o.data is not None:
-            for split in (o.split, "train"):
-                splits.append(OasisDataset(find_data(o.data), split, device, runs.progress, o.skip_bad))
-                say_skipped(splits[-1], split)
-        seed, n = o.seed or 0, o.samples or 64
-        on_phantoms = prior.phantoms or any(phantom.note(split.root) for split in splits)
-        note = phantom.NOTE if on_phantoms else ""
-        folder = draw_samples(prior, n, seed, o.out)
-        facts = {"Brains": n, "Seed": seed, "VQ-VAE": path, "Generator": o.generator}
-        if splits:
-            measure_samples(prior, *splits, seed, folder, note)
-            facts["Measured against"] = f"{o.split} split of {splits[0].root}"
-        title = "New brains"
+        export_codes(o, vqvae)
+    elif o.generator:
+        generate(o, vqvae)
     else:
-        dataset = load_split(o, path, device)
-        note = phantom.note(dataset.root)
-        folder, scores = score_split(vqvae, dataset, o.split, o.out, note)
-        facts = {"SSIM, mean": f"{scores.mean():.4f}", "SSIM, range": f"{scores.min():.4f} to {scores.max():.4f}"}
-        facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": path, "Data": dataset.root}
-        title = "Reconstructions scored"
-    page.write(folder, title, facts | page.environment_facts(runs.environment(device)), note)
-    if (folder.parent / "run.json").is_file():
-        page.write_run(folder.parent)  # which names this page, too
-    print(f"Look at {folder / 'index.html'}")
-
-
-def load_split(o: argparse.Namespace, path: Path, device: torch.device) -> OasisDataset:
-    record = runs.read_json(path.parent / "run.json")  # what train.py wrote beside the checkpoint
-    dataset = OasisDataset(data_folder(o.data, record), o.split, device, runs.progress, o.skip_bad)
-    say_skipped(dataset, o.split)
-    return dataset
-
-
-def data_folder(named: str | None, record: dict) -> Path:
-    """--data, else the folder that the run recorded, else where train.py looks; never phantoms unasked."""
-    recorded = record.get("data", {}).get("folder")
-    if named is not None or not recorded:
-        data = find_data(named)
-        if data is None:
-            raise DataError("no data: name the OASIS folder with --data (no run.json beside the checkpoint records it)")
-        return data
-    if not Path(recorded).is_dir():
-        raise DataError(f"{recorded}: the folder that run.json records is not there; name the data with --data")
-    return Path(recorded)
-
-
-def score_split(vqvae: VQVAE, dataset: OasisDataset, split: str, out: str, note: str = "") -> tuple[Path, torch.Tensor]:
-    """Print the report's four lines and draw the split's scores, its best and its worst image.
-
-    Returns the folder, and SSIM of each image (N,).
-    """
-    scores = metrics.score(vqvae, dataset, runs.progress)
-    ssim = scores.ssim
-    folder = runs.new_folder(out, "_predict")
-    with runs.atomically(folder / "scores.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "case", "slice", "ssim"])
-        for i, value in enumerate(ssim.tolist()):
-            writer.writerow([dataset.name(i), *dataset.case_and_slice(i), value])
-
-    for name, i in (("best", int(ssim.argmax())), ("worst", int(ssim.argmin()))):
-        x = dataset.__getitems__([i])
-        with torch.no_grad():
-            x_hat = vqvae(x)[1]
-        title = f"{name.capitalize()} {split} image, {dataset.name(i)}"
-        plots.single_image(folder / f"{name}_recon_before.png", x[0], title, note)
-        plots.single_image(folder / f"{name}_recon.png", x_hat[0], f"Its reconstruction, SSIM {ssim[i]:.4f}", note)
-        plots.comparison(folder / f"{name}_comparison.png", x[0], x_hat[0], ssim[i].item(), title, note)
-    cases = [dataset.case_and_slice(i)[0] for i in range(len(dataset))]
-    plots.scores(folder / f"{split}_ssim_scores.png", ssim, cases, THRESHOLD, f"SSIM of the {split} split", note)
-
-    mark = phantom.mark(note)
-    above = int((ssim >= THRESHOLD).sum())
-    use = metrics.codebook_use(scores)
-    print(f"PSNR mean: {scores.psnr.mean():.2f} dB, from {scores.psnr.min():.2f} to {scores.psnr.max():.2f} dB{mark}")
-    print(
-        f"Codes used: {use['codes_used']} of {scores.usage.shape[1]}, {use['codes_used_10_times']} of them 10 times or "
-        f"more; perplexity {use['perplexity']:.1f}, in the foreground {use['foreground_perplexity']:.1f}{mark}"
-    )
-    print(
-        f"Bits an image: {use['bits_raw']:.0f} for the codes as they are, entropy {use['bits_entropy']:.0f}; "
-        f"by position {use['bits_adaptive']:.0f} adaptively, entropy {use['bits_entropy_by_position']:.0f}{mark}"
-    )
-    print(f"SSIM mean: {ssim.mean():.4f}{mark}")
-    print(f"Min SSIM score: {ssim.min():.4f}{mark}")
-    print(f"Max SSIM score: {ssim.max():.4f}{mark}")
-    print(f"Number of images with SSIM >= {THRESHOLD}: {above}, {above / len(ssim):.2%}.{mark}")
-    return folder, ssim
+        score(o, vqvae)
 
 
 @torch.no_grad()
-def export_codes(vqvae: VQVAE, dataset: OasisDataset, path: Path) -> None:
+def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
+    """Print the report's four lines, and draw the split's scores, its best and its worst image."""
+    dataset = open_split(o, vqvae)
+    scores = reconstruction.score(vqvae, dataset)
+    ssim, folder = scores.ssim, new_folder(o.out, "_predict")
+    numbers = [dataset.case_and_slice(i) for i in range(len(dataset))]
+    rows = [
+        {"file": dataset.name(i), "case": case, "slice": number, "ssim": ssim[i].item()}
+        for i, (case, number) in enumerate(numbers)
+    ]
+    files.write_csv(folder / "scores.csv", ("file", "case", "slice", "ssim"), rows)
+    figures = Figures(folder, dataset.phantoms)
+    for name, i in (("best", int(ssim.argmax())), ("worst", int(ssim.argmin()))):
+        x = dataset.batch([i])
+        x_hat = vqvae(x)[1]
+        title = f"{name.capitalize()} {o.split} image, {dataset.name(i)}"
+        figures.single_image(f"{name}_recon_before.png", x[0], title)
+        figures.single_image(f"{name}_recon.png", x_hat[0], f"Its reconstruction, SSIM {ssim[i]:.4f}")
+        figures.comparison(f"{name}_comparison.png", x[0], x_hat[0], ssim[i].item(), title)
+    cases = [case for case, _ in numbers]
+    figures.scores(f"{o.split}_ssim_scores.png", ssim, cases, THRESHOLD, f"SSIM of the {o.split} split")
+    print_scores(scores, mark(dataset.phantoms))
+    facts = {"SSIM, mean": f"{ssim.mean():.4f}", "SSIM, range": f"{ssim.min():.4f} to {ssim.max():.4f}"}
+    facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": o.path, "Data": dataset.root}
+    write_page(folder, "Reconstructions", facts, vqvae, dataset.phantoms)
+
+
+def print_scores(scores: reconstruction.Scores, end: str) -> None:
+    """Print a line for each measure, with `end` after it."""
+    psnr, ssim, n_embeddings = scores.psnr, scores.ssim, scores.usage.shape[1]
+    usage, above = reconstruction.codebook_usage(scores), int((ssim >= THRESHOLD).sum())
+    print(f"PSNR mean: {psnr.mean():.2f} dB, from {psnr.min():.2f} to {psnr.max():.2f} dB{end}")
+    print(
+        f"Codes used: {usage['codes_used']} of {n_embeddings} ({usage['codes_used_10_times']} at least 10 times); "
+        f"perplexity {usage['perplexity']:.1f}, in the foreground {usage['foreground_perplexity']:.1f}{end}"
+    )
+    print(
+        f"Bits per image: {usage['bits_raw']:.0f} uncompressed, entropy {usage['bits_entropy']:.0f}; "
+        f"by position {usage['bits_adaptive']:.0f} adaptive, entropy {usage['bits_entropy_by_position']:.0f}{end}"
+    )
+    print(f"SSIM mean: {ssim.mean():.4f}{end}")
+    print(f"Min SSIM score: {ssim.min():.4f}{end}")
+    print(f"Max SSIM score: {ssim.max():.4f}{end}")
+    print(f"Number of images with SSIM >= {THRESHOLD}: {above}, {above / len(ssim):.2%}.{end}")
+
+
+def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
+    """Decode new brains and walks between others. With --data, measure as many brains as the split has images."""
+    prior, splits = load_prior(files.find(o.generator), vqvae), []
+    if o.data is not None:
+        splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
+    seed, n = o.seed or 0, o.samples or 64
+    folder = draw_samples(prior, n, seed, o.out)
+    facts, phantoms = {"Brains": n, "Seed": seed, "VQ-VAE": o.path, "Generator": o.generator}, prior.phantoms
+    if splits:
+        held_out, train = splits
+        phantoms = phantoms or held_out.phantoms
+        facts["Measured against"] = f"{o.split} split of {held_out.root}"
+        noise = prior.noise(min(len(held_out), len(train)), seeds.generator(seed, "measures"))
+        rows = generation.compare_generated(prior.sample_images(noise), vqvae, held_out, train, seed)
+        columns = ("measure", "generated", "beside", "independent codes", "what stands beside")
+        rows = [dict(zip(columns, row, strict=True)) for row in rows]
+        files.write_csv(folder / "measures.csv", columns, rows)
+        for name, value, beside, independent, what in (row.values() for row in rows):
+            print(f"{name}: {value:.4f} ({what}: {beside:.4f}; independent codes: {independent:.4f}){mark(phantoms)}")
+    write_page(folder, "New brains", facts, vqvae, phantoms)
+
+
+def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
+    """Decode n new brains as a grid and one file each, and walks between others. Returns the folder."""
+    images = prior.sample_images(prior.noise(n, seeds.generator(seed, "samples")))
+    ends = prior.noise(2 * N_WALKS, seeds.generator(seed, "walks"))
+    walks = torch.cat([walk(start, end, 8) for start, end in zip(ends[::2], ends[1::2], strict=True)])
+    folder = new_folder(out, "_predict")
+    figures = Figures(folder, prior.phantoms)
+    figures.image_grid("samples.png", images, f"{n} generated brains (seed {seed})")
+    title = f"{N_WALKS} walks, each from one noise vector (left) to another (right)"
+    figures.image_grid("walk.png", prior.sample_images(walks), title)
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", f"generated, {NOTE}" if prior.phantoms else "generated")
+    for i, image in enumerate((images[:, 0] * 255).round().byte().cpu().numpy()):
+        with files.atomically(folder / f"sample_{i:03d}.png") as temporary:
+            Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
+    print(f"Decoded {n} new brains.{mark(prior.phantoms)}")
+    return folder
+
+
+@torch.no_grad()
+def export_codes(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Write a split's codes for other programs, as a compressed .npz.
 
-    Its arrays: codes (N, 64, 64) uint16; name (N,) of files; case and slice (N,) int64, -1 where a name has none;
+    Its arrays: codes (N, 64, 64) uint16; name (N,), of files; case and slice (N,) int64, -1 if a name has none;
     codebook (n_embeddings, D) float32.
     """
-    codes = [vqvae.encode(x).cpu() for x in batches(dataset, range(len(dataset)))]
+    dataset = open_split(o, vqvae)
+    codes = torch.cat([vqvae.encode(x).cpu() for x in in_batches(dataset, desc="Encoding")])
     numbers = np.array([[-1 if n is None else n for n in dataset.case_and_slice(i)] for i in range(len(dataset))])
-    with runs.atomically(path) as temporary, open(temporary, "wb") as file:
+    with files.atomically(o.export_codes) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(
             file,
-            codes=torch.cat(codes).numpy().astype(np.uint16),
+            codes=codes.numpy().astype(np.uint16),
             name=np.array([dataset.name(i) for i in range(len(dataset))]),
             case=numbers[:, 0].astype(np.int64),
             slice=numbers[:, 1].astype(np.int64),
             codebook=vqvae.vector_quantizer.embedding.weight.detach().cpu().numpy(),
         )
+    print(f"Wrote the codes of the {len(dataset)} {o.split} images to {o.export_codes}")
 
 
-def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
-    """Decode n new brains as a grid, samples.png, and one file each, and walks between others; returns the folder."""
-    images = prior.sample_images(noise_vectors(prior, n, seed, "samples"), progress=runs.progress)
-    note = phantom.NOTE if prior.phantoms else ""
-    folder = runs.new_folder(out, "_predict")
-    plots.image_grid(folder / "samples.png", images, f"{n} generated brains (seed {seed})", note)
-    ends = noise_vectors(prior, 2 * N_WALKS, seed, "walks")
-    path = torch.cat([walk(start, end, 8) for start, end in zip(ends[::2], ends[1::2], strict=True)])
-    title = f"{N_WALKS} walks, each from one noise vector (left) to another (right)"
-    plots.image_grid(folder / "walk.png", prior.sample_images(path, progress=runs.progress), title, note)
-    comment = PngImagePlugin.PngInfo()
-    comment.add_text("Comment", f"generated, {note}" if note else "generated")
-    for i, image in enumerate((images[:, 0] * 255).round().byte().cpu().numpy()):
-        with runs.atomically(folder / f"sample_{i:03d}.png") as temporary:
-            Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
-    print(f"Decoded {n} new brains.{phantom.mark(note)}")
-    return folder
+def open_split(o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
+    """--split of --data, else of the folder in run.json, else of where train.py looks. Never phantoms unasked.
 
-
-def noise_vectors(prior: Prior, n: int, seed: int, stream: str) -> torch.Tensor:
-    noise = torch.randn(n, prior.noise_dim, 1, 1, generator=runs.random_generator(seed, stream))
-    return noise.to(prior.scale.shift.device)
-
-
-@torch.no_grad()
-def measure_samples(prior: Prior, held_out, train, seed: int, folder: Path, note: str = "") -> None:
-    """Print how far generated brains are from held-out images, and write it to measures.csv.
-
-    As many brains are generated as there are held-out images. Beside each value stands what it is to be compared with;
-    for distances that is the same of reconstructed training images, which pass the same decoder.
+    Raises:
+        DataError: there is no such folder.
     """
-    n = min(len(held_out), len(train))
-    generated = prior.sample_images(noise_vectors(prior, n, seed, "measures"), progress=runs.progress)
-    real = held_out.__getitems__(range(n))
-    random = runs.random_generator(seed, "measured images")
-    picked = torch.randperm(len(train), generator=random)[:n].tolist()
-    floor = metrics.reconstruct(prior.vqvae, train, picked)
-    independent = decode_independent_codes(prior.vqvae, train, picked, runs.random_generator(seed, "independent codes"))
-    # the same patches and directions for all, and for train.py
-    sides = [
-        metrics.distances(real, side, runs.derived_seed(seed, "measures")) for side in (generated, floor, independent)
-    ]
-    cases = [held_out.case_and_slice(i)[0] for i in range(n)]
-    # the training images pass once
-    images = torch.cat([generated, metrics.reconstruct(prior.vqvae, held_out, range(n)), independent])
-    nearest = metrics.nearest_distances(images, batches(train, range(len(train)), 512)).split(n)
-    names = {f"swd_{256 >> level}": f"sliced Wasserstein distance, {256 >> level} pixels" for level in range(5)}
-    names |= {"swd_mean": "sliced Wasserstein distance, mean", "grey_values": "distance of grey values"}
-    rows = [(text, *(side[name] for side in sides), "reconstructed training images") for name, text in names.items()]
-    groups = (generated, range(n)), (real, cases), (independent, range(n))
-    alike = [metrics.diversity(side, belongs, random) for side, belongs in groups]
-    rows.append(("MS-SSIM of pairs", *alike, "held-out pairs of different cases"))
-    near = [part.quantile(0.05).item() for part in nearest]
-    text = "distance to the nearest training image, 5th percentile"
-    rows.append((text, *near, "reconstructed held-out images"))
-    with runs.atomically(folder / "measures.csv") as temporary, open(temporary, "w", newline="") as file:
-        head = ("measure", "generated", "beside", "independent codes", "what stands beside")
-        csv.writer(file).writerows([head, *rows])
-    for name, value, other, worst, what in rows:
-        print(f"{name}: {value:.4f} ({what}: {other:.4f}; independent codes: {worst:.4f}){phantom.mark(note)}")
+    recorded = read_record(o.path.parent).get("data", {}).get("folder")  # what train.py wrote beside the checkpoint
+    data = Path(recorded) if o.data is None and recorded else find_data(o.data)
+    if data is None:
+        raise DataError("no data: name the OASIS folder with --data (no run.json beside the checkpoint records it)")
+    if not data.is_dir():
+        raise DataError(f"{recorded}: the folder that run.json records is not there; name the data with --data")
+    return open_folder(data, o.split, o, vqvae)
 
 
-def decode_independent_codes(vqvae: VQVAE, dataset: OasisDataset, picked: list[int], random) -> torch.Tensor:
-    """As many images as are picked, their codes drawn at each position from those that the picked have there.
+def open_folder(data: Path, split: str, o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
+    """A split with batches on the network's device."""
+    dataset = OasisDataset(data, split, vqvae.conv1.weight.device, o.skip_bad)
+    dataset.print_skipped()
+    return dataset
 
-    A prior that knows every position's codes and nothing about their neighbours: what it reaches, a measure gives away.
-    """
-    codes = torch.cat([vqvae.encode(x) for x in batches(dataset, picked)])
-    drawn = torch.randint(len(codes), codes.shape, generator=random).to(codes.device)
-    return torch.cat([vqvae.decode(part).clamp(0, 1) for part in codes.gather(0, drawn).split(32)])
+
+def write_page(folder: Path, title: str, facts: dict[str, object], vqvae: VQVAE, phantoms: bool) -> None:
+    """Write the folder's index.html, and that of the run around it, which links it."""
+    facts = facts | page.environment_facts(environment(vqvae.conv1.weight.device))
+    page.write(folder, title, facts, phantoms)
+    if (folder.parent / "run.json").is_file():
+        page.write_run(folder.parent)
+    print(f"Look at {folder / 'index.html'}")
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
+    """The options, where they go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="vqvae.pth of a run, as given or under gen_imgs/")
     parser.add_argument("--out", metavar="DIR", default="gen_imgs", help="where the folder is made (default: gen_imgs)")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group = parser.add_argument_group("scans")
-    group.add_argument("--data", metavar="DIR", help="OASIS folder (default: what run.json beside PATH records)")
+    group.add_argument("--data", metavar="DIR", help="OASIS folder (default: the one in run.json beside PATH)")
     group.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
-    group.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and say so")
-    text = "write the split's codes to this .npz file, instead of scores"
-    group.add_argument("--export-codes", metavar="FILE", help=text)
+    group.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them")
+    group.add_argument("--export-codes", metavar="FILE", help="write the split's codes to this .npz file; no scores")
+    count = Number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
-    count = runs.number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
-    seed = runs.number(int, 0, "a whole number from 0 to 2147483647", below=2**31)
     group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
-    group.add_argument("--seed", metavar="S", type=seed, help="of the noise (default: 0)")
+    group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
     o = parser.parse_args(words)
     if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
@@ -261,4 +220,4 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parallel.run(main, "predict.py", (DataError, runs.RunError))
+    console.run_program(main, "predict.py")

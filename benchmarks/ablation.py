@@ -1,11 +1,11 @@
-"""What each way of keeping the codebook in use gives: the table of README.md, from short runs of train.py.
+"""Methods of keeping the codebook in use, compared: a table of docs/results.md, from short runs of train.py.
 
     python benchmarks/ablation.py --data DIR --out OUT                  # trains what OUT does not hold yet, then prints
     python benchmarks/ablation.py --data DIR --out OUT --rows paper ema --seeds 0 --epochs 2
 
-One run after the other, each in a process of its own. A row is a way of codebook.py, or one that this file makes of it,
-and is trained for six epochs unless it says otherwise. A run that was interrupted begins anew: train.py does not
-know the ways of this file. No figure is of the test split.
+One run after the other, each in a process of its own. A row is a method of training/codebook.py or a variant of one,
+and is trained for six epochs unless it says otherwise. A run that was interrupted begins anew. No figure is of the test
+split.
 """
 
 import argparse
@@ -19,38 +19,42 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
 
-import codebook  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
+from dataset import OasisDataset  # noqa: E402
+from support import console, files  # noqa: E402
+from support.run import Run  # noqa: E402
+from training import codebook, config  # noqa: E402
+from training.fit import fit  # noqa: E402
+from training.vqvae import AVERAGE_DECAY, VQVAEStage  # noqa: E402
 
 
 class StartOnly(codebook.KMeans):
-    """The k-means steps of the first updates; a code that dies later stays dead."""
+    """The k-means steps of the first steps; a code that dies later stays dead."""
 
-    REVIVE_EVERY = sys.maxsize
+    revive_every = sys.maxsize
 
 
-class EmaAlive(codebook.KMeans):
-    """Moving averages as in `Ema`, with the start and the revival of `KMeans`."""
+class EMAWithRevival(codebook.KMeans):
+    """Moving averages as in `EMA`, with the start and the revival of `KMeans`."""
 
     def __init__(self, quantizer, optimizer):
         super().__init__(quantizer, optimizer)
-        self.ema = codebook.Ema(quantizer, optimizer)
+        self.ema = codebook.EMA(quantizer, optimizer)
 
-    def before_update(self, update, latents, n, random):
-        super().before_update(update, latents, n, random)
-        if update < self.K_MEANS_UPDATES:
+    def before_step(self, step, latents, n, rng):
+        super().before_step(step, latents, n, rng)
+        if step < self.kmeans_steps:
             self.ema.sums.copy_(self.embeddings)
         else:
-            self.ema.before_update(update, latents, n, random)
+            self.ema.before_step(step, latents, n, rng)
 
-    def revive(self, dead, z_e, random):
-        codebook.move_dead(self.quantizer, dead, z_e, random)
+    def revive(self, dead, z_e, rng):
+        codebook.move_dead(self.quantizer, dead, z_e, rng)
         self.ema.counts[dead] = 1
         self.ema.sums[dead] = self.embeddings[dead]
 
 
-class Frozen(codebook.Paper):
+class Frozen(codebook.LossOnly):
     """The codebook stays at its random start: the report's program computed the codebook term and did not use it."""
 
     def __init__(self, quantizer, optimizer):
@@ -60,20 +64,20 @@ class Frozen(codebook.Paper):
 
 class Row(NamedTuple):
     text: str
-    way: type[codebook.Paper]
-    averaged: bool = True  # whether the weights' average is scored
+    method: type[codebook.LossOnly]
+    average_decay: float = AVERAGE_DECAY
     epochs: int | None = None  # None: as many as --epochs
 
 
 ROWS = {
-    "kmeans": Row("`kmeans`: k-means steps for 100 updates, then revival (the default)", codebook.KMeans),
+    "kmeans": Row("`kmeans`: k-means for 100 steps, then revival (the default)", codebook.KMeans),
     "start": Row("the same without revival", StartOnly),
-    "unaveraged": Row("`kmeans`, weights not averaged", codebook.KMeans, averaged=False),
-    "paper": Row("`paper`: random start, loss alone", codebook.Paper),
-    "paper-unaveraged": Row("`paper`, weights not averaged", codebook.Paper, averaged=False),
-    "ema": Row("`ema`: random start, moving averages", codebook.Ema),
-    "ema-alive": Row("moving averages with the start and revival of `kmeans`", EmaAlive),
-    "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, averaged=False, epochs=1),
+    "unaveraged": Row("`kmeans`, weights not averaged", codebook.KMeans, average_decay=0.0),
+    "paper": Row("`paper`: random start, loss alone", codebook.LossOnly),
+    "paper-unaveraged": Row("`paper`, weights not averaged", codebook.LossOnly, average_decay=0.0),
+    "ema": Row("`ema`: random start, moving averages", codebook.EMA),
+    "ema-revival": Row("moving averages with the start and revival of `kmeans`", EMAWithRevival),
+    "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, 0.0, epochs=1),
 }
 
 
@@ -100,11 +104,17 @@ def train_missing(script: Path, o: argparse.Namespace, words: list[str], epochs:
 
 
 def train_row(row: Row, o: argparse.Namespace) -> None:
-    codebook.WAYS[o.train] = row.way
-    if not row.averaged:
-        train.AVERAGE_DECAY = 0.0
-    words = ["--data", o.data, "--out", o.out, "--only", "vqvae", "--codebook", o.train]
-    train.main([*words, "--epochs", str(o.epochs), "--seed", str(o.seeds[0])])
+    words = ["--data", o.data, "--out", o.out, "--only", "vqvae", "--epochs", str(o.epochs), "--seed", str(o.seeds[0])]
+    run, train_set, validate_set = begin(words)
+    stage = VQVAEStage(run, train_set, validate_set, row.method, row.average_decay)
+    fit(stage, run)
+    stage.best()
+
+
+def begin(words: list[str]) -> tuple[Run, OasisDataset, OasisDataset]:
+    """A new run of train.py with these options, and its training and validation splits."""
+    run = config.begin_or_resume(config.parse(words))
+    return run, *train.begin(run)
 
 
 def run_folder(out: str, name: str, seed: int) -> Path:
@@ -136,7 +146,7 @@ def read_run(folder: Path, epochs: int) -> dict[str, float]:
     """The best of a run's first epochs: a longer run with the same options serves as well."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if key != "stage"} for row in csv.DictReader(file)]
-    losses = runs.load(folder / "resume.pth")["state"]["vqvae"]["losses"]
+    losses = files.load(folder / "resume.pth")["state"]["vqvae"]["history"]["training_loss"]
     rows = rows[:epochs]
     losses = losses[20 : int(sum(row["updates"] for row in rows))]
     return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses, default=nan)}
@@ -155,7 +165,4 @@ def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except runs.RunError as error:
-        sys.exit(f"ablation.py: error: {error}")
+    console.run_program(main, "ablation.py")

@@ -4,7 +4,7 @@
     python benchmarks/full_size.py --scale 0.02    # a fiftieth of the images, to see that it works
 
 The images are phantoms, repeated under other names (--data DIR repeats the scans of an OASIS folder): what is measured
-is speed. Training time is what train.py records for its epochs' updates; wall time is everything from start to end.
+is speed. Training time is what train.py records for its epochs' steps; wall time is everything from start to end.
 """
 
 import argparse
@@ -22,10 +22,11 @@ sys.path.insert(0, str(PROJECT))
 import speed
 import torch
 
-import hardware
-import phantom
-import runs
 from modules import VQVAE
+from preparation import phantoms
+from support import files
+from support.device import FastPath, choose_device
+from support.run import environment
 
 COUNTS = {"train": 9664, "validate": 1120, "test": 544}
 
@@ -33,14 +34,14 @@ COUNTS = {"train": 9664, "validate": 1120, "test": 544}
 def enlarge(source: Path, target: Path, scale: float) -> None:
     """Fill `target` with links to the images of `source`, each as often as it takes."""
     for part, (split, count) in enumerate(COUNTS.items()):
-        files = sorted((source / f"keras_png_slices_{split}").glob("*.png"))
+        scans = sorted((source / f"keras_png_slices_{split}").glob("*.png"))
         folder = target / f"keras_png_slices_{split}"
         folder.mkdir(parents=True)
         for i in range(max(2, round(count * scale))):
             case = 1000 * part + i // 32  # a subject in two splits would be refused
-            os.symlink(files[i % len(files)].resolve(), folder / f"case_{case:03d}_slice_{i % 32}.nii.png")
-    if (source / phantom.MARKER).is_file():
-        os.symlink((source / phantom.MARKER).resolve(), target / phantom.MARKER)
+            os.symlink(scans[i % len(scans)].resolve(), folder / f"case_{case:03d}_slice_{i % 32}.nii.png")
+    if (source / phantoms.MARKER).is_file():
+        os.symlink((source / phantoms.MARKER).resolve(), target / phantoms.MARKER)
 
 
 def main() -> None:
@@ -50,11 +51,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="(default: auto)")
     parser.add_argument("words", nargs="*", help="options for train.py, after --")
     o = parser.parse_args()
-    device = runs.choose_device(o.device)
+    device = choose_device(o.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if o.data is None:
-            phantom.write(folder / "phantoms", progress=runs.progress)
+        if o.data is None:  # as many subjects as it takes, at most those of the demo
+            n = {split: max(1, round(count * o.scale / phantoms.SLICES)) for split, count in COUNTS.items()}
+            phantoms.write(folder / "phantoms", {split: cases[: n[split]] for split, cases in phantoms.CASES.items()})
         enlarge(o.data or folder / "phantoms", folder / "data", o.scale)
         words = ["train.py", "--data", folder / "data", "--device", o.device, "--out", folder / "out", *o.words]
         started = time.perf_counter()
@@ -63,13 +65,13 @@ def main() -> None:
         (run,) = (folder / "out").iterdir()
         with open(run / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
-        path = hardware.FastPath(**runs.read_json(run / "run.json")["options"]["fast_path"])
-    limit = speed.matrix_product(torch.bfloat16 if path.bfloat16 else torch.float32, device, folder)
+        fast_path = FastPath(**files.read_json(run / "run.json")["fast_path"])
+    limit = speed.matrix_product(torch.bfloat16 if fast_path.bfloat16 else torch.float32, device, folder)
     speed.timed(limit, device)
-    limit_rate = speed.PRODUCT_FLOPS / min(speed.timed(limit, device) for _ in range(10))
+    limit_rate = speed.PRODUCT_FLOPS / min(speed.timed(limit, device) for _ in range(3))
     model, training = VQVAE().to(device), 0.0
     flops = speed.flops_an_image(lambda x: model(x)[:2], device)
-    print(f"\n{speed.processor()}, {runs.environment(device)['device']}, torch {torch.__version__}, {path}")
+    print(f"\n{speed.processor()}, {environment(device)['device']}, torch {torch.__version__}, {fast_path}")
     for stage in ("vqvae", "gan"):
         epochs = [row for row in rows if row["stage"] == stage]
         if not epochs:

@@ -1,4 +1,4 @@
-"""What each part of the DCGAN's training gives: a table of README.md, from short runs of train.py.
+"""The parts of the DCGAN's training, compared: a table of docs/results.md, from short runs of train.py.
 
     python benchmarks/gan_ablation.py --data DIR --vqvae PATH/vqvae.pth --out OUT    # trains what OUT does not hold yet
     python benchmarks/gan_ablation.py … --rows by-channel report --seeds 0 --epochs 5
@@ -17,57 +17,56 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
-from ablation import find_run, parser, run_folder, train_missing  # noqa: E402
+from ablation import begin, find_run, parser, run_folder, train_missing  # noqa: E402
 
-import gan  # noqa: E402
-import prior  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
-from modules import rows  # noqa: E402
+from support import console  # noqa: E402
+from training.dcgan import BalancedUpdate, DCGANStage, PlainUpdate  # noqa: E402
+from training.fit import fit  # noqa: E402
+from training.latents import RMS, LatentScale, foreground_differences  # noqa: E402
 
 
-class FixedGamma(gan.Balanced):
-    R1_STRENGTH = 0.0
+class FixedGamma(BalancedUpdate):
+    r1_strength = 0.0
 
 
-class Quantized(gan.Balanced):
+class Quantized(BalancedUpdate):
+    fit_scale = LatentScale.of_codebook
     quantized = True
 
 
-class Uncalibrated(gan.Balanced):
+class Uncalibrated(BalancedUpdate):
     calibrated = False
 
 
-class Unaveraged(gan.Balanced):
+class Unaveraged(BalancedUpdate):
     average_decay = 0.0
 
 
-class LongAverage(gan.Balanced):
+class LongAverage(BalancedUpdate):
     average_decay = 0.995
 
 
-@torch.no_grad()
-def by_channel(cls, vqvae, dataset) -> prior.LatentScale:
+class ByChannel(BalancedUpdate):
     """Every channel at the same root mean square by a factor of its own, without a rotation."""
-    fitted = FIT(vqvae, dataset)
-    z = torch.cat([vqvae.latents(dataset.__getitems__(range(i, i + 8))) for i in range(0, len(dataset) - 7, 160)])
-    others = vqvae.vector_quantizer.nearest(z).flatten() != vqvae.vector_quantizer.nearest(
-        fitted.shift[None, :, None, None]
-    )
-    deviation = rows(z)[others.flatten()] - fitted.shift
-    return cls(fitted.shift, torch.diag(deviation.square().mean(0).sqrt() / prior.RMS))
+
+    @staticmethod
+    def fit_scale(vqvae, dataset) -> LatentScale:
+        background, difference = foreground_differences(vqvae, dataset)
+        factors = difference.square().mean(0).sqrt() / RMS
+        to = dict(dtype=torch.float32, device=vqvae.vector_quantizer.embedding.weight.device)
+        return LatentScale(background.to(**to), torch.diag(factors).to(**to))
 
 
-FIT = prior.LatentScale.fit
 ROWS = {
-    "balanced": ("`balanced`: the default", gan.Balanced),
+    "balanced": ("`balanced`: the default", BalancedUpdate),
     "uncalibrated": ("generated latents not calibrated", Uncalibrated),
-    "by-channel": ("latents divided by a factor for each channel", gan.Balanced),
+    "by-channel": ("latents divided by a factor for each channel", ByChannel),
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
     "quantized": ("embeddings as the real side, in the codebook's range by one factor", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
     "long-average": ("samples with weights averaged over 200 updates", LongAverage),
-    "report": ("`report`: the report's bare procedure", gan.Report),
+    "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
 COLUMNS = {"d_real": ".2f", "d_fake": ".2f", "g_loss": ".2f", "swd_mean": ".0f", "grey_values": ".3f"}
 
@@ -84,12 +83,10 @@ def main() -> None:
 
 
 def train_row(o: argparse.Namespace) -> None:
-    gan.WAYS[o.train] = ROWS[o.train][1]
-    train.MEASURED = 1  # what the table has is of the end
-    if o.train == "by-channel":
-        prior.LatentScale.fit = classmethod(by_channel)
-    words = ["--data", o.data, "--out", o.out, "--only", "gan", "--vqvae", o.vqvae, "--gan-training", o.train]
-    train.main([*words, "--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])])
+    words = ["--data", o.data, "--out", o.out, "--only", "gan", "--vqvae", o.vqvae]
+    run, train_set, validate_set = begin([*words, "--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])])
+    method = ROWS[o.train][1]
+    fit(DCGANStage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
 
 
 def print_table(o: argparse.Namespace) -> None:
@@ -111,7 +108,4 @@ def print_table(o: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except runs.RunError as error:
-        sys.exit(f"gan_ablation.py: error: {error}")
+    console.run_program(main, "gan_ablation.py")

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from skimage.metrics import structural_similarity
 
-import metrics
-import runs
-from dataset import DataError, OasisDataset
+from dataset import OasisDataset
+from evaluation import reconstruction
 from modules import VQVAE, rows
+from support import console
+from training.vqvae import load_vqvae
 
 BACKGROUND = 0.02
 
@@ -32,8 +33,8 @@ def main() -> None:
     parser.add_argument("path", metavar="PATH", help="vqvae.pth")
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     o = parser.parse_args()
-    vqvae = runs.load(Path(o.path), VQVAE.from_state_dict)
-    dataset = OasisDataset(o.data, "validate", progress=runs.progress)
+    vqvae = load_vqvae(o.path)
+    dataset = OasisDataset(o.data, "validate")
     measured = {"decoded from codes": [], "decoded from the encoder's output": []}
     share = []
     for i in range(0, len(dataset), 4):
@@ -46,13 +47,13 @@ def main() -> None:
             by_window = structural_similarity(x[0, 0].numpy(), x_hat[0, 0].numpy(), data_range=1.0, full=True)[1]
             by_window = by_window[3:-3, 3:-3]  # windows that lie inside the image, as in the mean
             parts = by_window.mean(), by_window[~background].mean(), by_window[background].mean()
-            row.append([*parts, metrics.psnr(x, x_hat).item()])
+            row.append([*parts, reconstruction.psnr(x, x_hat).item()])
     print(f"{len(share)} validation images; {100 * sum(share) / len(share):.0f} % of windows are background\n")
     print("| | SSIM | in the brain | in the background | PSNR / dB |\n|---|---:|---:|---:|---:|")
     for name, row in measured.items():
         mean = torch.tensor(row).mean(0).tolist()
         print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in mean[:3]) + f" | {mean[3]:.2f} |")
-    print_directions(vqvae, dataset.__getitems__(range(0, len(dataset), 4)))
+    print_directions(vqvae, dataset.batch(range(0, len(dataset), 4)))
 
 
 def print_directions(vqvae: VQVAE, images: torch.Tensor) -> None:
@@ -60,22 +61,19 @@ def print_directions(vqvae: VQVAE, images: torch.Tensor) -> None:
     quantizer = vqvae.vector_quantizer
     codes, latents = quantizer.nearest(z_e).flatten(), rows(z_e)
     background = codes.mode().values
-    deviation = (latents - quantizer.embedding.weight[background]).double()
-    foreground = deviation[codes != background]
+    difference = (latents - quantizer.embedding.weight[background]).double()
+    foreground = difference[codes != background]
     values, directions = torch.linalg.eigh(foreground.T @ foreground / len(foreground))
     values, directions = values.flip(0), directions.flip(1)
     print("\n| directions | share of the mean square | root mean square of the last | SSIM |\n|---:|---:|---:|---:|")
     for k in (1, 2, 3, 4, 6, 8, len(values)):
-        kept = deviation @ directions[:, :k] @ directions[:, :k].T + quantizer.embedding.weight[background]
+        kept = difference @ directions[:, :k] @ directions[:, :k].T + quantizer.embedding.weight[background]
         kept = kept.float().view(len(images), 64, 64, -1).permute(0, 3, 1, 2)
         decoded = [vqvae.decode(quantizer.nearest(part)) for part in kept.split(16)]
-        ssim = metrics.ssim(images, torch.cat(decoded)).mean()
+        ssim = reconstruction.ssim(images, torch.cat(decoded)).mean()
         share = values[:k].sum() / values.sum()
         print(f"| {k} | {share:.4f} | {values[k - 1].clamp(min=0).sqrt():.3f} | {ssim:.4f} |")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, runs.RunError) as error:
-        sys.exit(f"limits.py: error: {error}")
+    console.run_program(main, "limits.py")

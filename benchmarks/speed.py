@@ -1,7 +1,7 @@
 """Ours and its peers side by side, on one machine in one run.
 
     pip install -r benchmarks/requirements.txt           # the peers; sides whose package is missing are left out
-    python benchmarks/speed.py                           # every part, about ten minutes on two cores
+    python benchmarks/speed.py                           # every part, about twelve minutes on two cores
     python benchmarks/speed.py step ssim --rounds 20     # some parts; --help lists them
     python benchmarks/speed.py --json speed.json
 
@@ -11,7 +11,6 @@ times (compiling, caches, allocators). What is printed is the median over rounds
 """
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -35,21 +34,21 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import ToTensor
-from tqdm import tqdm
 
-import codebook
-import gan
-import hardware
-import metrics
-import phantom
-import runs
-import train
 from dataset import OasisDataset, make_loader
-from modules import VQVAE, Discriminator, Generator, dcgan_init
-from prior import Latents, LatentScale
+from evaluation import reconstruction
+from modules import VQVAE
+from preparation import phantoms
+from support.device import choose_device, choose_fast_path, keep_freed_memory
+from support.run import Run, environment
+from training.codebook import KMeans
+from training.config import Config
+from training.dcgan import DCGANStage
+from training.fit import update_average
+from training.latents import Latents, LatentScale
+from training.vqvae import VQVAEStage
 
 BATCH = 32
-quiet = partial(tqdm, disable=True)
 
 
 class Work(NamedTuple):
@@ -74,42 +73,44 @@ class Side(NamedTuple):
 
 
 def images(folder: Path, device, n: int = BATCH) -> torch.Tensor:
-    return OasisDataset(folder, "train", device, quiet).__getitems__(range(n))
+    return OasisDataset(folder, "train", device).batch(range(n))
 
 
 # --- one training step of the VQ-VAE
 
 
-def start_codebook(vqvae: VQVAE, x: torch.Tensor, optimizer=None) -> codebook.KMeans:
-    """A codebook in use, as after the first updates."""
-    way = codebook.KMeans(vqvae.vector_quantizer, optimizer)
+def start_codebook(vqvae: VQVAE, x: torch.Tensor) -> None:
+    """A codebook in use, as after the first steps."""
     with torch.no_grad():
-        way.before_update(0, lambda: vqvae.latents(x), len(x), torch.Generator())
-    return way
+        KMeans(vqvae.vector_quantizer, None).before_step(0, lambda: vqvae.latents(x), len(x), torch.Generator())
+
+
+def new_run(device, **fast_path) -> Run:
+    """A run with default options whose folder is never made."""
+    run = Run(Config(), Path(), device=device)
+    run.fast_path = choose_fast_path(device, "auto", False, 3624)._replace(**fast_path)
+    return run
 
 
 def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Work:
-    """An update as train_vqvae makes it, with the average of the weights and the counts of codes.
+    """A step of `train_vqvae` with the average of the weights and the counts of codes.
 
-    Left out: revival, which is one update in ten and only where a code is dead, and the DataLoader, which is a part of
+    Left out: revival, which is one step in ten and only where a code is dead, and the DataLoader, which is a part of
     its own.
     """
-    path = hardware.choose_fast_path(device, "auto", False, 3624)._replace(**change)
+    run = new_run(device, **change)
     if keep_memory:
-        path.set_up()
-    x = images(folder, device)
-    model = VQVAE().to(device, memory_format=path.layout)
-    average = copy.deepcopy(model)
-    optimizer = path.adam(model, 1e-3)
-    path.compile(model)
-    way = start_codebook(model, x, optimizer)
+        run.fast_path.set_up()
+    train_set = OasisDataset(folder, "train", device)
+    stage = VQVAEStage(run, train_set, train_set)
+    x = train_set.batch(range(BATCH))
+    start_codebook(stage.vqvae, x)
 
     def once() -> None:
-        _, _, codes = train.update_vqvae(model, optimizer, x, path)
-        train.update_average(average, model, 1000, train.AVERAGE_DECAY)
-        way.after_update(codes)
+        stage.step(x, BATCH, 101, torch.Generator())  # neither a k-means step nor a revival
+        update_average(stage.average, stage.vqvae, 1000, stage.average_decay)
 
-    return Work(once, BATCH, lambda x: model(x)[:2], "bfloat16" if path.bfloat16 else "float32")
+    return Work(once, BATCH, lambda x: stage.vqvae(x)[:2], "bfloat16" if run.fast_path.bfloat16 else "float32")
 
 
 def peer_step(make_network: Callable, device, folder: Path) -> Work:
@@ -159,72 +160,72 @@ STEP = {
 
 
 def our_validation(device, folder: Path) -> Work:
-    hardware.keep_freed_memory()
-    validate_set, model = OasisDataset(folder, "validate", device, quiet), VQVAE().to(device)
-    return Work(lambda: metrics.score(model, validate_set, quiet), len(validate_set))
+    keep_freed_memory()
+    validate_set, model = OasisDataset(folder, "validate", device), VQVAE().to(device)
+    return Work(lambda: reconstruction.score(model, validate_set), len(validate_set))
 
 
 def peer_validation(device, folder: Path) -> Work:
-    x = OasisDataset(folder, "validate", device, quiet).__getitems__(range(64))
+    x = OasisDataset(folder, "validate", device).batch(range(64))
     network = report_style().to(device)
     return Work(lambda: peers.validate(network, x), len(x))
 
 
 def ssim_alone(ours: bool, device, folder: Path) -> Work:
-    x = OasisDataset(folder, "validate", device, quiet).__getitems__(range(64))
+    x = OasisDataset(folder, "validate", device).batch(range(64))
     x_hat = x + 0.01 * torch.randn_like(x)
     if ours:
-        hardware.keep_freed_memory()
-        return Work(lambda: metrics.ssim(x, x_hat), len(x))
+        keep_freed_memory()
+        return Work(lambda: reconstruction.ssim(x, x_hat), len(x))
     pairs = list(zip(x[:, 0].cpu().numpy(), x_hat[:, 0].cpu().numpy(), strict=True))
     return Work(lambda: [peers.structural_similarity(a, b, data_range=1.0) for a, b in pairs], len(x))
 
 
 VALIDATION = {
-    "ours": Side("metrics.score: float32, batches of 32, SSIM in batches", our_validation),
+    "ours": Side("reconstruction.score: float32, batches of 32, SSIM in batches", our_validation),
     "report's style": Side("network and scikit-image, image by image", peer_validation),
 }
 SSIM = {
-    "ours": Side("metrics.ssim, a batch of 64", partial(ssim_alone, True)),
+    "ours": Side("reconstruction.ssim, a batch of 64", partial(ssim_alone, True)),
     "scikit-image": Side("structural_similarity, image by image", partial(ssim_alone, False)),
 }
 
 # --- one training step of the DCGAN
 
 
-def latents(device, folder: Path, stored: bool) -> Latents:
+def few_images(device, folder: Path) -> tuple[VQVAE, OasisDataset]:
     torch.manual_seed(0)
-    vqvae, train_set = VQVAE().to(device), OasisDataset(folder, "train", device, quiet)
+    vqvae, train_set = VQVAE().to(device), OasisDataset(folder, "train", device)
     start_codebook(vqvae, images(folder, device))
     train_set.files, train_set.images = train_set.files[: 4 * BATCH], train_set.images[: 4 * BATCH]
-    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), progress=quiet, stored=stored)
+    return vqvae, train_set
 
 
 def real_batches(kept: Latents) -> Callable[[], torch.Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return lambda: kept.__getitems__(torch.randint(len(kept), (BATCH,), generator=random).tolist())
+    rng = torch.Generator().manual_seed(0)
+    return lambda: kept.batch(torch.randint(len(kept), (BATCH,), generator=rng).tolist())
 
 
 def our_dcgan(stored: bool, device, folder: Path) -> Work:
-    path = hardware.choose_fast_path(device, "auto", False, 7550)
-    path.set_up()
-    real_batch = real_batches(latents(device, folder, stored))
-    generator, discriminator, average = (
-        kind().apply(dcgan_init).to(device, memory_format=path.layout) for kind in (Generator, Discriminator, Generator)
-    )
-    d_optimizer, g_optimizer = path.adam(discriminator, 2e-4, (0.5, 0.999)), path.adam(generator, 2e-4, (0.5, 0.999))
-
-    way = gan.Balanced(generator, discriminator, (g_optimizer, d_optimizer))
+    run = new_run(device)
+    run.fast_path.set_up()
+    vqvae, train_set = few_images(device, folder)
+    stage = DCGANStage(run, vqvae, train_set, train_set)
+    stage.load_scale(LatentScale.fit(vqvae, train_set))
+    stage.stored = stored
+    real_batch, rng = real_batches(stage.data()), torch.Generator()
 
     def once() -> None:
-        way.update(real_batch(), torch.randn(BATCH, 128, 1, 1).to(device, non_blocking=True))
-        train.update_average(average, generator, 100, way.average_decay)
+        stage.step(real_batch(), BATCH, 100, rng)
+        update_average(stage.average, stage.networks["generator"], 100, stage.average_decay)
 
     return Work(once, BATCH)
 
 
 def plain_dcgan(stored: bool, device, folder: Path) -> Work:
-    return Work(peers.dcgan_step(real_batches(latents(device, folder, stored)), device), BATCH)
+    vqvae, train_set = few_images(device, folder)
+    latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), stored=stored)
+    return Work(peers.dcgan_step(real_batches(latents), device), BATCH)
 
 
 DCGAN = {
@@ -253,7 +254,7 @@ class Files(Dataset):
 
 def read_all(device, folder: Path) -> Work:
     n = len(Files(folder))
-    return Work(lambda: OasisDataset(folder, "train", device, quiet), n)
+    return Work(lambda: OasisDataset(folder, "train", device), n)
 
 
 def read_all_peer(device, folder: Path) -> Work:
@@ -262,7 +263,7 @@ def read_all_peer(device, folder: Path) -> Work:
 
 
 def our_batches(device, folder: Path) -> Work:
-    train_set = OasisDataset(folder, "train", device, quiet)
+    train_set = OasisDataset(folder, "train", device)
     return Work(lambda: [None for _ in make_loader(train_set, BATCH, torch.Generator())], len(train_set))
 
 
@@ -419,12 +420,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=10, help="(default: 10)")
+    parser.add_argument("--subjects", type=int, default=16, help="phantoms to train on, 32 images each (default: 16)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: what torch takes)")
     parser.add_argument("--device", default="auto", help="(default: auto)")
     parser.add_argument("--json", type=Path, help="file for every figure")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     o = parser.parse_args()
-    device = runs.choose_device(o.device)
+    device = choose_device(o.device)
     if o.worker:
         part, name, folder = o.worker
         return worker(part, name, device, Path(folder))
@@ -432,13 +434,14 @@ def main() -> None:
     if unknown:
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
 
-    machine = runs.environment(device) | {"processor": processor(), "cores": os.cpu_count(), "threads": o.threads}
+    machine = environment(device) | {"processor": processor(), "cores": os.cpu_count(), "threads": o.threads}
     print(json.dumps(machine, indent=2))
     print(f"Batch {BATCH}, 256x256 phantoms, {o.rounds} rounds, fast path: ", end="")
-    print(hardware.choose_fast_path(device, "auto", False, 3624))
+    print(choose_fast_path(device, "auto", False, 3624))
     with tempfile.TemporaryDirectory() as folder:
-        cases = {"train": range(1, 17), "validate": range(17, 21), "test": range(21, 22)}
-        phantom.write(Path(folder), cases, progress=quiet)
+        first = o.subjects + 1  # of those that are not trained on
+        cases = {"train": range(1, first), "validate": range(first, first + max(1, o.subjects // 4))}
+        phantoms.write(Path(folder), cases)
         found = {}
         for part in o.parts or PARTS:
             found[part] = measure(part, PARTS[part], o, Path(folder))

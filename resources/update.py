@@ -1,4 +1,4 @@
-"""Copy a run's figures to where README.md shows them, and draw its first picture.
+"""Copy a run's figures to where README.md and docs/ show them, and draw its first picture.
 
     python resources/update.py RUN PREDICT     # a folder of train.py, and one of predict.py for its vqvae.pth
     python resources/update.py RUN             # of --gan-training report, whose curves are all there is to show
@@ -19,11 +19,12 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import plots  # noqa: E402
-import runs  # noqa: E402
 from dataset import OasisDataset  # noqa: E402
-from modules import VQVAE  # noqa: E402
-from prior import Prior  # noqa: E402
+from report.plots import Figures  # noqa: E402
+from support import files, seeds  # noqa: E402
+from support.run import read_record  # noqa: E402
+from training.latents import load_prior  # noqa: E402
+from training.vqvae import load_vqvae  # noqa: E402
 
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
@@ -32,7 +33,7 @@ OF_SCANS_GAN = ("gan_losses", "gan_measures", "gan_epoch_0", "gan_epoch_1")
 
 
 def main(run: Path, predicted: Path | None = None) -> None:
-    record = runs.read_json(run / "run.json")
+    record = read_record(run)
     options = record["options"]
     target = HERE / ("phantoms" if record["data"]["phantoms"] else "oasis")
     target.mkdir(exist_ok=True)
@@ -59,7 +60,7 @@ def main(run: Path, predicted: Path | None = None) -> None:
         with open(run / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.pop("stage") == "vqvae"]
         numbers = [{key: float(value) for key, value in row.items() if value} for row in rows]
-        plots.rate_distortion(target / "rate_distortion.png", [n | {"epoch": int(n["epoch"])} for n in numbers])
+        Figures(target).rate_distortion("rate_distortion.png", [n | {"epoch": int(n["epoch"])} for n in numbers])
     for path, name in shown.items():
         shutil.copy(path, target / f"{name}.png")
     if generator:
@@ -69,22 +70,23 @@ def main(run: Path, predicted: Path | None = None) -> None:
 
 def save_generator(path: Path) -> None:
     """In half precision, where a page of its own describes it."""
-    contents = runs.load(path)
+    contents = files.load(path)
     weights = contents["state_dict"]
     contents["state_dict"] = {key: w.half() if w.is_floating_point() else w for key, w in weights.items()}
-    runs.save(contents, HERE / "pretrained" / "generator.pth")
+    files.save(contents, HERE / "pretrained" / "generator.pth")
 
 
 @torch.no_grad()
 def draw_strip(data: Path) -> None:
     """Eight validation phantoms, what the pretrained VQ-VAE makes of them, and eight brains of the generator."""
-    dataset = OasisDataset(data, "validate", progress=runs.progress)
-    x = dataset.__getitems__([i * len(dataset) // 8 for i in range(8)])
-    vqvae = runs.load(HERE / "pretrained" / "vqvae.pth", VQVAE.from_state_dict)
-    prior = runs.load(HERE / "pretrained" / "generator.pth", lambda contents: Prior.from_checkpoint(contents, vqvae))
-    noise = torch.randn(8, prior.noise_dim, 1, 1, generator=runs.random_generator(0, "samples"))
-    images = torch.cat([x, vqvae.decode(vqvae.encode(x)), prior.sample_images(noise, progress=runs.progress)])
-    plots.image_grid(HERE / "strip.png", images, "Synthetic slices; decoded from their 64×64 codes; decoded from noise")
+    dataset = OasisDataset(data, "validate")
+    x = dataset.batch([i * len(dataset) // 8 for i in range(8)])
+    vqvae = load_vqvae(HERE / "pretrained" / "vqvae.pth")
+    prior = load_prior(HERE / "pretrained" / "generator.pth", vqvae)
+    images = prior.sample_images(prior.noise(8, seeds.generator(0, "samples")))
+    images = torch.cat([x, vqvae.decode(vqvae.encode(x)), images])
+    title = "Synthetic slices; decoded from their 64×64 codes; decoded from noise"
+    Figures(HERE).image_grid("strip.png", images, title)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """Phantoms and helpers for the tests. Nothing here needs OASIS data or the network."""
 
 import csv
+import io
 import os
 import re
-import subprocess
+import signal
 import sys
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars; read when tqdm is imported
+os.environ.pop("OASIS_DIR", None)
 
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
 
-import phantom
+import predict
+import train
+from preparation import phantoms
+from support import console
 
-quiet = partial(tqdm, disable=True)
 PROJECT = Path(__file__).parent.parent
+PRETRAINED = PROJECT / "resources" / "pretrained"
 CASES = {"train": range(1, 4), "validate": range(4, 6), "test": range(6, 8)}
 
 
@@ -24,30 +30,60 @@ CASES = {"train": range(1, 4), "validate": range(4, 6), "test": range(6, 8)}
 def data(tmp_path_factory) -> Path:
     """An OASIS-shaped folder of phantoms: 15 training, 10 validation and 10 test images."""
     folder = tmp_path_factory.mktemp("data")
-    phantom.write(folder, CASES, slices=5, progress=quiet)
+    phantoms.write(folder, CASES, slices=5)
     return folder
 
 
 @pytest.fixture(scope="session")
 def images() -> torch.Tensor:
     """Six brain-like images (6, 1, 256, 256) in [0, 1]."""
-    slices = [phantom.make_slice(case, s) for case, s in ((1, 0), (1, 20), (2, 8), (3, 15), (4, 27), (5, 31))]
+    slices = [phantoms.make_slice(case, s) for case, s in ((1, 0), (1, 20), (2, 8), (3, 15), (4, 27), (5, 31))]
     return torch.from_numpy(np.stack(slices)[:, None]).float() / 255
 
 
 @pytest.fixture
-def random() -> torch.Generator:
+def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def run_program(script: str, *words, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Run a program of the project as a user does, from the folder cwd."""
-    environment = {key: value for key, value in os.environ.items() if key != "OASIS_DIR"} | variables
-    command = [sys.executable, PROJECT / script, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+class Done(NamedTuple):
+    """What a program did: its exit status and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def new_run(done: subprocess.CompletedProcess, out: Path) -> Path:
+def run_program(script: str, *words, cwd: Path) -> Done:
+    """`python script words` in the folder cwd, but in this process, which has imported PyTorch already."""
+    main = {"train.py": train.main, "predict.py": predict.main}[script]
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        for name, stream in (("stdout", out), ("stderr", err), ("__stderr__", err)):
+            patch.setattr(sys, name, stream)
+        patch.setattr(sys, "argv", [script, *map(str, words)])
+        try:
+            console.run_program(lambda: main([str(word) for word in words]), script)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return Done(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+def refused(done: Done, *words: str) -> None:
+    """The program ended with one line that has these words, and without a traceback."""
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error: " in last and "Traceback" not in done.stderr
+    for word in words:
+        assert word in last
+
+
+def new_run(done: Done, out: Path) -> Path:
     """The folder under `out` of a run that train.py says is done."""
     assert done.returncode == 0, done.stderr
     return out / re.search(r"Done\. Look at .*/(\S+)$", done.stdout, re.M)[1]
@@ -57,6 +93,10 @@ def rows(run: Path, stage: str) -> list[dict[str, str]]:
     """The rows of metrics.csv of one stage."""
     with open(run / "metrics.csv", newline="") as file:
         return [row for row in csv.DictReader(file) if row["stage"] == stage]
+
+
+def resume_file(run: Path) -> dict:
+    return torch.load(run / "resume.pth", weights_only=True)
 
 
 def assert_same_weights(one: Path, other: Path, names=("vqvae.pth", "generator.pth", "discriminator.pth")):
@@ -71,9 +111,26 @@ def assert_same_weights(one: Path, other: Path, names=("vqvae.pth", "generator.p
 
 
 def assert_same_history(one: Path, other: Path) -> None:
-    """Apart from what a clock says."""
+    """Except for times."""
     for stage in ("vqvae", "gan"):
         kept = [
             [{k: v for k, v in row.items() if "second" not in k} for row in rows(run, stage)] for run in (one, other)
         ]
         assert kept[0] == kept[1] != []
+
+
+SMALL = ("--batch-size", 4, "--gan-batch-size", 6, "--n-embeddings", 64, "--device", "cpu")
+EPOCHS = ("--epochs", 2, "--gan-epochs", 2)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where `trained` was run."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="session")
+def trained(data, folder) -> tuple[Done, Path]:
+    """A complete run of both stages: what it printed, and its folder. Not to be changed."""
+    done = run_program("train.py", "--data", data, *SMALL, *EPOCHS, "--seed", 5, cwd=folder)
+    return done, new_run(done, folder / "gen_imgs")

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import ablation
+import gan_ablation
+import limits
 import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROJECT
+from conftest import PRETRAINED, PROJECT, resume_file
 from skimage.metrics import structural_similarity
 
 from modules import VQVAE, VectorQuantizer
@@ -45,6 +47,7 @@ def test_the_peers_validation_is_scikit_images(images):
 
 def test_the_speed_benchmark_runs(tmp_path):
     command = [sys.executable, PROJECT / "benchmarks" / "speed.py", "reading", "batches", "--rounds", "2"]
+    command += ["--subjects", "1"]
     done = subprocess.run([*map(str, command), "--json", "speed.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "speed.json").read_text())
@@ -52,7 +55,7 @@ def test_the_speed_benchmark_runs(tmp_path):
         for name, side in found["parts"][part].items():
             assert len(side["seconds"]) == 2 and side["rate_least"] <= side["rate"] <= side["rate_most"], name
             assert f"| {name} |" in done.stdout
-        assert found["parts"][part]["ours"]["n"] == 16 * 32
+        assert found["parts"][part]["ours"]["n"] == 32
 
 
 def test_the_full_size_benchmark_runs(tmp_path):
@@ -64,63 +67,75 @@ def test_the_full_size_benchmark_runs(tmp_path):
     assert "Training time: " in done.stdout
 
 
-def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path):
-    command = [sys.executable, PROJECT / "benchmarks" / "ablation.py", "--data", data, "--out", tmp_path / "runs"]
-    words = ["--rows", "paper", "report", "--seeds", "0", "--epochs", "2"]
-    for trained in (["paper, seed 0 …", "report, seed 0 …"], []):  # the second time nothing is missing
-        done = subprocess.run([*map(str, command), *words], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert [line for line in done.stderr.splitlines() if "…" in line] == trained
+def run_main(module, words, monkeypatch, capfd) -> tuple[str, str]:
+    """What a script's `main` prints to both streams, given these options."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+    capfd.readouterr()
+    module.main()
+    return capfd.readouterr()
+
+
+def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, monkeypatch, capfd):
+    words = ["--data", data, "--out", tmp_path / "runs", "--rows", "paper", "report", "--seeds", "0", "--epochs", "2"]
+    # as a process of its own does it for each row
+    row = ["--out", tmp_path / "runs" / "paper-0", "--train", "paper"]
+    run_main(ablation, words[:2] + row + words[-4:], monkeypatch, capfd)
+    for trained in (["report, seed 0 …"], []):  # the second time nothing is missing
+        out, err = run_main(ablation, words, monkeypatch, capfd)
+        assert [line for line in err.splitlines() if "…" in line] == trained
     epochs, codebooks = {}, {}
     for name in ("paper", "report"):
-        (saved,) = (tmp_path / "runs" / f"{name}-0").glob("*/resume.pth")
-        saved = torch.load(saved, weights_only=True)
+        saved = resume_file(next((tmp_path / "runs" / f"{name}-0").iterdir()))
         epochs[name] = len(saved["rows"])
-        codebooks[name] = saved["state"]["vqvae"]["model"]["vector_quantizer.embedding.weight"]
-        assert f" | {max(row['ssim_mean'] for row in saved['rows']):.4f} | " in done.stdout
+        state = saved["state"]["vqvae"]
+        codebooks[name] = state["networks"]["vqvae"]["vector_quantizer.embedding.weight"]
+        averaged = not torch.equal(
+            state["averages"]["vqvae"]["conv1.weight"], state["networks"]["vqvae"]["conv1.weight"]
+        )
+        assert averaged == (name == "paper")
+        assert f" | {max(row['ssim_mean'] for row in saved['rows']):.4f} | " in out
     assert epochs == {"paper": 2, "report": 1}
     assert codebooks["report"].abs().max() <= 1 / 512 and not torch.equal(codebooks["paper"], codebooks["report"])
 
 
-def test_the_dcgan_ablation_prints_a_table(data, tmp_path):
+def test_the_dcgan_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
     torch.save(VQVAE(32).state_dict(), tmp_path / "vqvae.pth")
-    command = [sys.executable, PROJECT / "benchmarks" / "gan_ablation.py", "--data", data, "--out", tmp_path / "runs"]
-    words = ["--vqvae", tmp_path / "vqvae.pth", "--rows", "by-channel", "report", "--seeds", "0", "--epochs", "1"]
-    done = subprocess.run([*map(str, command), *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ["--data", data, "--vqvae", tmp_path / "vqvae.pth", "--seeds", "0", "--epochs", "1"]
+    for name in ("by-channel", "report"):
+        row = ["--out", tmp_path / "runs" / f"{name}-0", "--train", name]
+        run_main(gan_ablation, words + row, monkeypatch, capfd)
+    words += ["--out", tmp_path / "runs", "--rows", "by-channel", "report"]
+    out, err = run_main(gan_ablation, words, monkeypatch, capfd)
+    assert "…" not in err
     scales = {}
     for name in ("by-channel", "report"):
-        (saved,) = (tmp_path / "runs" / f"{name}-0").glob("*/resume.pth")
-        saved = torch.load(saved, weights_only=True)
-        scales[name] = saved["state"]["gan"]["scale"][1]
-        assert f" | {saved['rows'][0]['swd_mean']:.0f} | " in done.stdout
+        saved = resume_file(next((tmp_path / "runs" / f"{name}-0").iterdir()))
+        scales[name] = saved["state"]["gan"]["extra"]["scale"][1]
+        assert f" | {saved['rows'][0]['swd_mean']:.0f} | " in out
     assert torch.equal(scales["by-channel"], scales["by-channel"].diag().diag())
     assert len(set(scales["by-channel"].diag().tolist())) == 64 and len(set(scales["report"].diag().tolist())) == 1
 
 
-def test_the_limits_table_ends_with_what_all_directions_give(data):
-    path = PROJECT / "resources" / "pretrained" / "vqvae.pth"
-    command = [sys.executable, PROJECT / "benchmarks" / "limits.py", path, "--data", data]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, capfd):
+    out, _ = run_main(limits, [PRETRAINED / "vqvae.pth", "--data", data], monkeypatch, capfd)
+    table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
     whole = next(float(line[1]) for line in table if line[0] == "| decoded from codes")
     assert float(table[-1][-1].rstrip(" |")) == pytest.approx(whole, abs=2e-4) and table[-1][1] == "1.0000"
     shares = [float(line[1]) for line in table[-7:]]
     assert shares == sorted(shares)
 
 
-def test_moving_averages_with_start_and_revival(random):
+def test_moving_averages_with_start_and_revival(rng):
     quantizer = VectorQuantizer(16, 4)
-    way = ablation.EmaAlive(quantizer, torch.optim.Adam(quantizer.parameters()))
-    for update in (0, *range(100, 111)):
-        if update == 110:
+    method = ablation.EMAWithRevival(quantizer, torch.optim.Adam(quantizer.parameters()))
+    for step in (0, *range(100, 111)):
+        if step == 110:
             with torch.no_grad():
-                quantizer.embedding.weight[3] = way.ema.sums[3] = 1e3
-            way.usage[3] = 0
-        z_e = torch.randn(2, 4, 8, 8, generator=random)
-        way.before_update(update, lambda z_e=z_e: z_e, 2, random)
-        way.after_update(quantizer.nearest(z_e))
-    assert way.embeddings.abs().max() < 10 and (quantizer.nearest(z_e) == 3).any()
-    torch.testing.assert_close(way.embeddings, way.ema.sums / way.ema.counts)
+                quantizer.embedding.weight[3] = method.ema.sums[3] = 1e3
+            method.usage[3] = 0
+        z_e = torch.randn(2, 4, 8, 8, generator=rng)
+        method.before_step(step, lambda z_e=z_e: z_e, 2, rng)
+        method.after_step(quantizer.nearest(z_e))
+    assert method.embeddings.abs().max() < 10 and (quantizer.nearest(z_e) == 3).any()
+    torch.testing.assert_close(method.embeddings, method.ema.sums / method.ema.counts)
     assert not quantizer.embedding.weight.requires_grad

@@ -6,20 +6,17 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import quiet
 from PIL import Image, PngImagePlugin
 
-import dataset as module
 from dataset import (
+    DEFAULT_DATA,
     DataError,
     OasisDataset,
-    demo_data,
     find_data,
     list_scans,
     make_loader,
     read_png,
     refuse_shared_cases,
-    say_skipped,
 )
 
 
@@ -38,7 +35,7 @@ def test_natural_order_of_case_and_slice(folder):
     names = [f"case_{case:03d}_slice_{s}.nii.png" for case in (2, 10, 101) for s in (0, 2, 9, 10, 31)]
     for name in np.random.default_rng(0).permutation(names):
         grey().save(folder / name)
-    dataset = OasisDataset(folder.parent, "train", progress=quiet)
+    dataset = OasisDataset(folder.parent, "train")
     assert [path.name for path in dataset.files] == names
     assert dataset.case_and_slice(6) == (10, 2)
 
@@ -47,13 +44,13 @@ def test_only_the_splits_scans_are_read(folder):
     for name in ("b.png", "A.PNG", "._case_001_slice_0.nii.png", ".hidden.png", "notes.txt"):
         grey().save(folder / name, format="PNG")
     grey().save(folder / "case_99999999999999999999_slice_1.png")
-    assert OasisDataset(folder.parent, "train", progress=quiet).case_and_slice(2) == (None, None)
+    assert OasisDataset(folder.parent, "train").case_and_slice(2) == (None, None)
     (folder / "case_99999999999999999999_slice_1.png").unlink()
     for labels in ("keras_png_slices_seg_train", "keras_png_slices_validate"):
         (folder.parent / labels).mkdir()
         grey(200).save(folder.parent / labels / "seg_001_slice_0.nii.png")
     assert [path.name for path in list_scans(folder.parent, "train")] == ["A.PNG", "b.png"]
-    assert OasisDataset(folder.parent, "train", progress=quiet).case_and_slice(0) == (None, None)
+    assert OasisDataset(folder.parent, "train").case_and_slice(0) == (None, None)
 
 
 def test_grey_values_of_each_kind_of_png(folder):
@@ -73,30 +70,31 @@ def test_grey_values_of_each_kind_of_png(folder):
     }
     for name, (image, _) in kinds.items():
         image.save(folder / f"{name}.png")
-    dataset = OasisDataset(folder.parent, "train", progress=quiet)
+    dataset = OasisDataset(folder.parent, "train")
     for i, (name, (_, expected)) in enumerate(kinds.items()):
         tolerance = 1 if name[0] in "346" else 0.5  # Pillow truncates luma; half a level is uint8's own
         assert np.abs(dataset[i][0].numpy() * 255 - expected).max() <= tolerance, name
 
 
 def test_items_and_batches(data):
-    dataset = OasisDataset(data, "train", progress=quiet)
+    dataset = OasisDataset(data, "train")
     image = np.asarray(Image.open(dataset.files[4]))
     assert dataset[4].shape == (1, 256, 256) and dataset[4].dtype == torch.float32
     np.testing.assert_allclose(dataset[4][0].numpy(), image / 255, atol=1e-7)
-    batch = dataset.__getitems__([4, 0, 9])
+    batch = dataset.batch([4, 0, 9])
     assert torch.equal(batch, torch.stack([dataset[4], dataset[0], dataset[9]]))
+    assert torch.equal(batch, dataset.__getitems__([4, 0, 9]))  # what DataLoader calls
     assert dataset.images.dtype == torch.uint8 and 0 <= batch.min() and batch.max() <= 1
 
 
 def test_loader_shuffles_afresh_keeps_the_last_batch_and_repeats_by_seed(data):
-    dataset = OasisDataset(data, "train", progress=quiet)
-    random = torch.Generator().manual_seed(3)
-    first, second = (torch.cat(list(make_loader(dataset, 4, random))) for _ in range(2))
+    dataset = OasisDataset(data, "train")
+    rng = torch.Generator().manual_seed(3)
+    first, second = (torch.cat(list(make_loader(dataset, 4, rng))) for _ in range(2))
     again = torch.cat(list(make_loader(dataset, 4, torch.Generator().manual_seed(3))))
-    assert [len(batch) for batch in make_loader(dataset, 4, random)] == [4, 4, 4, 3]
+    assert [len(batch) for batch in make_loader(dataset, 4, rng)] == [4, 4, 4, 3]
     assert torch.equal(first, again) and not torch.equal(first, second)
-    everything = dataset.__getitems__(list(range(len(dataset))))
+    everything = dataset.batch(list(range(len(dataset))))
     assert torch.equal(first.sum((1, 2, 3)).sort().values, everything.sum((1, 2, 3)).sort().values)
 
 
@@ -184,7 +182,7 @@ def test_a_broken_file_is_one_line_with_its_name(folder, kind):
         message = as_no_superuser(complaint, folder / "scan.png")
     else:
         with pytest.raises(DataError) as caught:
-            OasisDataset(folder.parent, "train", progress=quiet)
+            OasisDataset(folder.parent, "train")
         message = str(caught.value)
         assert "--skip-bad" in message
     assert message.startswith(f"{folder / 'scan.png'}: ") and "remove it" in message and "\n" not in message
@@ -196,7 +194,7 @@ def test_all_broken_files_of_a_split_are_in_one_report(folder):
         (folder / name).write_bytes(b"x")
     grey().save(folder / "good.png")
     with pytest.raises(DataError) as caught:
-        OasisDataset(folder.parent, "train", progress=quiet)
+        OasisDataset(folder.parent, "train")
     first, *lines, last = str(caught.value).split("\n")
     assert first == "3 of 4 files cannot be used:" and "--skip-bad" in last
     names = [str(folder / name) for name in ("a.png", "b.png", "c.png")]
@@ -207,25 +205,25 @@ def test_skipping_bad_files_keeps_the_others_in_order(folder, capsys):
     for i, name in enumerate(("a.png", "c.png", "d.png")):
         grey(10 + i).save(folder / name)
     (folder / "b.png").write_bytes(b"x")
-    dataset = OasisDataset(folder.parent, "train", progress=quiet, skip_bad=True)
+    dataset = OasisDataset(folder.parent, "train", skip_bad=True)
     assert [path.name for path in dataset.files] == ["a.png", "c.png", "d.png"]
-    assert (dataset.__getitems__([0, 1, 2])[:, 0, 0, 0] * 255).tolist() == pytest.approx([10, 11, 12])
-    say_skipped(dataset, "train")
+    assert (dataset.batch([0, 1, 2])[:, 0, 0, 0] * 255).tolist() == pytest.approx([10, 11, 12])
+    dataset.print_skipped()
     first, second = capsys.readouterr().out.splitlines()
     assert first == "Left out of train: 1 of 4 files." and str(folder / "b.png") in second
     for name in "acd":
         (folder / f"{name}.png").write_bytes(b"")
     with pytest.raises(DataError, match="4 of 4 files"):  # nothing would be left
-        OasisDataset(folder.parent, "train", progress=quiet, skip_bad=True)
+        OasisDataset(folder.parent, "train", skip_bad=True)
 
 
 def test_a_split_that_is_all_black_is_refused(folder):
     for i in range(3):
         grey(0).save(folder / f"{i}.png")
     with pytest.raises(DataError, match="keras_png_slices_train: every image is black"):
-        OasisDataset(folder.parent, "train", progress=quiet)
+        OasisDataset(folder.parent, "train")
     grey(1).save(folder / "3.png")
-    assert len(OasisDataset(folder.parent, "train", progress=quiet)) == 4
+    assert len(OasisDataset(folder.parent, "train")) == 4
 
 
 def test_names_that_are_no_text_are_shown_by_their_bytes(folder):
@@ -233,11 +231,11 @@ def test_names_that_are_no_text_are_shown_by_their_bytes(folder):
         grey().save(io := BytesIO(), format="PNG")
         with open(os.path.join(os.fsencode(folder), name), "wb") as file:
             file.write(io.getvalue())
-    dataset = OasisDataset(folder.parent, "train", progress=quiet)
+    dataset = OasisDataset(folder.parent, "train")
     assert [dataset.name(i) for i in range(3)] == ["1\u00b2.png", "a\\nb.png", "caf\\udce9_2.png"]
     dataset.files[2].write_bytes(b"")
     with pytest.raises(DataError) as caught:
-        OasisDataset(folder.parent, "train", progress=quiet)
+        OasisDataset(folder.parent, "train")
     assert str(caught.value).encode().startswith(f"{folder}/caf\\udce9_2.png: ".encode())
 
 
@@ -256,19 +254,19 @@ def test_a_case_in_two_splits_is_refused(tmp_path, capsys):
     (tmp_path / "keras_png_slices_validate" / "case_003_slice_7.nii.png").unlink()
     capsys.readouterr()
     refuse_shared_cases(tmp_path)
-    assert "1 names of test have no case number" in capsys.readouterr().out
+    assert "1 file names of test have no case number" in capsys.readouterr().out
 
 
 def test_missing_and_empty_folders_are_named(folder):
     with pytest.raises(DataError, match="nowhere: no such folder.*--data"):
-        OasisDataset(folder.parent / "nowhere", "train", progress=quiet)
+        OasisDataset(folder.parent / "nowhere", "train")
     with pytest.raises(DataError, match="keras_png_slices_test: missing"):
-        OasisDataset(folder.parent, "test", progress=quiet)
+        OasisDataset(folder.parent, "test")
     (folder.parent / "deeper" / "keras_png_slices_validate").mkdir(parents=True)
     with pytest.raises(DataError, match="keras_png_slices_validate: missing; --data .*deeper has one"):
-        OasisDataset(folder.parent, "validate", progress=quiet)
+        OasisDataset(folder.parent, "validate")
     with pytest.raises(DataError, match="keras_png_slices_train: holds no .png"):
-        OasisDataset(folder.parent, "train", progress=quiet)
+        OasisDataset(folder.parent, "train")
 
 
 def test_where_data_is_looked_for(tmp_path, monkeypatch):
@@ -276,7 +274,7 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("OASIS_DIR", raising=False)
     assert find_data(None) is None
     (tmp_path / "keras_png_slices_data").mkdir()
-    assert find_data(None) == module.DEFAULT_DATA
+    assert find_data(None) == DEFAULT_DATA
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setenv("OASIS_DIR", str(tmp_path / "elsewhere"))
     assert find_data(None) == tmp_path / "elsewhere"
@@ -287,25 +285,3 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("OASIS_DIR", "nowhere")
     with pytest.raises(DataError, match="named by OASIS_DIR"):
         find_data(None)
-
-
-def test_demo_data_is_written_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    calls = []
-    monkeypatch.setattr(module.phantom, "write", lambda folder, progress: calls.append(folder))
-    demo_data(quiet)
-    (tmp_path / "phantoms").mkdir()
-    marker = tmp_path / "phantoms" / module.phantom.MARKER
-    marker.write_text("Synthetic slices; the writing was interrupted here")
-    demo_data(quiet)
-    assert len(calls) == 2
-    marker.write_text(module.phantom.COMPLETE)
-    demo_data(quiet)
-    assert len(calls) == 2
-
-
-def test_demo_data_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "phantoms").touch()
-    with pytest.raises(DataError, match="phantoms: cannot write"):
-        demo_data(quiet)

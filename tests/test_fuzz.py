@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import runs
 from dataset import DataError, read_png
 from modules import VQVAE
+from support.console import UserError
+from training.vqvae import load_vqvae
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, suppress_health_check=list(HealthCheck), database=None
@@ -166,8 +167,8 @@ def test_a_damaged_checkpoint_is_read_as_it_was_or_refused(path, model, checkpoi
     path.write_bytes(choices.draw(damaged([checkpoint])))
     with bounded():
         try:
-            found = runs.load(path, VQVAE.from_state_dict)
-        except runs.RunError as error:
+            found = load_vqvae(path)
+        except UserError as error:
             assert str(error).startswith(f"{path}: ") and str(error).isprintable()
             return
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.state_dict().items())

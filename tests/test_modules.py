@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import codebook
-from modules import VQVAE, Discriminator, Generator, ResidualBlock, VectorQuantizer, load_checked, plain_state
+from modules import VQVAE, Discriminator, Generator, ResidualBlock, VectorQuantizer, dcgan_init
+from training import codebook
 
 STRUCTURES = Path(__file__).parent / "structures"  # as printed in the report
 
@@ -18,10 +18,7 @@ def test_structure_is_the_reports(network):
 
 
 def test_state_dict_has_the_keys_of_the_structure_and_no_others():
-    layers = {
-        "encoder.layers": [(0, True), (2, True)],
-        "decoder.layers": [(0, True), (3, True), (5, True)],
-    }
+    layers = {"encoder.layers": [(0, True), (2, True)], "decoder.layers": [(0, True), (3, True), (5, True)]}
     blocks = {"encoder.layers": (3, 4), "decoder.layers": (1, 2)}
     expected = {"conv1.weight", "conv1.bias", "vector_quantizer.embedding.weight"}
     for part, numbers in layers.items():
@@ -91,8 +88,8 @@ def test_nearest_against_brute_force(scale):
     z = torch.randn(3, 64, 20, 20) * scale
     torch.nn.init.normal_(quantizer.embedding.weight, std=scale)
     codes = quantizer.nearest(z)
-    rows, codebook = z.permute(0, 2, 3, 1).reshape(-1, 64).double(), quantizer.embedding.weight.detach().double()
-    distances = (rows[:, None] - codebook[None]).square().sum(2)
+    latents, embeddings = z.permute(0, 2, 3, 1).reshape(-1, 64).double(), quantizer.embedding.weight.detach().double()
+    distances = (latents[:, None] - embeddings[None]).square().sum(2)
     chosen = distances.gather(1, codes.view(-1, 1))[:, 0]
     # by distance, since two embeddings may be equally near
     torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-5, atol=0)
@@ -153,32 +150,9 @@ def test_discriminator_logits_are_what_the_sigmoid_gets():
     assert torch.equal(discriminator.logits(x).sigmoid(), discriminator(x))
 
 
-def test_from_state_dict_restores_sizes_and_weights():
-    model = VQVAE(20, 8)
-    again = VQVAE.from_state_dict(plain_state(model))
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
-    assert not again.training
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda state: state.pop("conv1.bias"), "'conv1.bias' is missing"),
-        (lambda state: state.update(extra=torch.zeros(1)), "more than the weights"),
-        (lambda state: state.update({"conv1.bias": torch.zeros(3)}), "shape"),
-        (lambda state: state.update({"conv1.bias": torch.full((64,), torch.nan)}), "not finite"),
-        (lambda state: state.pop("vector_quantizer.embedding.weight"), "no codebook"),
-        (lambda state: state.update({"vector_quantizer.embedding.weight": torch.zeros(0, 64)}), "no codebook"),
-        (lambda state: state.update({7: torch.zeros(1)}), "more than the weights"),
-    ],
-)
-def test_from_state_dict_refuses(spoil, message):
-    state = plain_state(VQVAE())
-    spoil(state)
-    with pytest.raises(ValueError, match=message):
-        VQVAE.from_state_dict(state)
-
-
-def test_generators_weights_are_no_discriminators():
-    with pytest.raises(ValueError, match="Discriminator"):
-        load_checked(Discriminator(), Generator().state_dict())
+def test_dcgan_init():
+    torch.manual_seed(0)
+    generator = Generator().apply(dcgan_init)
+    weight, gain = generator.net[1][0].weight, generator.net[0][1].weight
+    assert weight.mean().abs() < 1e-3 and weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert gain.mean().item() == pytest.approx(1, abs=0.01) and gain.std().item() == pytest.approx(0.02, rel=0.2)

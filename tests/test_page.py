@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-import page
-import plots
+from report import page
+from report.plots import Figures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STRANGE = '<b>&"case_001_slice_0".png'
@@ -20,14 +20,14 @@ def folder(tmp_path):
     """A folder as predict.py and train.py leave it, with strange names."""
     image = torch.rand(1, 256, 256)
     for name in ("best_comparison", "worst_comparison"):
-        plots.comparison(tmp_path / f"{name}.png", image, image, 0.5, "T")
+        Figures(tmp_path).comparison(f"{name}.png", image, image, 0.5, "T")
     for epoch in (0, 2, 10):
-        plots.single_image(tmp_path / f"epoch_{epoch}_single.png", image, "T")
-        plots.image_grid(tmp_path / f"gan_epoch_{epoch}.png", image[None], "T")
+        Figures(tmp_path).single_image(f"epoch_{epoch}_single.png", image, "T")
+        Figures(tmp_path).image_grid(f"gan_epoch_{epoch}.png", image[None], "T")
     (tmp_path / "scores.csv").write_text(
         'file,case,slice,ssim\n"' + STRANGE.replace('"', '""') + '",1,0,0.25\nb.png,2,,0.125\na.png,10,3,0.75\n'
     )
-    page.write(tmp_path, "Reconstructions <scored>", {"Data": "/some/<folder>"}, "data: phantoms (synthetic)")
+    page.write(tmp_path, "Reconstructions <scored>", {"Data": "/some/<folder>"}, phantoms=True)
     return tmp_path
 
 

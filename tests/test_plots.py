@@ -1,5 +1,7 @@
 """Figures: grey values are never rescaled, and titles, axes, colours and data are the right ones."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -7,14 +9,17 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-import plots
+from report import plots
+from report.plots import Figures
+
+FIGURES = Figures(Path())
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were drawn, in place of files."""
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path, mode="RGB": drawn.append(figure))
+    monkeypatch.setattr(Figures, "_save", lambda self, figure, name, mode="RGB": drawn.append(figure))
     yield drawn
     plt.close("all")
 
@@ -22,8 +27,8 @@ def figures(monkeypatch):
 @pytest.mark.parametrize("value", [0.0, 0.25, 1.0, 1.5])
 def test_grey_values_are_not_rescaled(tmp_path, value):
     image = torch.full((1, 256, 256), value)
-    plots.single_image(tmp_path / "one.png", image, "Title")
-    plots.image_grid(tmp_path / "grid.png", image.expand(8, 1, 256, 256), "Title")
+    Figures(tmp_path).single_image("one.png", image, "Title")
+    Figures(tmp_path).image_grid("grid.png", image.expand(8, 1, 256, 256), "Title")
     for name in ("one.png", "grid.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
         height, width = pixels.shape
@@ -33,7 +38,7 @@ def test_grey_values_are_not_rescaled(tmp_path, value):
 
 def test_images_stand_in_rows_of_eight_in_their_order(tmp_path):
     images = torch.linspace(0, 0.9, 32).view(32, 1, 1, 1).expand(32, 1, 64, 64)
-    plots.image_grid(tmp_path / "grid.png", images, "Title")
+    Figures(tmp_path).image_grid("grid.png", images, "Title")
     pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
     grid = pixels[-int(pixels.shape[1] / 2) :]  # 4 rows of 8 squares; the title is above
     rows, columns = ((np.arange(n) + 0.5) / n for n in (4, 8))
@@ -41,32 +46,32 @@ def test_images_stand_in_rows_of_eight_in_their_order(tmp_path):
     assert np.ravel(found) == pytest.approx(np.linspace(0, 0.9, 32) * 255, abs=2)
 
 
-def test_the_note_stands_under_every_title(figures):
-    image, path, note = torch.rand(1, 64, 64), None, "data: phantoms (synthetic)"
+def test_every_title_says_that_the_data_are_phantoms(figures, tmp_path):
+    image, name, drawn = torch.rand(1, 64, 64), "x.png", Figures(tmp_path, phantoms=True)
     history = {key: [1.0, 0.5] for key in ("d_loss", "g_loss", "d_real", "d_fake")}
-    plots.image_grid(path, image[None], "T", note)
-    plots.single_image(path, image, "T", note)
-    plots.code_map(path, torch.zeros(64, 64, dtype=torch.long), torch.arange(512), "T", note)
-    plots.ssim_by_epoch(path, [0.5], [0.4], [0.6], note)
-    plots.recon_losses(path, [0.5, 0.4], [2], [0.45], note)
-    plots.gan_losses(path, history, note)
-    plots.scores(path, [0.5], [1], 0.6, "T", note)
+    drawn.image_grid(name, image[None], "T")
+    drawn.single_image(name, image, "T")
+    drawn.code_map(name, torch.zeros(64, 64, dtype=torch.long), torch.arange(512), "T")
+    drawn.ssim_by_epoch(name, [dict(epoch=1, ssim_mean=0.5, ssim_min=0.4, ssim_max=0.6)])
+    drawn.recon_losses(name, [0.5, 0.4], [dict(updates=2, training_loss=0.45)])
+    drawn.gan_losses(name, history)
+    drawn.scores(name, [0.5], [1], 0.6, "T")
     measures = {"swd_mean": 50.0, "grey_values": 0.1} | {f"swd_{256 >> level}": 60.0 - level for level in range(5)}
-    plots.gan_measures(path, [measures | {"epoch": 1}], measures, note)
+    drawn.gan_measures(name, [measures | {"epoch": 1}], measures)
     row = dict(epoch=1, psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
-    plots.rate_distortion(path, [row], note)
+    drawn.rate_distortion(name, [row])
     assert len(figures) == 9
     for figure in figures:
         first, second = figure.axes[0].get_title().split("\n")
-        assert first and second == note
+        assert first and second == "data: phantoms (synthetic)"
     for figure in figures[1:]:
         assert all(axes.get_ylabel() for axes in figure.axes) and figure.axes[-1].get_xlabel() or len(figure.axes) == 2
 
 
-def test_gan_losses_are_blue_and_orange_by_update(figures):
-    random = np.random.default_rng(0)
-    history = {key: random.random(40).tolist() for key in ("d_loss", "g_loss", "d_real", "d_fake")}
-    plots.gan_losses(None, history)
+def test_gan_losses_are_blue_and_orange_by_step(figures):
+    rng = np.random.default_rng(0)
+    history = {key: rng.random(40).tolist() for key in ("d_loss", "g_loss", "d_real", "d_fake")}
+    FIGURES.gan_losses("x.png", history)
     for axes, keys in zip(figures[0].axes, (("d_loss", "g_loss"), ("d_real", "d_fake")), strict=True):
         by_update = [line for line in axes.lines if line.get_label().startswith("_")]
         for line, key, colour in zip(by_update, keys, (plots.BLUE, plots.ORANGE), strict=True):
@@ -78,7 +83,7 @@ def test_gan_losses_are_blue_and_orange_by_update(figures):
 
 def test_scores_show_every_image_its_subject_the_mean_the_threshold_and_how_many(figures):
     values = [0.7, 0.5, 0.9, 0.7, 0.7]
-    plots.scores(None, values, [7, 7, 9, 7, 7], 0.6, "T")
+    FIGURES.scores("x.png", values, [7, 7, 9, 7, 7], 0.6, "T")
     upper, lower = figures[0].axes
     one, other = (part.get_offsets().tolist() for part in upper.collections)
     assert one == [[0, 0.7], [1, 0.5], [3, 0.7], [4, 0.7]] and other == [[2, 0.9]]
@@ -88,7 +93,7 @@ def test_scores_show_every_image_its_subject_the_mean_the_threshold_and_how_many
 
 def test_comparison_shows_both_and_the_absolute_difference(figures):
     x, x_hat = torch.rand(2, 1, 64, 64)
-    plots.comparison(None, x, x_hat, 0.8765, "T", "data: phantoms (synthetic)")
+    Figures(Path(), phantoms=True).comparison("x.png", x, x_hat, 0.8765, "T")
     shown = [axes.images[0].get_array() for axes in figures[0].axes[:3]]
     for found, expected in zip(shown, (x, x_hat, (x - x_hat).abs()), strict=True):
         np.testing.assert_array_equal(found, expected[0].numpy())
@@ -99,7 +104,7 @@ def test_comparison_shows_both_and_the_absolute_difference(figures):
 def test_code_map_tells_neighbours_apart_and_ranks_usage(figures):
     codes = torch.zeros(64, 64, dtype=torch.long)
     codes[3, 4], codes[3, 5] = 17, 18
-    plots.code_map(None, codes, torch.tensor([5, 0, 9, 1]), "T")
+    FIGURES.code_map("x.png", codes, torch.tensor([5, 0, 9, 1]), "T")
     left, right = figures[0].axes
     image = left.images[0].get_array()
     assert image[0, 0, :3].sum() == 0  # the background
@@ -115,7 +120,7 @@ def test_gan_measures_show_each_level_and_the_floor(figures):
         | {f"swd_{256 >> level}": n + level for level in range(5)}
         for n in (1, 2)
     ]
-    plots.gan_measures(None, rows, floor)
+    FIGURES.gan_measures("x.png", rows, floor)
     upper, lower = figures[0].axes
     assert [list(line.get_ydata()) for line in upper.lines[:5]] == [[1 + level, 2 + level] for level in range(5)]
     assert list(upper.lines[5].get_ydata()) == [89, 88] and upper.lines[6].get_ydata()[0] == 20
@@ -123,7 +128,8 @@ def test_gan_measures_show_each_level_and_the_floor(figures):
 
 
 def test_epoch_means_stand_in_the_middle_of_their_updates(figures):
-    plots.recon_losses(None, [4.0, 2.0, 1.0, 1.0], [2, 2], [3.0, 1.0])
+    rows = [dict(updates=2, training_loss=3.0), dict(updates=2, training_loss=1.0)]
+    FIGURES.recon_losses("x.png", [4.0, 2.0, 1.0, 1.0], rows)
     each, means = figures[0].axes[0].lines
     assert each.get_xdata().tolist() == [1, 2, 3, 4]
     assert means.get_xdata().tolist() == [1.5, 3.5] and means.get_ydata().tolist() == [3.0, 1.0]
@@ -135,7 +141,7 @@ def test_rate_distortion_has_a_point_for_each_epoch_and_rate(figures):
         | dict(bits_raw=100, bits_entropy=50 + n, bits_entropy_by_position=n)
         for n in range(3)
     ]
-    plots.rate_distortion(None, rows)
+    FIGURES.rate_distortion("x.png", rows)
     for axes, quality in zip(figures[0].axes, ([30, 31, 32], [0.9, 0.91, 0.92]), strict=True):
         assert [list(line.get_xdata()) for line in axes.lines] == [[100, 100, 100], [50, 51, 52], [0, 1, 2]]
         assert all(list(line.get_ydata()) == quality for line in axes.lines)

@@ -1,158 +1,361 @@
-"""The pieces of training: each update against its definition."""
+"""train.py, run as a user runs it, on a few phantoms."""
 
-import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import quiet
+from conftest import (
+    EPOCHS,
+    PROJECT,
+    SMALL,
+    assert_same_history,
+    assert_same_weights,
+    new_run,
+    refused,
+    resume_file,
+    rows,
+    run_program,
+)
+from PIL import Image
 
-import metrics
-import options
-import runs
-import train
-from dataset import OasisDataset
-from hardware import FastPath
-from modules import Generator, dcgan_init
-
-
-def test_average_follows_the_weights_and_batchnorm_statistics():
-    average, model = Generator(), Generator()
-    start = copy.deepcopy(average)
-    model.net[0][1].running_mean += 3
-    model.net[0][1].num_batches_tracked += 5
-    train.update_average(average, model, 10**6, 0.9)
-    for key, value in average.state_dict().items():
-        if value.is_floating_point():
-            torch.testing.assert_close(value, 0.9 * start.state_dict()[key] + 0.1 * model.state_dict()[key])
-    assert average.net[0][1].num_batches_tracked == 5
+from modules import VQVAE
+from training.config import FIELDS, flag
 
 
-def test_average_of_a_short_run_forgets_its_start():
-    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    with torch.no_grad():
-        average.weight.fill_(1000.0)
-        model.weight.fill_(1.0)
-    for update in range(1, 101):
-        train.update_average(average, model, update, 0.999)
-    assert average.weight.item() == pytest.approx(1, abs=0.05)
+def test_the_runs_folder(trained):
+    _, run = trained
+    expected = {f"epoch_{n}{kind}.png" for n in range(3) for kind in ("", "_single")}
+    expected |= {f"gan_epoch_{n}.png" for n in range(3)}
+    expected |= {"codebook_comparison.png", "codebook.png", "decoded.png", "gan_losses.png", "gan_measures.png"}
+    expected |= {"train_ssim_scores.png", "train_recon_losses.png", "rate_distortion.png"}
+    expected |= {"vqvae.pth", "generator.pth", "discriminator.pth", "run.json", "metrics.csv", "resume.pth"}
+    expected |= {"index.html"}
+    assert {path.name for path in run.iterdir()} == expected
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
+    for path in run.glob("*.png"):
+        assert np.asarray(Image.open(path)).std() > 1, path.name
 
 
-def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
-    """The report's system kept the wrong epoch; here SSIM is made to fall after the second."""
-    train_set = OasisDataset(data, "train", progress=quiet)
-    validate_set = OasisDataset(data, "validate", progress=quiet)
-    seen = []
-
-    def falling(model, dataset, progress, rank, world):
-        seen.append(copy.deepcopy(model.state_dict()))
-        ssim = torch.tensor([[0.2, 0.4], [0.5, 0.7], [0.1, 0.9], [0.6, 0.6]][len(seen) - 1], dtype=torch.double)
-        return metrics.Scores(ssim, 20 + ssim, torch.ones(4096, 16), torch.ones(16))
-
-    monkeypatch.setattr(train.metrics, "score", falling)
-    chosen = options.DEFAULTS | dict(epochs=4, batch_size=15, n_embeddings=16, embeddings_dim=4)
-    chosen["fast_path"] = {"device": "cpu"}
-    kept = train.train_vqvae(train_set, validate_set, runs.Run(tmp_path, chosen), "cpu")
-    assert all(torch.equal(value, seen[1][key]) for key, value in kept.state_dict().items())
-    assert not torch.equal(kept.conv1.weight, seen[3]["conv1.weight"])
+def test_console_lines_are_the_reports(trained):
+    done, run = trained
+    number = r"\d+\.\d+(e-\d+)? \(phantoms\)"
+    for row in rows(run, "vqvae"):
+        block = (
+            rf"Epoch: {row['epoch']}\nTraining loss: {number}\nValidation avg\. SSIM loss: {number}\n"
+            rf"Max SSIM loss: {number}\nMin SSIM loss: {number}\nCodebook usage: \d+ of 64 codes, perplexity "
+        )
+        assert re.search(block, done.stdout)
+        for key in ("training_loss", "ssim_mean", "ssim_max", "ssim_min"):
+            assert f": {row[key]} (phantoms)" in done.stdout
+    for row in rows(run, "gan"):
+        assert f"Discriminator loss: {float(row['d_loss']):.4f} (phantoms)\n" in done.stdout
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_by_name():
-    train.check_finite(torch.tensor([1.0, 2.0]), "VQ-VAE epoch 2", 16)
-    losses = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.inf, 4.0]])  # of updates 14, 15 and 16
-    with pytest.raises(runs.RunError, match="VQ-VAE epoch 2, update 15: .*not finite"):
-        train.check_finite(losses, "VQ-VAE epoch 2", 16)
+def test_metrics_csv(trained):
+    _, run = trained
+    for stage in ("vqvae", "gan"):
+        assert [row["epoch"] for row in rows(run, stage)] == ["1", "2"]
+    assert [row["updates"] for row in rows(run, "vqvae")] == ["4", "4"]  # 15 images: the smaller last batch is kept
+    assert [row["updates"] for row in rows(run, "gan")] == ["3", "3"]
+    assert float(rows(run, "vqvae")[1]["training_loss"]) < float(rows(run, "vqvae")[0]["training_loss"])
 
 
-def test_dcgan_init():
-    torch.manual_seed(0)
-    generator = Generator().apply(dcgan_init)
-    weight, gain = generator.net[1][0].weight, generator.net[0][1].weight
-    assert weight.mean().abs() < 1e-3 and weight.std().item() == pytest.approx(0.02, rel=0.01)
-    assert gain.mean().item() == pytest.approx(1, abs=0.01) and gain.std().item() == pytest.approx(0.02, rel=0.2)
-
-
-def test_means_by_image_weigh_the_smaller_last_batch():
-    sizes = train.batch_sizes(10, 4)
-    assert sizes == [4, 4, 2] and train.batch_sizes(8, 4) == [4, 4] and train.batch_sizes(3, 32) == [3]
-    assert train.means_by_image({"a": torch.tensor([1.0, 1.0, 4.0])}, sizes) == {
-        "a": pytest.approx((8 * 1 + 2 * 4) / 10)
+def test_run_json(trained, data):
+    _, run = trained
+    record = json.loads((run / "run.json").read_text())
+    assert record["data"] == {
+        "folder": str(data),
+        "phantoms": True,
+        "images": {"train": 15, "validate": 10, "test": 10},
     }
+    assert record["seed"] == 5 and record["options"]["batch_size"] == 4 and record["options"]["lr"] == 1e-3
+    assert record["fast_path"] == {"device": "cpu", "plain": False, "bfloat16": False, "compiled": False}
+    assert record["torch"] == torch.__version__ and record["device"] == "cpu" and record["resumed"] == []
+    assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", record["commit"])
 
 
-def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.hardware, "can_compile", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    run = runs.Run(tmp_path, options.DEFAULTS | {"fast_path": FastPath("cpu", bfloat16=True)._asdict()})
-    assert options.choose_fast_path(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
-    assert options.choose_fast_path(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
-    assert options.choose_fast_path(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 updates do not repay it
-    run.options |= {"fast_path": None, "only": "gan"}
-    assert options.choose_fast_path(run, cuda, 9664) == FastPath("cuda")
+def test_resume_pth_has_the_same_keys_for_each_stage(trained):
+    _, run = trained
+    state = resume_file(run)["state"]
+    assert state.keys() == {"vqvae", "gan"} and state["vqvae"].keys() == state["gan"].keys()
+
+
+def test_vqvae_pth_is_a_plain_state_dict_of_the_best_epoch(trained):
+    done, run = trained
+    state = torch.load(run / "vqvae.pth", weights_only=True)
+    assert list(state) == list(VQVAE(64).state_dict())
+    best = max(rows(run, "vqvae"), key=lambda row: float(row["ssim_mean"]))
+    assert f"Best epoch: {best['epoch']}, validation SSIM {float(best['ssim_mean']):.4f}" in done.stdout
+
+
+def test_generator_pth_loads_as_weights_only(trained):
+    _, run = trained
+    contents = torch.load(run / "generator.pth", weights_only=True)
+    assert contents["shift"].shape == (64,) and contents["scale"].shape == (64, 64)
+    assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
+    state = resume_file(run)["state"]["gan"]
+    for key, value in contents["state_dict"].items():  # samples are drawn with the average
+        assert torch.equal(value, state["averages"]["generator"][key])
+    trained_weight = state["networks"]["generator"]["net.4.weight"]
+    assert not torch.equal(state["averages"]["generator"]["net.4.weight"], trained_weight)
+
+
+def kill_after(command, cwd, line: str, times: int) -> None:
+    """Start a program and kill it, as a power cut would, when it has printed a line a number of times."""
+    command = list(map(str, command))
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for printed in process.stdout:
+            times -= printed.startswith(line)
+            if times == 0:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
+    """Which also shows that the same seed gives the same weights."""
+    _, run = trained
+    command = [sys.executable, PROJECT / "train.py"]
+    # before VQ-VAE epoch 2 is complete on disk
+    kill_after([*command, "--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", "killed"], folder, "Epoch: 2", 1)
+    (killed,) = (folder / "killed").iterdir()
+    assert len(rows(killed, "vqvae")) == 1
+    kill_after([*command, "--resume", killed], folder, "Epoch: 2", 2)  # in the DCGAN's second epoch
+    assert len(rows(killed, "vqvae")) == 2 and len(rows(killed, "gan")) == 1
+    done = run_program("train.py", "--resume", killed, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "after vqvae epoch 2, gan epoch 1" in done.stdout
+    assert_same_weights(run, killed)
+    assert_same_history(run, killed)
+    assert {path.name for path in killed.iterdir()} == {path.name for path in run.iterdir()}
+    assert len(json.loads((killed / "run.json").read_text())["resumed"]) == 2
+
+
+def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(trained, data, folder):
+    """One epoch, raised to two, but killed before the second is complete: in the end as if it had been two at once."""
+    _, run = trained
+    words = ("--data", data, *SMALL, "--epochs", 1, "--gan-epochs", 1, "--seed", 5, "--out", "short")
+    short = new_run(run_program("train.py", *words, cwd=folder), folder / "short")
+    kill_after([sys.executable, PROJECT / "train.py", "--resume", short, *EPOCHS], folder, "Device", 1)
+    saved = resume_file(short)
+    assert saved["options"]["epochs"] == 2 and "gan" not in saved["state"]
+    assert not (short / "generator.pth").exists() and not (short / "gan_epoch_1.png").exists()
+    done = run_program("train.py", "--resume", short, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(run, short)
+    assert_same_history(run, short)
+    words = (short / "vqvae.pth", "--generator", short / "generator.pth", "--samples", 1, "--out", "r")
+    assert run_program("predict.py", *words, cwd=folder).returncode == 0  # they belong together
+
+
+def test_resuming_a_codebook_of_moving_averages(data, folder):
+    words = ("--data", data, *SMALL, "--only", "vqvae", "--codebook", "ema")
+    whole = new_run(run_program("train.py", *words, "--epochs", 2, "--out", "ema", cwd=folder), folder / "ema")
+    half = new_run(run_program("train.py", *words, "--epochs", 1, "--out", "ema_1", cwd=folder), folder / "ema_1")
+    done = run_program("train.py", "--resume", half, "--epochs", 2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    saved = [resume_file(run)["state"]["vqvae"] for run in (whole, half)]
+    for key in ("networks", "averages"):
+        assert all(torch.equal(value, saved[1][key]["vqvae"][name]) for name, value in saved[0][key]["vqvae"].items())
+    for key in ("ema_counts", "ema_sums"):
+        assert torch.equal(saved[0]["extra"][key], saved[1]["extra"][key])
+    assert (saved[0]["extra"]["ema_counts"] > 1).any()
+
+
+def test_another_seed_gives_other_weights(data, folder, trained):
+    words = ("--data", data, *SMALL, "--epochs", 1, "--only", "vqvae", "--out", "other")
+    other = new_run(run_program("train.py", *words, cwd=folder), folder / "other")
+    a, b = (torch.load(run / "vqvae.pth", weights_only=True) for run in (trained[1], other))
+    assert not torch.equal(a["conv1.weight"], b["conv1.weight"])
+
+
+def test_resuming_with_other_data_is_refused(trained, folder, data, tmp_path):
+    _, run = trained
+    shutil.copytree(data, tmp_path / "data")
+    next((tmp_path / "data" / "keras_png_slices_train").glob("*.png")).unlink()
+    done = run_program("train.py", "--resume", run, "--data", tmp_path / "data", cwd=folder)
+    refused(done, "'train': 14", "'train': 15")
+
+
+def test_resuming_refuses_other_options_by_name_and_changes_nothing(trained, folder):
+    _, run = trained
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for words, name in (
+        (("--lr", "0.1"), "--lr"),
+        (("--seed", 1), "--seed"),
+        (("--epochs", 1), "--epochs 1"),
+        (("--epochs", 3, "--device", "meta"), "--device meta"),
+    ):
+        refused(run_program("train.py", "--resume", run, *words, cwd=folder), name)
+    refused(run_program("train.py", "--resume", "nowhere", cwd=folder), "nowhere")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_path):
+    _, run = trained
+    for stage, part, key in (("vqvae", "networks", "vqvae"), ("gan", "optimizers", "discriminator")):
+        spoilt = tmp_path / stage
+        shutil.copytree(run, spoilt)
+        saved = resume_file(spoilt)
+        saved["state"][stage][part][key] = {"weight": torch.zeros(3)}
+        torch.save(saved, spoilt / "resume.pth")
+        refused(run_program("train.py", "--resume", spoilt, cwd=folder), "resume.pth", "start a new run")
+    torch.save(VQVAE(64).state_dict(), spoilt / "vqvae.pth")
+    torch.save(resume_file(run), spoilt / "resume.pth")
+    refused(run_program("train.py", "--resume", spoilt, cwd=folder), "vqvae.pth", "has changed since the DCGAN began")
+
+
+def test_the_second_stage_alone(trained, data, folder):
+    _, run = trained
+    words = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--only", "gan")
+    done = run_program("train.py", *words, "--vqvae", run / "vqvae.pth", "--out", "gan", cwd=folder)
+    alone = new_run(done, folder / "gan")
+    assert_same_weights(run, alone)  # the stages' random numbers are their own
+    assert rows(alone, "vqvae") == []
+    refused(run_program("train.py", *words, cwd=folder), "--vqvae")
+    refused(run_program("train.py", *words, "--vqvae", run / "generator.pth", cwd=folder), "generator.pth", "no VQ-VAE")
+
+
+def test_the_reports_bare_procedure(trained, data, folder):
+    _, run = trained
+    words = ("--data", data, *SMALL, "--gan-epochs", 1, "--only", "gan", "--vqvae", run / "vqvae.pth")
+    done = run_program("train.py", *words, "--gan-training", "report", "--out", "bare", cwd=folder)
+    bare = new_run(done, folder / "bare")
+    saved = torch.load(bare / "generator.pth", weights_only=True)
+    state = resume_file(bare)["state"]["gan"]
+    embeddings = torch.load(run / "vqvae.pth", weights_only=True)["vector_quantizer.embedding.weight"]
+    assert torch.equal(saved["scale"], torch.eye(64) * embeddings.abs().max()) and not saved["shift"].any()
+    for key, value in state["networks"]["generator"].items():  # nothing is averaged
+        assert torch.equal(saved["state_dict"][key], value), key
+    assert state["extra"]["update"] == {} and len(rows(bare, "gan")) == 1
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_path):
+    _, run = trained
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    for words, said in (
+        (("--data", data, "--batch-size", 4), ("VQ-VAE: 12 epochs of 4 steps, 0 done", "DCGAN: 25 epochs of 1 ")),
+        (("--gan-epochs", 3), ("would be written to", "VQ-VAE: 5 epochs of 16 steps", "DCGAN: 3 epochs")),
+        (("--resume", run, "--epochs", 4), ("VQ-VAE: 2 epochs of 4 steps, 2 done before", f"Folder: {run}")),
+    ):
+        done = run_program("train.py", *words, "--dry-run", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for text in (*said, "Nothing was done"):
+            assert text in done.stdout
+    assert not list(tmp_path.iterdir())
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    refused(run_program("train.py", "--data", tmp_path / "no", "--dry-run", cwd=tmp_path), "no")
 
 
 @pytest.mark.parametrize(
-    "words",
+    "words, name",
     [
-        ("--batch-size", "0"),
-        ("--gan-batch-size", "-3"),
-        ("--epochs", "0"),
-        ("--gan-epochs", "1e3"),
-        ("--lr", "0"),
-        ("--gan-lr", "inf"),
-        ("--beta", "-0.1"),
-        ("--gan-betas", "0.5"),
-        ("--gan-betas", "-0.1", "0.9"),
-        ("--n-embeddings", "65537"),
-        ("--embeddings-dim", "0"),
-        ("--seed", "-1"),
-        ("--seed", "9" * 5000),
-        ("--codebook", "fsq"),
-        ("--only", "both"),
-        ("--no-such-option",),
+        (("--data", "/nowhere"), "/nowhere"),
+        (("--data", ""), "--data"),
+        (("--device", "gpu"), "--device gpu"),
+        (("--gan-betas", "0.5", "1"), "--gan-betas"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--lr", "-1"), "--lr"),
+        (("--lr", "nan"), "--lr"),
+        (("--epochs", "1.5"), "--epochs"),
+        (("--demo", "--data", "."), "--demo and --data"),
+        (("--plain", "--precision", "bfloat16"), "--plain and --precision"),
+        (("--precision", "float16"), "--precision"),
+        (("--vqvae", "x.pth"), "--only gan"),
     ],
 )
-def test_numbers_out_of_range_are_refused_by_name(words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        options.parse(list(words))
-    said = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and words[0] in said[-1] and "error: " in said[-1]
+def test_bad_options_are_refused_by_name(tmp_path, words, name):
+    refused(run_program("train.py", *words, cwd=tmp_path), name)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "only, vqvae, gan, said",
-    [
-        (None, 1, None, "VQ-VAE epoch 2"),
-        (None, 2, None, "DCGAN epoch 1"),
-        (None, 2, 1, "DCGAN epoch 2"),
-        (None, 2, 3, "the last figures"),
-        ("vqvae", 2, None, "the last figures"),
-        ("gan", None, 2, "DCGAN epoch 3"),
-    ],
-)
-def test_where_a_stopped_run_goes_on(tmp_path, only, vqvae, gan, said):
-    state = {stage: {"epoch": n} for stage, n in (("vqvae", vqvae), ("gan", gan)) if n is not None}
-    run = runs.Run(tmp_path / "a b", options.DEFAULTS | {"epochs": 2, "gan_epochs": 3, "only": only}, state)
-    assert "nothing to go on from" in options.how_to_go_on(run)
-    run.folder.mkdir()
-    run.save()
-    assert options.how_to_go_on(run).startswith(f"Stopped. It goes on with {said} by: python train.py --resume '")
+def test_a_program_of_its_own_refuses_in_one_line_and_finds_its_modules_from_any_folder(tmp_path):
+    for script in ("train.py", "predict.py"):
+        words = ("nowhere.pth",) if script == "predict.py" else ("--data", "nowhere")
+        command = [sys.executable, str(PROJECT / script), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == ""
+        assert re.fullmatch(rf"{re.escape(script)}: error: nowhere.*\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    "spoilt",
-    [
-        {"epochs": "x"},
-        {"data": None},
-        {3: 4},
-        {"seed": -1},
-        {"fast_path": {"device": "cpu", "unknown": 1}},
-        {"batch_size": 1.5},
-        {"no_such_option": 1},
-    ],
-)
-def test_options_that_no_run_has_are_not_resumed(spoilt):
-    good = options.DEFAULTS | {"data": "there", "gan_betas": [0.5, 0.999]}
-    options.check_types(good)
-    with pytest.raises((ValueError, TypeError)):
-        options.check_types(good | spoilt)
+def test_going_on_without_bad_scans_and_with_names_that_are_no_text(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "test"):
+        scans = sorted((tmp_path / "data" / f"keras_png_slices_{split}").iterdir())
+        scans[3].write_bytes(scans[3].read_bytes()[:5000])
+        os.rename(scans[0], os.fsencode(scans[0].parent) + b"/caf\xe9.png")
+    words = ("--data", "data", *SMALL, "--epochs", 1, "--only", "vqvae")
+    refused(run_program("train.py", *words, cwd=tmp_path), scans[3].name.replace("006", "001"), "--skip-bad")
+    done = run_program("train.py", *words, "--skip-bad", cwd=tmp_path)
+    run = new_run(done, tmp_path / "gen_imgs")
+    assert "Left out of train: 1 of 15 files.\n" in done.stdout and "runcated" in done.stdout
+    assert json.loads((run / "run.json").read_text())["data"]["images"] == {"train": 14, "validate": 10, "test": 10}
+    refused(run_program("predict.py", run / "vqvae.pth", cwd=tmp_path), scans[3].name, "--skip-bad")
+    done = run_program("predict.py", run / "vqvae.pth", "--skip-bad", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0 and "Left out of test: 1 of 10 files.\n" in done.stdout
+    (out,) = (tmp_path / "out").iterdir()
+    names = [line.split(",")[0] for line in (out / "scores.csv").read_text().splitlines()[1:]]
+    assert len(names) == 9 and "caf\\udce9.png" in names
+
+
+def test_a_subject_in_two_splits_is_refused_unless_it_is_allowed(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    scan = next((tmp_path / "data" / "keras_png_slices_train").glob("case_002*"))
+    shutil.copy(scan, tmp_path / "data" / "keras_png_slices_test")
+    words = ("--data", "data", *SMALL, "--epochs", 1, "--only", "vqvae")
+    refused(run_program("train.py", *words, cwd=tmp_path), "case 2", "_train", "_test", "--allow-shared-cases")
+    assert not (tmp_path / "gen_imgs").exists()
+    assert run_program("train.py", *words, "--allow-shared-cases", cwd=tmp_path).returncode == 0
+
+
+def test_a_rate_that_makes_the_loss_infinite_stops_the_run(trained, data, tmp_path):
+    _, run = trained
+    done = run_program("train.py", "--data", data, *SMALL, "--epochs", 3, "--lr", 1e30, cwd=tmp_path)
+    refused(done, "VQ-VAE epoch 1, step 2", "not finite", "learning rate")
+    words = ("--batch-size", 15, "--n-embeddings", 16, "--embeddings-dim", 4, "--only", "vqvae", "--lr", 1e39)
+    done = run_program("train.py", "--data", data, *words, "--out", "one", cwd=tmp_path)
+    # one step an epoch: its loss, before the step, is finite, and the weights after it are not
+    refused(done, "VQ-VAE epoch 1, step 1", "not finite")
+    assert not list((tmp_path / "one").glob("*/*.pth"))
+    words = ("--only", "gan", "--vqvae", run / "vqvae.pth", "--gan-epochs", 3, "--gan-lr", 1e30)
+    done = run_program("train.py", "--data", data, *SMALL, *words, cwd=tmp_path)
+    refused(done, "DCGAN epoch 1, step", "not finite", "learning rate")
+
+
+def test_bad_data_is_refused_before_a_folder_is_made(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "keras_png_slices_validate" / "case_999_slice_0.nii.png").write_bytes(b"x")
+    refused(run_program("train.py", "--data", "data", cwd=tmp_path), "case_999_slice_0.nii.png", "cannot be decoded")
+    shutil.rmtree(tmp_path / "data" / "keras_png_slices_test")
+    refused(run_program("train.py", "--data", "data", cwd=tmp_path), "keras_png_slices_test", "missing")
+    assert not (tmp_path / "gen_imgs").exists()
+
+
+def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path):
+    words = [sys.executable, "-u", str(PROJECT / "train.py")]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        first = [process.stdout.readline() for _ in range(6)]
+        process.kill()
+    assert "DEMO" in first[1] and "phantoms" in first[1]
+    assert re.search(r"512 training, 64 validation images\) \(phantoms\)", first[4])
+    assert len(list((tmp_path / "phantoms").rglob("*.png"))) == 640
+
+
+def test_help_names_every_option_with_its_default(tmp_path):
+    text = run_program("train.py", "--help", cwd=tmp_path).stdout
+    for option, default in (
+        ("--epochs", "12;"),
+        ("--gan-lr", r"0.0002\)"),
+        ("--beta", r"0.25\)"),
+        ("--out", "gen_imgs"),
+    ):
+        assert re.search(rf"{option} \S+\s[^-]*\(default:\s+{default}", text)
+    for name in (*FIELDS, "resume", "dry_run"):
+        assert f"  {flag(name)}" in text

@@ -3,13 +3,15 @@
 import io
 
 import numpy as np
+import phantom_statistics
 import pytest
-from conftest import quiet
 from PIL import Image
 
-import phantom
+from preparation import phantoms
+from support import console
+from support.console import UserError
 
-# Measured on 608 slices, every fourth, of the training split of the real OASIS-1 slices; the README says how.
+# Measured on 608 slices, every fourth, of the training split of the real OASIS-1 slices; docs/method.md says how.
 REAL = {"foreground share": 0.276, "foreground mean": 0.565, "foreground spread": 0.242, "PNG bytes": 15079}
 REAL_SLOPE = -3.39  # of log power against log frequency, 4 to 100 cycles an image
 
@@ -17,14 +19,14 @@ REAL_SLOPE = -3.39  # of log power against log frequency, 4 to 100 cycles an ima
 @pytest.fixture(scope="module")
 def subjects():
     """(6 subjects, 8 slices, 256, 256) uint8, from low to high."""
-    return np.stack([[phantom.make_slice(case, s) for s in range(0, 32, 4)] for case in range(20, 26)])
+    return np.stack([[phantoms.make_slice(case, s) for s in range(0, 32, 4)] for case in range(20, 26)])
 
 
 def test_repeatable_and_different_by_seed_case_and_slice():
-    one = phantom.make_slice(3, 10)
+    one = phantoms.make_slice(3, 10)
     assert one.shape == (256, 256) and one.dtype == np.uint8
-    assert np.array_equal(one, phantom.make_slice(3, 10))
-    for other in (phantom.make_slice(4, 10), phantom.make_slice(3, 11), phantom.make_slice(3, 10, seed=1)):
+    assert np.array_equal(one, phantoms.make_slice(3, 10))
+    for other in (phantoms.make_slice(4, 10), phantoms.make_slice(3, 11), phantoms.make_slice(3, 10, seed=1)):
         assert not np.array_equal(one, other)
 
 
@@ -53,11 +55,11 @@ def test_statistics_of_a_known_folder(tmp_path):
     folder = tmp_path / "keras_png_slices_train"
     folder.mkdir()
     values = np.repeat(np.array([0, 51, 153], np.uint8), [32768, 16384, 16384])  # in random order: a flat spectrum
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for s in range(60):
-        Image.fromarray(random.permutation(values).reshape(256, 256)).save(folder / f"case_001_slice_{s}.nii.png")
+        Image.fromarray(rng.permutation(values).reshape(256, 256)).save(folder / f"case_001_slice_{s}.nii.png")
     size = np.mean([path.stat().st_size for path in sorted(folder.iterdir())[::4]])
-    found = list(phantom.statistics(tmp_path).values())
+    found = list(phantom_statistics.statistics(tmp_path).values())
     assert found[:4] == pytest.approx([0.5, 0.4, 0.2, size])
     assert found[4] == pytest.approx(0, abs=0.05)
 
@@ -85,7 +87,7 @@ def test_slices_of_a_subject_resemble_each_other_more(subjects):
 
 
 def test_layout_and_marker(tmp_path):
-    phantom.write(tmp_path, {"train": range(1, 3), "test": range(3, 4)}, slices=3, progress=quiet)
+    phantoms.write(tmp_path, {"train": range(1, 3), "test": range(3, 4)}, slices=3)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert names == [
         "keras_png_slices_test/case_003_slice_0.nii.png",
@@ -94,31 +96,54 @@ def test_layout_and_marker(tmp_path):
         *(f"keras_png_slices_train/case_00{case}_slice_{s}.nii.png" for case in (1, 2) for s in (0, 16, 31)),
     ]
     image = Image.open(tmp_path / names[0])
-    assert image.mode == "L" and np.array_equal(np.asarray(image), phantom.make_slice(3, 0))
-    assert phantom.is_complete(tmp_path) and phantom.note(tmp_path) == "data: phantoms (synthetic)"
-    assert not phantom.is_complete(tmp_path / "keras_png_slices_test")
-    assert phantom.note(tmp_path / "keras_png_slices_test") == ""
+    assert image.mode == "L" and np.array_equal(np.asarray(image), phantoms.make_slice(3, 0))
+    assert phantoms.is_complete(tmp_path) and phantoms.are_in(tmp_path)
+    assert not phantoms.is_complete(tmp_path / "keras_png_slices_test")
+    assert not phantoms.are_in(tmp_path / "keras_png_slices_test")
 
 
-def test_phantoms_are_marked_from_the_first_file_on(tmp_path):
+def test_phantoms_are_marked_from_the_first_file_on(tmp_path, monkeypatch):
     def interrupted(items, **_):
         yield items[0]
         yield items[1]
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(console, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        phantom.write(tmp_path, {"train": range(1, 2)}, progress=interrupted)
+        phantoms.write(tmp_path, {"train": range(1, 2)})
     assert len(list(tmp_path.rglob("*.png"))) == 2
-    assert phantom.note(tmp_path) and not phantom.is_complete(tmp_path)
+    assert phantoms.are_in(tmp_path) and not phantoms.is_complete(tmp_path)
 
 
 def test_the_demo_has_enough_images():
-    sizes = {split: len(cases) * phantom.SLICES for split, cases in phantom.CASES.items()}
+    sizes = {split: len(cases) * phantoms.SLICES for split, cases in phantoms.CASES.items()}
     assert sizes["train"] >= 256 and min(sizes.values()) >= 32
-    cases = [case for numbers in phantom.CASES.values() for case in numbers]
+    cases = [case for numbers in phantoms.CASES.values() for case in numbers]
     assert len(cases) == len(set(cases))  # no subject in two splits
 
 
 def test_slice_number_out_of_range():
     with pytest.raises(ValueError, match="0 to 31"):
-        phantom.make_slice(1, 32)
+        phantoms.make_slice(1, 32)
+
+
+def test_demo_data_is_written_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(phantoms, "write", calls.append)
+    phantoms.write_demo()
+    (tmp_path / "phantoms").mkdir()
+    marker = tmp_path / "phantoms" / phantoms.MARKER
+    marker.write_text("Synthetic slices; the writing was interrupted here")
+    phantoms.write_demo()
+    assert len(calls) == 2
+    marker.write_text(phantoms.COMPLETE)
+    phantoms.write_demo()
+    assert len(calls) == 2
+
+
+def test_demo_data_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "phantoms").touch()
+    with pytest.raises(UserError, match="phantoms: cannot write"):
+        phantoms.write_demo()

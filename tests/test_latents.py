@@ -4,36 +4,37 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import PROJECT, quiet
+from conftest import PRETRAINED
 
-import codebook
-import hardware
 from dataset import OasisDataset
 from modules import VQVAE, Generator
-from prior import Latents, LatentScale, Prior, brightness_of, codebook_hash, walk
+from support import device
+from training import codebook
+from training.latents import Latents, LatentScale, Prior, brightness, codebook_hash, walk
+from training.vqvae import load_vqvae
 
 
 @pytest.fixture(scope="module")
 def train_set(data):
-    return OasisDataset(data, "train", progress=quiet)
+    return OasisDataset(data, "train")
 
 
 @pytest.fixture(scope="module")
 def vqvae(train_set):
     torch.manual_seed(0)
     model = VQVAE(64, 8).eval()
-    random = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        z_e = model.latents(train_set.__getitems__(range(15)))
-    codebook.start_from(model.vector_quantizer, z_e, random)
+        z_e = model.latents(train_set.batch(range(15)))
+    codebook.start_from(model.vector_quantizer, z_e, rng)
     for _ in range(3):
-        codebook.k_means_step(model.vector_quantizer, z_e, random)
+        codebook.k_means_step(model.vector_quantizer, z_e, rng)
     return model
 
 
 @pytest.fixture(scope="module")
 def latents(vqvae, train_set):
-    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), progress=quiet)
+    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
 
 
 def test_scale_maps_there_and_back():
@@ -48,18 +49,18 @@ def test_scale_maps_there_and_back():
 
 def test_scale_is_fitted_as_defined(vqvae, train_set, latents):
     with torch.no_grad():
-        z_e = vqvae.latents(train_set.__getitems__(range(15))).permute(0, 2, 3, 1).reshape(-1, 8).double()
-    codes = vqvae.encode(train_set.__getitems__(range(15))).flatten()
+        z_e = vqvae.latents(train_set.batch(range(15))).permute(0, 2, 3, 1).reshape(-1, 8).double()
+    codes = vqvae.encode(train_set.batch(range(15))).flatten()
     background = codes.mode().values
     shift = vqvae.vector_quantizer.embedding.weight[background].detach()
     torch.testing.assert_close(latents.scale.shift, shift)
-    scale, deviation = latents.scale.scale.double(), z_e[codes != background] - shift.double()
-    factor = deviation.square().mean().sqrt() / 0.4
+    scale, difference = latents.scale.scale.double(), z_e[codes != background] - shift.double()
+    factor = difference.square().mean().sqrt() / 0.4
     torch.testing.assert_close(scale.T @ scale, factor**2 * torch.eye(8).double(), rtol=1e-3, atol=1e-5)  # a rotation
-    in_range = deviation @ torch.linalg.inv(scale).T
+    in_range = difference @ torch.linalg.inv(scale).T
     assert in_range.square().mean().sqrt().item() == pytest.approx(0.4, rel=1e-3)
     # the direction of greatest variance, by SciPy, is spread evenly: all channels have the same share of it
-    first = torch.from_numpy(scipy.linalg.svd(deviation.numpy(), full_matrices=False)[2][0].copy())
+    first = torch.from_numpy(scipy.linalg.svd(difference.numpy(), full_matrices=False)[2][0].copy())
     shares = (torch.linalg.inv(scale) @ first).abs()
     torch.testing.assert_close(shares, shares.mean().expand(8), rtol=1e-3, atol=0)
 
@@ -80,69 +81,68 @@ def test_a_codebook_of_one_used_code_has_a_scale(train_set):
 
 def test_quantized_latents_are_embeddings(vqvae, train_set):
     scale = LatentScale.of_codebook(vqvae)
-    found = scale.from_tanh(Latents(vqvae, train_set, scale, quantized=True, progress=quiet).__getitems__([4]))
-    expected = vqvae.vector_quantizer.look_up(vqvae.encode(train_set.__getitems__([4])))
+    found = scale.from_tanh(Latents(vqvae, train_set, scale, quantized=True).batch([4]))
+    expected = vqvae.vector_quantizer.look_up(vqvae.encode(train_set.batch([4])))
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # half precision
 
 
 def test_stored_latents_equal_encoding_afresh(vqvae, train_set, latents, monkeypatch):
-    monkeypatch.setattr(hardware, "free_memory", lambda device: 0)
-    afresh = Latents(vqvae, train_set, latents.scale, progress=quiet)
+    monkeypatch.setattr(device, "free_memory", lambda device: 0)
+    afresh = Latents(vqvae, train_set, latents.scale)
     assert latents.stored and not afresh.stored
-    first, second = latents.__getitems__([3, 11, 0]), afresh.__getitems__([3, 11, 0])
+    first, second = latents.batch([3, 11, 0]), afresh.batch([3, 11, 0])
     assert first.shape == (3, 8, 64, 64) and first.dtype == torch.float32 and first.abs().max() <= 1
     torch.testing.assert_close(first, second, atol=4e-3, rtol=0)  # both rounded to half precision
     assert (first == second).float().mean() > 0.99
-    assert not Latents(vqvae, train_set, latents.scale, progress=quiet, stored=False).stored
+    assert not Latents(vqvae, train_set, latents.scale, stored=False).stored
 
 
 def test_latents_decode_to_the_image(vqvae, train_set, latents):
-    codes = vqvae.vector_quantizer.nearest(latents.scale.from_tanh(latents.__getitems__([2])))
-    expected = vqvae.encode(train_set.__getitems__([2]))
+    codes = vqvae.vector_quantizer.nearest(latents.scale.from_tanh(latents.batch([2])))
+    expected = vqvae.encode(train_set.batch([2]))
     assert (codes == expected).float().mean() > 0.95  # but for values that were clipped or fell across a boundary
 
 
 def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     torch.manual_seed(0)
     prior = Prior(Generator(embeddings_dim=8).eval(), latents.scale, vqvae)
-    noise = torch.randn(5, prior.noise_dim, 1, 1)
+    noise = prior.noise(5, torch.Generator().manual_seed(0))
     codes = prior.sample(noise)
     continuous = latents.scale.from_tanh(prior.generator(noise)).detach().permute(0, 2, 3, 1).reshape(-1, 8)
     nearest = torch.cdist(continuous.double(), vqvae.vector_quantizer.embedding.weight.double()).argmin(1)
     assert codes.shape == (5, 64, 64) and (codes.flatten() == nearest).float().mean() > 0.999
-    images = prior.sample_images(noise, at_once=2, progress=quiet)
+    images = prior.sample_images(noise, size=2)
     assert images.shape == (5, 1, 256, 256) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
 
 
-def test_calibration_gives_generated_brains_the_brightness_of_real_ones(train_set):
-    weights = torch.load(PROJECT / "resources" / "pretrained" / "vqvae.pth", weights_only=True)
-    vqvae = VQVAE.from_state_dict(weights)
-    latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), progress=quiet)
+def test_calibration_gives_generated_brains_the_brightness_real_ones(train_set):
+    vqvae = load_vqvae(PRETRAINED / "vqvae.pth")
+    latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
 
     class Weak(torch.nn.Module):
         """A generator that draws real latents at 0.7 of their amplitude: its noise holds their numbers."""
 
         def forward(self, noise):
-            return 0.7 * latents.__getitems__([int(n) for n in noise[:, 0, 0, 0]])
+            return 0.7 * latents.batch([int(n) for n in noise[:, 0, 0, 0]])
 
     prior = Prior(Weak().eval(), latents.scale, vqvae)
     noise = torch.arange(15.0).view(15, 1, 1, 1)
-    real = vqvae.decode(vqvae.encode(train_set.__getitems__(range(15)))).clamp(0, 1)
+    real = vqvae.decode(vqvae.encode(train_set.batch(range(15)))).clamp(0, 1)
     wanted = np.sqrt(np.mean(real.double().numpy().reshape(15, 16, 16, 16, 16).mean((2, 4)) ** 2))
-    assert brightness_of(real) == pytest.approx(wanted, rel=1e-5)
-    dark = brightness_of(prior.sample_images(noise, progress=quiet))
+    assert brightness(real) == pytest.approx(wanted, rel=1e-5)
+    dark = brightness(prior.sample_images(noise))
     for _ in range(2):  # a second time changes nothing
         prior.calibrate(wanted, latents.scale, noise)
-        assert brightness_of(prior.sample_images(noise, progress=quiet)) == pytest.approx(wanted, rel=0.01)
+        assert brightness(prior.sample_images(noise)) == pytest.approx(wanted, rel=0.01)
     assert dark < 0.95 * wanted
     assert (prior.scale.scale / latents.scale.scale).mean().item() == pytest.approx(1 / 0.7, rel=0.05)
     assert torch.equal(prior.scale.shift, latents.scale.shift)
 
 
 def test_walk_goes_from_one_noise_vector_to_the_other_in_equal_angles():
-    random = torch.Generator().manual_seed(0)
-    start, end = torch.randn(2, 128, 1, 1, generator=random)
+    rng = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 128, 1, 1, generator=rng)
     steps = walk(start, 1.5 * end, 7)
     assert steps.shape == (7, 128, 1, 1)
     torch.testing.assert_close(steps[0], start)
@@ -161,17 +161,6 @@ def test_checkpoint_there_and_back(vqvae, latents, tmp_path):
     again = Prior.from_checkpoint(torch.load(tmp_path / "generator.pth", weights_only=True), vqvae)
     noise = torch.randn(2, 128, 1, 1)
     assert torch.equal(prior.sample(noise), again.sample(noise))
-
-
-def test_checkpoint_with_a_factor_for_each_channel_is_read(vqvae, latents):
-    """As files of older versions have it."""
-    contents = Prior(Generator(embeddings_dim=8), latents.scale, vqvae).checkpoint()
-    factors = torch.linspace(0.5, 2, 8)
-    prior = Prior.from_checkpoint(contents | {"scale": factors}, vqvae)
-    t = torch.rand(1, 8, 2, 2)
-    torch.testing.assert_close(
-        prior.scale.from_tanh(t), t * factors[:, None, None] + latents.scale.shift[:, None, None]
-    )
 
 
 def test_checkpoint_of_another_codebook_is_refused(vqvae, latents):

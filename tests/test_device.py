@@ -7,27 +7,25 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROJECT, quiet
+from conftest import PROJECT
 
-import hardware
-import options
-import runs
-import train
 from dataset import OasisDataset
-from hardware import FastPath
 from modules import VQVAE, Generator, dcgan_init
+from support import device as module
+from support.console import UserError
+from support.device import FastPath
 
 PLAIN = FastPath("cpu", plain=True)
 
 
-def one_update(path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Losses and gradients of one update."""
+def one_step(fast_path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Losses and gradients of one step."""
     torch.manual_seed(0)
-    model = VQVAE().to(memory_format=path.layout)
+    model = VQVAE().to(memory_format=fast_path.layout)
     with torch.no_grad():  # codes that are far apart, so that rounding does not change which one is nearest
         model.vector_quantizer.embedding.weight.normal_(generator=torch.Generator().manual_seed(1))
-    path.compile(model)
-    with path.autocast():
+    fast_path.compile(model.encoder, model.decoder)
+    with fast_path.autocast():
         vq_loss, x_hat, _, _ = model(x)
     recon_loss = F.mse_loss(x_hat, x)
     (recon_loss + vq_loss).backward()
@@ -35,12 +33,12 @@ def one_update(path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "path, tolerance",
+    "fast_path, tolerance",
     [(FastPath("cpu"), 1e-4), (FastPath("cpu", compiled=True), 1e-4), (FastPath("cpu", bfloat16=True), 2**-5)],
     ids=str,
 )
-def test_fast_paths_equal_the_plain_one_within_their_rounding(path, tolerance, images):
-    expected, found = one_update(PLAIN, images[:2]), one_update(path, images[:2])
+def test_fast_paths_equal_the_plain_one_within_their_rounding(fast_path, tolerance, images):
+    expected, found = one_step(PLAIN, images[:2]), one_step(fast_path, images[:2])
     assert found.keys() == expected.keys()  # compiled or not: no prefix
     for key, value in expected.items():
         error = (found[key] - value).norm() / value.norm()
@@ -57,10 +55,10 @@ def test_losses_and_distances_stay_float32_under_autocast(images):
     assert torch.equal(codes, model.vector_quantizer.nearest(z_e.float()))
 
 
-def test_layout_is_the_paths():
-    for path in (PLAIN, FastPath("cpu")):
-        generator = Generator().apply(dcgan_init).to(memory_format=path.layout)
-        assert generator(torch.randn(2, 128, 1, 1)).is_contiguous(memory_format=path.layout)
+def test_layout_is_that_of_the_fast_path():
+    for fast_path in (PLAIN, FastPath("cpu")):
+        generator = Generator().apply(dcgan_init).to(memory_format=fast_path.layout)
+        assert generator(torch.randn(2, 128, 1, 1)).is_contiguous(memory_format=fast_path.layout)
 
 
 def test_adam_is_adam_fused_or_not_and_can_change_over_on_resuming():
@@ -77,42 +75,27 @@ def test_adam_is_adam_fused_or_not_and_can_change_over_on_resuming():
         for t, g in enumerate(gradients):
             if t == 3:
                 saved, optimizer = optimizer.state_dict(), second.adam(network, 2e-4, (0.5, 0.999))
-                second.restore(optimizer, saved)
+                second.load_adam(optimizer, saved)
                 assert optimizer.param_groups[0]["fused"] is (not second.plain)
             network.weight.grad = g[None].clone()
             optimizer.step()
         torch.testing.assert_close(network.weight[0].detach(), expected, rtol=1e-9, atol=0)
 
 
-def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):
-    train_set, validate_set = (OasisDataset(data, split, progress=quiet) for split in ("train", "validate"))
-    kept = []
-    for compiled in (False, True):
-        chosen = options.DEFAULTS | dict(epochs=1, batch_size=8, n_embeddings=16, embeddings_dim=8)
-        chosen["fast_path"] = FastPath("cpu", compiled=compiled)._asdict()
-        folder = tmp_path / str(compiled)
-        folder.mkdir()
-        run = runs.Run(folder, chosen)
-        kept.append((train.train_vqvae(train_set, validate_set, run, torch.device("cpu")), run))
-    (eager, run), (compiled, other) = kept
-    assert list(torch.load(folder / "vqvae.pth", weights_only=True)) == list(eager.state_dict())
-    assert other.rows[0]["training_loss"] == pytest.approx(run.rows[0]["training_loss"], rel=1e-3)
-
-
 def test_what_is_chosen(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(hardware, "can_compile", lambda device: True)
-    assert hardware.choose_fast_path(cpu, "auto", False, 10**6) == FastPath("cpu")
-    assert hardware.choose_fast_path(cpu, "bfloat16", False, 10) == FastPath("cpu", bfloat16=True)
-    assert hardware.choose_fast_path(cpu, "auto", True, 10) == PLAIN
+    monkeypatch.setattr(module, "can_compile", lambda device: True)
+    assert module.choose_fast_path(cpu, "auto", False, 10**6) == FastPath("cpu")
+    assert module.choose_fast_path(cpu, "bfloat16", False, 10) == FastPath("cpu", bfloat16=True)
+    assert module.choose_fast_path(cpu, "auto", True, 10) == PLAIN
     for capability, bfloat16 in (((7, 5), False), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        for n_updates, compiled in ((100, False), (3624, True)):
-            chosen = hardware.choose_fast_path(cuda, "auto", False, n_updates)
+        for n_steps, compiled in ((100, False), (3624, True)):
+            chosen = module.choose_fast_path(cuda, "auto", False, n_steps)
             assert chosen == FastPath("cuda", bfloat16=bfloat16, compiled=compiled)
-    assert not hardware.choose_fast_path(cuda, "float32", False, 10).bfloat16
-    monkeypatch.setattr(hardware, "can_compile", lambda device: False)
-    assert not hardware.choose_fast_path(cuda, "auto", False, 10**6).compiled
+    assert not module.choose_fast_path(cuda, "float32", False, 10).bfloat16
+    monkeypatch.setattr(module, "can_compile", lambda device: False)
+    assert not module.choose_fast_path(cuda, "auto", False, 10**6).compiled
 
 
 def python(code: str, **variables) -> str:
@@ -123,7 +106,7 @@ def python(code: str, **variables) -> str:
 
 
 def test_without_a_compiler_nothing_is_compiled(tmp_path):
-    code = "import hardware, torch; print(hardware.can_compile(torch.device('cpu')))"
+    code = "from support import device; import torch; print(device.can_compile(torch.device('cpu')))"
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
     assert python(code, PATH="/nonexistent", CXX="/nonexistent/c++", **cache).split()[-1] == "False"
 
@@ -132,14 +115,15 @@ def test_without_a_compiler_nothing_is_compiled(tmp_path):
 def test_freed_memory_is_kept():
     """The kernel's own count of page faults, over 20 tensors of 32 MB made and dropped one after another."""
     code = """
-        import resource, torch, hardware
+        import resource, torch
+        from support import device
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(20):
                 torch.ones(32, 64, 64, 64)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         first = faults()
-        hardware.keep_freed_memory()
+        device.keep_freed_memory()
         faults()  # until the heap has grown
         print(first, faults())
     """
@@ -149,14 +133,21 @@ def test_freed_memory_is_kept():
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = hardware.free_memory(torch.device("cpu"))
+    alone = module.free_memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert hardware.free_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.05)
+    assert module.free_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.05)
 
 
 def test_images_that_do_not_fit_on_the_device_are_kept_beside_it(data, monkeypatch):
-    expected = OasisDataset(data, "test", progress=quiet)
-    monkeypatch.setattr(hardware, "fits", lambda n_bytes, device: False)
-    meta = OasisDataset(data, "test", "meta", progress=quiet)  # torch's device that holds no data
+    expected = OasisDataset(data, "test")
+    monkeypatch.setattr("dataset.fits", lambda n_bytes, device: False)
+    meta = OasisDataset(data, "test", "meta")  # torch's device that holds no data
     assert meta.images.device.type == "cpu" and torch.equal(meta.images, expected.images)
-    assert meta.__getitems__([3, 1]).device.type == "meta"
+    assert meta.batch([3, 1]).device.type == "meta"
+
+
+def test_unknown_devices_are_named():
+    for name in ("gpu", "cuda:99", "cpu:x", "meta", "hpu", "privateuseone", ""):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            module.choose_device(name)
+    assert module.choose_device("cpu").type == "cpu" and module.choose_device("auto").type in ("cpu", "cuda", "mps")

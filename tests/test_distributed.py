@@ -1,4 +1,4 @@
-"""Two processes on the CPU against one: the same updates, the same files, one voice, one end."""
+"""Two processes on the CPU against one: the same steps, the same files, one voice, one end."""
 
 import os
 import re
@@ -10,31 +10,39 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import PROJECT, quiet, run_program
+from conftest import PRETRAINED, PROJECT, resume_file, run_program
 
-import codebook
-import gan
-import metrics
-import parallel
-from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
+from support import distributed
+from support.console import UserError
+from training import codebook, config
+from training.dcgan import BalancedUpdate
 
 SMALL = ("--batch-size", 7, "--gan-batch-size", 6, "--n-embeddings", 32, "--device", "cpu", "--seed", 5)
 EPOCHS = ("--epochs", 2, "--gan-epochs", 1)
 
 
-def torchrun(script, *words, cwd, n=2, **variables) -> subprocess.CompletedProcess:
+def torchrun(script, *words, cwd, n=2) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", script, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums depend on the number of threads; torchrun's processes have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def runs_of_one_and_two(data, tmp_path_factory):
     """The same training in one process and in two, as the program's output and the run's folder."""
-    folder = tmp_path_factory.mktemp("parallel")
+    folder = tmp_path_factory.mktemp("distributed")
     done = [
-        run_program("train.py", "--data", data, *SMALL, *EPOCHS, "--out", "one", cwd=folder, OMP_NUM_THREADS="1"),
+        run_program("train.py", "--data", data, *SMALL, *EPOCHS, "--out", "one", cwd=folder),
         torchrun(PROJECT / "train.py", "--data", data, *SMALL, *EPOCHS, "--out", "two", cwd=folder),
     ]
     for d in done:
@@ -44,8 +52,8 @@ def runs_of_one_and_two(data, tmp_path_factory):
 
 def test_two_processes_give_the_curve_of_one(runs_of_one_and_two):
     # 15 images in batches of 7: shares of 3 and 4, and a last batch that leaves one of the processes without an image
-    one, two = (torch.load(run / "resume.pth", weights_only=True) for _, run in runs_of_one_and_two)
-    losses = [torch.tensor(saved["state"]["vqvae"]["losses"]) for saved in (one, two)]
+    one, two = (resume_file(run) for _, run in runs_of_one_and_two)
+    losses = [torch.tensor(saved["state"]["vqvae"]["history"]["training_loss"]) for saved in (one, two)]
     assert len(losses[0]) == 6
     torch.testing.assert_close(losses[0][:3], losses[1][:3], rtol=1e-4, atol=0)
     # Then rounding grows, with torch 2.5 faster than with 2.15; one process with two threads differs by 5 % from one.
@@ -54,7 +62,7 @@ def test_two_processes_give_the_curve_of_one(runs_of_one_and_two):
     for key in ("training_loss", "vq_loss", "ssim_mean", "ssim_min", "ssim_max"):
         assert other[key] == pytest.approx(row[key], rel=2e-3), key
     assert row["codes_used"] == other["codes_used"]
-    assert int(two["state"]["vqvae"]["usage"].sum()) == int(one["state"]["vqvae"]["usage"].sum())
+    assert int(two["state"]["vqvae"]["extra"]["usage"].sum()) == int(one["state"]["vqvae"]["extra"]["usage"].sum())
     # what the DCGAN's discriminator sees before its first step, which magnifies rounding
     first = [
         [saved["state"]["gan"]["history"][key][0] for key in ("d_loss", "d_real", "d_fake")] for saved in (one, two)
@@ -66,8 +74,8 @@ def test_validation_counts_every_image_once(runs_of_one_and_two, tmp_path):
     """One process, scoring what two have trained, gives the same number to the last digit."""
     _, run = runs_of_one_and_two[1]
     words = (run / "vqvae.pth", "--split", "validate", "--device", "cpu")
-    done = run_program("predict.py", *words, cwd=tmp_path, OMP_NUM_THREADS="1")
-    rows = torch.load(run / "resume.pth", weights_only=True)["rows"]
+    done = run_program("predict.py", *words, cwd=tmp_path)
+    rows = resume_file(run)["rows"]
     best = max(rows[:2], key=lambda row: row["ssim_mean"])
     assert f"SSIM mean: {best['ssim_mean']:.4f}" in done.stdout
     lines = next(tmp_path.glob("gen_imgs/*/scores.csv")).read_text().splitlines()[1:]
@@ -88,13 +96,13 @@ def test_one_process_speaks_and_writes(runs_of_one_and_two):
 
 def test_two_processes_resume_what_one_began(runs_of_one_and_two, data, tmp_path):
     words = ("--data", data, *SMALL, "--epochs", 1, "--only", "vqvae", "--out", "run")
-    assert run_program("train.py", *words, cwd=tmp_path, OMP_NUM_THREADS="1").returncode == 0
+    assert run_program("train.py", *words, cwd=tmp_path).returncode == 0
     (run,) = (tmp_path / "run").iterdir()
     done = torchrun(PROJECT / "train.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = torch.load(run / "resume.pth", weights_only=True)["rows"][1]
+    row = resume_file(run)["rows"][1]
     _, whole = runs_of_one_and_two[0]
-    expected = torch.load(whole / "resume.pth", weights_only=True)["rows"][1]
+    expected = resume_file(whole)["rows"][1]
     assert row["ssim_mean"] == pytest.approx(expected["ssim_mean"], rel=1e-2)
 
 
@@ -116,13 +124,14 @@ def test_a_worker_that_dies_ends_the_job_with_its_error(data, tmp_path, death, s
     script = f"""
         import os, sys
         sys.path.insert(0, {str(PROJECT)!r})
-        import parallel, train
-        original = train.batch_sizes
-        def dying(*sizes):
-            if parallel.rank() == 1:
-                {death}
-            return original(*sizes)
-        train.batch_sizes = dying
+        import train
+        from support import distributed
+        class Dying(train.VQVAEStage):
+            def step(self, *args):
+                if distributed.rank() == 1:
+                    {death}
+                return super().step(*args)
+        train.VQVAEStage = Dying
         train.main()
     """
     (tmp_path / "dying.py").write_text(textwrap.dedent(script))
@@ -144,55 +153,57 @@ def _join(rank, work, folder):
     dist.destroy_process_group()
 
 
-def _gan_update(rank):
+def _dcgan_step(rank):
     """One update of each network by plain gradient descent, in float64, on a batch of 5."""
     torch.manual_seed(0)
     discriminator, generator = (kind().apply(dcgan_init).double() for kind in (Discriminator, Generator))
+    for network in (discriminator, generator):
+        distributed.synchronize_batch_norm(network)
     real, noise = torch.rand(5, 64, 64, 64).double() - 0.5, torch.randn(5, 128, 1, 1).double()
-    weight = parallel.weight(5)
+    weight = distributed.weight(5)
     step = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (generator, discriminator)]
-    way = gan.Balanced(generator, discriminator, step)
-    values = way.update(parallel.part(real).clone(), parallel.part(noise), weight)
+    update = BalancedUpdate(generator, discriminator, step)
+    values = update(distributed.part(real).clone(), distributed.part(noise), weight)
     found = {
         f"{type(net).__name__} {key}": v for net in (discriminator, generator) for key, v in net.state_dict().items()
     }
-    return found | {"values": parallel.total(values * weight), "ahead": way.ahead}
+    return found | {"values": distributed.total(values * weight), "lead": update.lead}
 
 
 def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
     """Batch statistics, R1's second derivatives and gradients of a batch cut into 2 and 3, against the batch in one."""
-    expected = _gan_update(0)
-    for found in in_two_processes(_gan_update, tmp_path):
+    expected = _dcgan_step(0)
+    for found in in_two_processes(_dcgan_step, tmp_path):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12, msg=key)
 
 
 def _codebook(rank):
-    """The codebook of each way after updates on batches of 3 of which each process has a part, with a revival."""
+    """The codebook of each method after steps on batches of 3 of which each process has a part, with a revival."""
     found = {}
-    for name, kind in codebook.WAYS.items():
+    for name, kind in codebook.METHODS.items():
         torch.manual_seed(0)
         model, batches = VQVAE(16, 4), torch.randn(4, 3, 4, 8, 8)
-        random = torch.Generator().manual_seed(1 + rank)  # the first process's draws are to count
+        rng = torch.Generator().manual_seed(1 + rank)  # the first process's draws are to count
         optimizer = torch.optim.Adam(model.parameters())
-        way = kind(model.vector_quantizer, optimizer)
-        for update, z_e in zip((0, 1, 109, 110), batches, strict=True):
-            if update == 110 and name == "kmeans":
-                way.usage[[2, 7]] = 0
-                if parallel.world() > 1 and rank == 0:
-                    way.usage[5] = 0  # which the other process has counted
-            part = parallel.part(z_e)
-            way.before_update(update, lambda part=part: part, 3, random)
+        method = kind(model.vector_quantizer, optimizer)
+        for step, z_e in zip((0, 1, 109, 110), batches, strict=True):
+            if step == 110 and name == "kmeans":
+                method.usage[[2, 7]] = 0
+                if distributed.world_size() > 1 and rank == 0:
+                    method.usage[5] = 0  # which the other process has counted
+            part = distributed.part(z_e)
+            method.before_step(step, lambda part=part: part, 3, rng)
             vq_loss, _, codes = model.vector_quantizer(z_e)  # the whole batch: gradients are not what is tested here
             if vq_loss.requires_grad:
                 optimizer.zero_grad()
                 vq_loss.backward()
                 optimizer.step()
-            if parallel.weight(3):
-                way.after_update(codes[parallel.share(3)])
-        found[name] = way.embeddings
-        found |= {f"{name} {key}": value for key, value in way.state().items()}
+            if distributed.weight(3):
+                method.after_step(codes[distributed.share(3)])
+        found[name] = method.embeddings
+        found |= {f"{name} {key}": value for key, value in method.state_dict().items()}
     return found
 
 
@@ -205,26 +216,31 @@ def test_the_codebooks_agree_across_processes_and_with_one(tmp_path):
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
-def test_validation_in_shares_is_validation(data, monkeypatch):
-    monkeypatch.setattr(metrics, "SCORE_BATCH", 3)
-    torch.manual_seed(0)
-    model, validate_set = VQVAE(64), OasisDataset(data, "validate", progress=quiet)
-    whole = metrics.score(model, validate_set, quiet)
-    for world in (2, 3, 8):  # 10 images make 4 batches: the last processes of 8 have nothing to do
-        parts = [metrics.score(model, validate_set, quiet, rank, world) for rank in range(world)]
-        for expected, shares in zip(whole, zip(*parts, strict=True), strict=True):
-            assert torch.equal(torch.stack(shares).sum(0), expected)
-        assert sum(int((part.ssim != 0).sum()) for part in parts) == len(validate_set)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 31])
 def test_shares_make_up_the_whole(n, monkeypatch):
     for world in (1, 2, 3, 8):
-        monkeypatch.setattr(parallel, "world", lambda world=world: world)
+        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
         parts, weights = [], []
         for rank in range(world):
-            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-            parts += list(range(n))[parallel.share(n)]
-            weights.append(parallel.weight(n))
-            assert len(parallel.part(torch.arange(n))) == max(1, round(weights[-1] * n))
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            parts += list(range(n))[distributed.share(n)]
+            weights.append(distributed.weight(n))
+            assert len(distributed.part(torch.arange(n))) == max(1, round(weights[-1] * n))
         assert parts == list(range(n)) and sum(weights) == pytest.approx(1)
+
+
+def test_half_a_launchers_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="LOCAL_RANK.*torchrun"):
+        distributed.start()
+
+
+@pytest.mark.parametrize(
+    "words", [("--batch-size", "1"), ("--only", "gan", "--gan-batch-size", "1"), ("--device", "cpu:0")]
+)
+def test_what_several_processes_cannot_do_is_refused_by_name(words, data, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    given = config.parse(["--data", str(data), *words])
+    given |= {"vqvae": str(PRETRAINED / "vqvae.pth")} if "gan" in words else {}
+    with pytest.raises(UserError, match=f"^{words[-2]} {words[-1]}: "):
+        config.begin_or_resume(given)

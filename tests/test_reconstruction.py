@@ -6,20 +6,30 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import quiet
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import codebook
 from dataset import OasisDataset
-from metrics import PRIOR_COUNT, SCORE_BATCH, Scores, adaptive_bits, codebook_use, entropy, perplexity, score, ssim
+from evaluation import reconstruction
+from evaluation.reconstruction import (
+    PRIOR_COUNT,
+    SCORE_BATCH,
+    Scores,
+    adaptive_bits,
+    codebook_usage,
+    entropy,
+    perplexity,
+    score,
+    ssim,
+)
 from modules import VQVAE
+from training import codebook
 
 
 def pairs(images):
-    random = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
 
     def noise(scale):
-        return scale * torch.randn(images.shape, generator=random)
+        return scale * torch.randn(images.shape, generator=rng)
 
     flat = torch.full_like(images, 0.5)
     return {
@@ -61,12 +71,12 @@ def test_ssim_of_identical_images_is_one(images):
 
 def test_score_is_a_plain_loop(data):
     torch.manual_seed(0)
-    dataset = OasisDataset(data, "validate", progress=quiet)
+    dataset = OasisDataset(data, "validate")
     model = VQVAE()
     with torch.no_grad():
         z_e = model.latents(dataset[0][None])
     codebook.start_from(model.vector_quantizer, z_e, torch.Generator().manual_seed(0))
-    scores = score(model, dataset, progress=quiet)
+    scores = score(model, dataset)
     usage, foreground_usage = np.zeros((64, 64, 512), int), np.zeros(512, int)
     for i in range(len(dataset)):
         x = dataset[i]
@@ -89,13 +99,13 @@ def test_score_is_a_plain_loop(data):
 
 
 def test_score_leaves_the_model_trainable_and_the_settings_as_they_were(data):
-    dataset = OasisDataset(data, "test", progress=quiet)
+    dataset = OasisDataset(data, "test")
     model = VQVAE()
     cudnn = torch.backends.cudnn
     settings = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
     cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = True, True, False
     try:
-        score(model, dataset, progress=quiet)
+        score(model, dataset)
         assert (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic) == (True, True, False)
     finally:
         cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = settings
@@ -107,10 +117,10 @@ def test_score_covers_a_smaller_last_batch():
         def __len__(self):
             return SCORE_BATCH + 3
 
-        def __getitems__(self, indices):
+        def batch(self, indices):
             return torch.stack([torch.full((1, 256, 256), i / 100) for i in indices])
 
-    scores = score(VQVAE(), Few(), progress=quiet)
+    scores = score(VQVAE(), Few())
     assert scores.ssim.shape == (SCORE_BATCH + 3,) and scores.usage.sum() == (SCORE_BATCH + 3) * 4096
 
 
@@ -135,7 +145,7 @@ def test_bits_of_codes_known_by_construction():
     usage = torch.zeros(4096, 512, dtype=torch.int32)
     usage[:2048, 0] = 100
     usage[2048:, 1] = usage[2048:, 2] = 50
-    use = codebook_use(Scores(torch.ones(100), torch.ones(100), usage, torch.tensor([0, 12, 9])))
+    use = codebook_usage(Scores(torch.ones(100), torch.ones(100), usage, torch.tensor([0, 12, 9])))
     assert use["bits_raw"] == 9 * 4096
     assert use["bits_entropy"] == pytest.approx(1.5 * 4096)  # shares 1/2, 1/4, 1/4
     assert use["bits_entropy_by_position"] == pytest.approx(2048)
@@ -144,8 +154,8 @@ def test_bits_of_codes_known_by_construction():
 
 
 def test_adaptive_bits_are_those_of_coding_one_image_after_the_other():
-    random = np.random.default_rng(0)
-    codes = random.integers(0, 5, (40, 7)) // random.integers(1, 4, 7)  # (images, positions)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 5, (40, 7)) // rng.integers(1, 4, 7)  # (images, positions)
     usage = np.stack([(codes == k).sum(0) for k in range(6)], 1)  # the sixth code is never used
     p = usage.sum(0) / usage.sum()
     bits, seen = 0.0, np.zeros((7, 6))
@@ -154,3 +164,15 @@ def test_adaptive_bits_are_those_of_coding_one_image_after_the_other():
             bits -= math.log2((seen[position, k] + PRIOR_COUNT * p[k]) / (n + PRIOR_COUNT))
             seen[position, k] += 1
     assert adaptive_bits(torch.from_numpy(usage)) == pytest.approx(bits)
+
+
+def test_validation_in_shares_is_validation(data, monkeypatch):
+    monkeypatch.setattr(reconstruction, "SCORE_BATCH", 3)
+    torch.manual_seed(0)
+    model, validate_set = VQVAE(64), OasisDataset(data, "validate")
+    whole = score(model, validate_set)
+    for world_size in (2, 3, 8):  # 10 images make 4 batches: the last processes of 8 have nothing to do
+        parts = [score(model, validate_set, rank, world_size) for rank in range(world_size)]
+        for expected, shares in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.stack(shares).sum(0), expected)
+        assert sum(int((part.ssim != 0).sum()) for part in parts) == len(validate_set)

@@ -1,4 +1,4 @@
-"""One update of the DCGAN, against the formulas of its papers."""
+"""One update of the DCGAN against the formulas of its papers."""
 
 import copy
 import math
@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import gan
 from modules import Discriminator, Generator, dcgan_init
+from training import dcgan
 
 
 @pytest.fixture
@@ -27,27 +27,27 @@ def noise():
     return torch.randn(4, 128, 1, 1, generator=torch.Generator().manual_seed(2))
 
 
-def way_of(kind, networks, lr=0.0):
+def update_of(kind, networks, lr=0.0):
     return kind(*networks, [torch.optim.SGD(network.parameters(), lr=lr) for network in networks])
 
 
-@pytest.mark.parametrize("kind", gan.WAYS.values())
+@pytest.mark.parametrize("kind", dcgan.METHODS.values())
 def test_values_are_binary_cross_entropy_and_the_mean_probabilities(kind, networks, real, noise):
     generator, discriminator = copy.deepcopy(networks)
     with torch.no_grad():
         d_real, d_fake = discriminator(real), discriminator(generator(noise))  # in training mode, apart
-    d_loss, mean_real, mean_fake, g_loss = way_of(kind, networks).update(real, noise).tolist()
+    d_loss, mean_real, mean_fake, g_loss = update_of(kind, networks)(real, noise).tolist()
     assert d_loss == pytest.approx(-(d_real.log().mean() + (1 - d_fake).log().mean()).item(), rel=1e-4)
     assert mean_real == pytest.approx(d_real.mean().item(), rel=1e-4)
     assert mean_fake == pytest.approx(d_fake.mean().item(), rel=1e-4)
     assert g_loss == pytest.approx(-d_fake.log().mean().item(), rel=1e-4)  # non-saturating
 
 
-@pytest.mark.parametrize("kind", gan.WAYS.values())
+@pytest.mark.parametrize("kind", dcgan.METHODS.values())
 def test_each_network_moves_by_its_own_loss(kind, networks, real, noise, monkeypatch):
-    monkeypatch.setattr(gan.Balanced, "gamma", 0.0)  # R1 has a test of its own
+    monkeypatch.setattr(dcgan.BalancedUpdate, "gamma", 0.0)  # R1 has a test of its own
     generator, discriminator = copy.deepcopy(networks)
-    way_of(kind, networks, 0.1).update(real.clone(), noise)
+    update_of(kind, networks, 0.1)(real.clone(), noise)
     d_real, d_fake = discriminator(real), discriminator(copy.deepcopy(generator)(noise))
     loss = -(d_real.log().mean() + (1 - d_fake).log().mean())
     slopes = torch.autograd.grad(loss, list(discriminator.parameters()))
@@ -90,21 +90,21 @@ def test_r1_is_the_squared_gradient_by_finite_differences(gamma):
         loss = F.softplus(-logits[0]).mean() + F.softplus(logits[1]).mean()
         return loss + gamma / 2 * (2 * a * real.double()).square().sum((1, 2, 3)).mean()
 
-    way = way_of(gan.Balanced, (generator, network), 1e-3)
-    way.ahead.fill_(math.log(gamma) / 5)
+    update = update_of(dcgan.BalancedUpdate, (generator, network), 1e-3)
+    update.lead.fill_(math.log(gamma) / 5)
     slope = (objective(torch.tensor(0.3001)) - objective(torch.tensor(0.2999))) / 0.0002
-    way.update(real, noise)
+    update(real, noise)
     assert (0.3 - network.a.item()) / 1e-3 == pytest.approx(slope.item(), rel=1e-3)
 
 
 def test_gamma_follows_the_running_mean_of_how_far_the_discriminator_is_ahead(networks, real, noise):
-    way = way_of(gan.Balanced, networks)
-    assert way.gamma == 1
+    update = update_of(dcgan.BalancedUpdate, networks)
+    assert update.gamma == 1
     expected = 0.0
     for _ in range(3):
-        _, mean_real, mean_fake, _ = way.update(real.clone(), noise).tolist()
+        _, mean_real, mean_fake, _ = update(real.clone(), noise).tolist()
         expected = 0.98 * expected + 0.02 * (mean_real - mean_fake)
-    assert way.gamma.item() == pytest.approx(math.exp(5 * expected), rel=1e-5) and expected != 0
-    again = way_of(gan.Balanced, networks)
-    again.restore(way.state())
-    assert again.gamma == way.gamma
+    assert update.gamma.item() == pytest.approx(math.exp(5 * expected), rel=1e-5) and expected != 0
+    again = update_of(dcgan.BalancedUpdate, networks)
+    again.load_state_dict(update.state_dict())
+    assert again.gamma == update.gamma

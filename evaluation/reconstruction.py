@@ -1,0 +1,175 @@
+"""Measures of reconstructions: SSIM as scikit-image computes it, PSNR, the one scoring function, codebook usage."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from support.console import in_batches
+from support.device import exact_float32
+
+SCORE_BATCH = 32  # fixed, so that a score does not depend on how a network was trained
+PRIOR_COUNT = 32.0  # weight, in images, of the overall code frequencies with which `adaptive_bits` starts
+FOREGROUND = 0.04  # a code position is foreground where its 4x4 pixels have a greater mean
+
+
+def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Structural similarity of each pair of images (Wang et al. 2004, "Image quality assessment").
+
+    Equals skimage.metrics.structural_similarity(x, x_hat, data_range=1.0) with its defaults: uniform 7x7 windows
+    that lie inside the image, sample covariance, K1 = 0.01, K2 = 0.03.
+
+    x and x_hat are (B, 1, H, W), H and W at least 7; x is in [0, 1], x_hat may leave that range. Returns (B,) float64,
+    at most 1; on a device without float64 the computation, and the result, are on the CPU.
+    """
+    device = torch.device("cpu") if x.device.type == "mps" else x.device
+    at_once = 2 if device.type == "cpu" else len(x)  # two images' moments stay in a CPU's cache: 5 times faster
+    pairs = zip(x.to(device).split(at_once), x_hat.to(device).split(at_once), strict=True)
+    return torch.cat([_ssim(a[:, 0].double(), b[:, 0].double()) for a, b in pairs])
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    # Variances are differences of nearly equal moments: in float32 flat regions would lose all their digits.
+    # From the sum s and the difference d of the images four window sums suffice, where x and y need five:
+    # 4xy = s² - d², 2(x² + y²) = s² + d², and so for means and (co)variances. Numerator and denominator are doubled.
+    s, d = x + y, x - y
+    mean_s2, mean_d2 = (_window_sum(m).div_(49).square_() for m in (s, d))
+    var_s, var_d = (_window_sum(m.square()).div_(49).sub_(m2).mul_(49 / 48) for m, m2 in ((s, mean_s2), (d, mean_d2)))
+    c1, c2 = 2 * 0.01**2, 2 * 0.03**2
+    similarity = (mean_s2 - mean_d2 + c1) * (var_s - var_d + c2)
+    similarity /= (mean_s2 + mean_d2 + c1) * (var_s + var_d + c2)
+    return similarity.mean((1, 2))
+
+
+def _window_sum(image: Tensor) -> Tensor:
+    """Sum over every 7x7 window: (B, H, W) -> (B, H - 6, W - 6). Sums of 7 from sums of 2."""
+    for axis in (1, 2):
+        n = image.shape[axis] - 6
+        two = image.narrow(axis, 0, n + 5) + image.narrow(axis, 1, n + 5)
+        seven = two.narrow(axis, 0, n) + two.narrow(axis, 2, n)
+        seven += two.narrow(axis, 4, n)
+        seven += image.narrow(axis, 6, n)
+        image = seven
+    return image
+
+
+def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each pair of images (B, 1, H, W), peak 1: 10 log10(1 / mean squared error).
+
+    As for SSIM, x_hat is not clamped, and the background counts.
+
+    Returns:
+        (B,) float64 on the CPU, in dB; infinite where the two are equal.
+    """
+    return -10 * (x_hat - x).square().mean((1, 2, 3)).cpu().double().log10()
+
+
+class Scores(NamedTuple):
+    """What `score` measures on a data set.
+
+    Attributes:
+        ssim: (N,) float64 on the CPU, in the data set's order.
+        psnr: (N,) float64, peak signal-to-noise ratio in dB.
+        usage: (64·64, n_embeddings) int32, number of images with each code at each position, row by row.
+        foreground_usage: (n_embeddings,) int64, number of foreground positions of all images with each code.
+    """
+
+    ssim: Tensor
+    psnr: Tensor
+    usage: Tensor
+    foreground_usage: Tensor
+
+
+@torch.no_grad()
+def score(vqvae, dataset, rank: int = 0, world_size: int = 1) -> Scores:
+    """Reconstruct every image of a data set and compare. train.py and predict.py share this function.
+
+    Args:
+        vqvae: a `modules.VQVAE`. Its layout becomes channels_last and its mode eval.
+        dataset: a `dataset.OasisDataset` with batches on the network's device.
+        rank, world_size: each of several processes scores every world_size-th batch and returns 0 for the others. The
+            sum over processes is what one process returns.
+    """
+    vqvae = vqvae.eval().to(memory_format=torch.channels_last)
+    n, device = len(dataset), vqvae.conv1.weight.device
+    n_embeddings = vqvae.vector_quantizer.embedding.num_embeddings
+    ssim_of, psnr_of = torch.zeros(2, n, dtype=torch.double)
+    usage = torch.zeros(64 * 64, n_embeddings, dtype=torch.int32, device=device)
+    foreground_usage = torch.zeros(n_embeddings, dtype=torch.int64)
+    mine = [i for i in range(n) if i // SCORE_BATCH % world_size == rank]
+    batches = in_batches(dataset, mine, SCORE_BATCH, "Scoring")
+    with exact_float32(), torch.autocast(device.type, enabled=False):
+        for i, x in enumerate(batches):
+            codes = vqvae.encode(x)
+            x_hat = vqvae.decode(codes)
+            here = mine[i * SCORE_BATCH : (i + 1) * SCORE_BATCH]
+            ssim_of[here], psnr_of[here] = ssim(x, x_hat).cpu(), psnr(x, x_hat)
+            by_position = codes.flatten(1).T  # (64·64, B)
+            usage.scatter_add_(1, by_position, torch.ones_like(by_position, dtype=torch.int32))
+            foreground = F.avg_pool2d(x, 4)[:, 0] > FOREGROUND
+            foreground_usage += torch.bincount(codes[foreground], minlength=n_embeddings).cpu()
+    return Scores(ssim_of, psnr_of, usage.cpu(), foreground_usage)
+
+
+@torch.no_grad()
+def reconstruct(vqvae, dataset, indices: Sequence[int] | None = None) -> Tensor:
+    """Images (N, 1, 256, 256) of a data set, decoded from their codes and clamped to [0, 1]."""
+    batches = in_batches(dataset, indices, SCORE_BATCH, "Reconstructing")
+    return torch.cat([vqvae.decode(vqvae.encode(x)).clamp(0, 1) for x in batches])
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """Entropy in bits of the distributions given by counts (…, n): (…).
+
+    Between 0 and log2(n); 0 where nothing was counted. k samples give at most log2(k), so few give too low a value.
+    """
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(p).sum(-1) / math.log(2)
+
+
+def perplexity(usage: Tensor) -> float:
+    """2 to the entropy of code counts (n_embeddings,): the number of equally used codes with the same entropy.
+
+    Between 1 and n_embeddings; 1 where nothing was counted.
+    """
+    return 2 ** entropy(usage).item()
+
+
+def adaptive_bits(usage: Tensor) -> float:
+    """Bits that an adaptive coder spends on all images whose codes at each position are counted in (positions, n).
+
+    The coder knows the overall frequency p_k of each code and learns the frequencies at a position from the images that
+    it has coded. After n images, n_k of which had code k there, its probability of k is
+    (n_k + PRIOR_COUNT p_k) / (n + PRIOR_COUNT). The product over images is a ratio of gamma functions
+    (Dirichlet-multinomial) and does not depend on their order; only p has to be stored beside the codes.
+    """
+    usage = usage[:, usage.sum(0) > 0].double()
+    prior = PRIOR_COUNT * usage.sum(0) / usage.sum()
+    n = usage.sum(1)
+    codes = torch.lgamma(usage + prior) - torch.lgamma(prior)
+    total = torch.lgamma(n + PRIOR_COUNT) - math.lgamma(PRIOR_COUNT)
+    return (total.sum() - codes.sum()).item() / math.log(2)
+
+
+def codebook_usage(scores: Scores) -> dict[str, float]:
+    """How the codebook is used on a data set, by the names of metrics.csv.
+
+    Bits are for one image: `bits_raw` is log2(n_embeddings) at each position, `bits_entropy` the entropy of all codes
+    together, `bits_adaptive` that of `adaptive_bits`, and `bits_entropy_by_position` the sum of the entropies at each
+    position. No coder reaches the last one: N images show at most log2(N) bits of an entropy.
+    """
+    overall = scores.usage.sum(0)
+    positions, n_embeddings = scores.usage.shape
+    return {
+        "codes_used": int((overall > 0).sum()),
+        "codes_used_10_times": int((overall >= 10).sum()),
+        "perplexity": perplexity(overall),
+        "foreground_perplexity": perplexity(scores.foreground_usage),
+        "bits_raw": positions * math.log2(n_embeddings),
+        "bits_entropy": positions * entropy(overall).item(),
+        "bits_adaptive": adaptive_bits(scores.usage) / len(scores.ssim),
+        "bits_entropy_by_position": entropy(scores.usage).sum().item(),
+    }

@@ -1,0 +1,249 @@
+"""Every figure. Nothing else imports matplotlib."""
+
+import functools
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # figures are only written to files, whatever the environment says
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from support import console, files
+
+BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#777777"  # distinguishable with colour-blind eyes (Okabe and Ito)
+STYLE = {
+    "figure.dpi": 100,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+NOTE = "data: phantoms (synthetic)"
+
+
+def _figure(draw: Callable[..., None]) -> Callable[..., None]:
+    """A method that draws the figure `name`. If it fails, it prints a warning instead."""
+
+    @functools.wraps(draw)
+    def attempt(self: "Figures", name: str, *args, **settings) -> None:
+        with console.warn_on_failure(self.folder / name):
+            draw(self, name, *args, **settings)
+
+    return attempt
+
+
+class Figures:
+    """The figures of a folder. Each method writes one PNG.
+
+    Images are grey values in [0, 1], drawn with that fixed range and never rescaled, so that figures can be compared.
+    Figures made from phantoms say so under their titles.
+    """
+
+    def __init__(self, folder: Path, phantoms: bool = False):
+        self.folder, self.phantoms = folder, phantoms
+
+    @_figure
+    def image_grid(self, name: str, images, title: str, columns: int = 8) -> None:
+        """Images (N, 1, H, W), `columns` a row, in the order given."""
+        gap, (n, _, h, w) = 4, images.shape
+        columns = min(columns, n)
+        grid = np.ones((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), np.float32)
+        for i, image in enumerate(images[:, 0].float().cpu().clamp(0, 1)):
+            top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
+            grid[top : top + h, left : left + w] = image
+        height = 8 * grid.shape[0] / grid.shape[1]
+        figure, axes = self._axes(8, height + (0.7 if self.phantoms else 0.45), title)
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+        axes.axis("off")
+        self._save(figure, name, "L")
+
+    @_figure
+    def single_image(self, name: str, image, title: str) -> None:
+        """One image (1, H, W), with the scale of its grey values and pixel axes."""
+        figure, axes = self._axes(5.2, 4.8, title)
+        shown = axes.imshow(np.asarray(image.float().cpu())[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(xlabel="x / pixels", ylabel="y / pixels")
+        axes.grid(False)
+        figure.colorbar(shown, ax=axes, label="grey value", fraction=0.046)
+        self._save(figure, name, "L")
+
+    @_figure
+    def comparison(self, name: str, x, x_hat, ssim: float, title: str) -> None:
+        """An image (1, H, W), its reconstruction, and the absolute difference of both."""
+        x, x_hat = (np.asarray(image.float().cpu())[0] for image in (x, x_hat))
+        figure, panels = _subplots(1, 3, 9.6, 3.5)
+        figure.suptitle(self._with_note(title), fontsize=STYLE["axes.titlesize"])
+        for axes, image, text in zip(
+            panels, (x, x_hat), ("original", f"reconstruction, SSIM {ssim:.4f}"), strict=False
+        ):
+            grey = axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_xlabel(text)
+        error = panels[2].imshow(abs(x - x_hat), cmap="magma", vmin=0, vmax=0.25, interpolation="nearest")
+        panels[2].set_xlabel(f"absolute difference, mean {abs(x - x_hat).mean():.4f}")
+        for axes in panels:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        figure.colorbar(grey, ax=panels[1], label="grey value", fraction=0.046)
+        figure.colorbar(error, ax=panels[2], label="grey values", fraction=0.046, extend="max")
+        self._save(figure, name)
+
+    @_figure
+    def code_map(self, name: str, codes, usage, title: str) -> None:
+        """The codes (64, 64) of one image, the most frequent one black; usage (n_embeddings,), counts of a split."""
+        codes, usage = np.asarray(codes.cpu()), np.asarray(usage.cpu())
+        background = np.bincount(codes.ravel()).argmax()
+        colours = plt.get_cmap("tab20")(codes % 20)
+        colours[codes == background] = (0, 0, 0, 1)
+        figure, (left, right) = _subplots(1, 2, 9.6, 4.6)
+        left.set_title(self._with_note(title))
+        left.imshow(colours, interpolation="nearest")
+        left.set(xlabel=f"x / code positions (black: code {background})", ylabel="y / code positions")
+        left.grid(False)
+        ranked = np.sort(usage)[::-1]
+        right.bar(np.arange(1, len(ranked) + 1), ranked, width=1, color=BLUE)
+        right.set(xlabel="code, by frequency", ylabel="positions (log scale)", yscale="log")
+        right.set_title(f"{(usage > 0).sum()} of {len(usage)} codes are used on the validation split")
+        self._save(figure, name)
+
+    @_figure
+    def ssim_by_epoch(self, name: str, rows: list[dict]) -> None:
+        """Mean validation SSIM by epoch, with the range from the worst to the best image; rows of metrics.csv."""
+        epochs, mean, low, high = ([row[key] for row in rows] for key in ("epoch", "ssim_mean", "ssim_min", "ssim_max"))
+        figure, axes = self._axes(6.4, 4.2, "Validation SSIM by epoch")
+        axes.fill_between(epochs, low, high, color=BLUE, alpha=0.2, label="worst to best image")
+        axes.plot(epochs, mean, color=BLUE, marker="o", markersize=4, label="mean")
+        axes.set(xlabel="epoch", ylabel="SSIM (1 = identical)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="lower right")
+        self._save(figure, name)
+
+    @_figure
+    def recon_losses(self, name: str, losses: list[float], rows: list[dict]) -> None:
+        """Reconstruction loss of each step, and the mean of each epoch; rows of metrics.csv."""
+        steps, means = (np.asarray([row[key] for row in rows]) for key in ("updates", "training_loss"))
+        figure, axes = self._axes(6.4, 4.2, "Training reconstruction loss")
+        axes.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, linewidth=0.6, alpha=0.6, label="each step")
+        middle = np.cumsum(steps) - (steps - 1) / 2
+        axes.plot(middle, means, color=ORANGE, marker="o", markersize=4, label="epoch mean")
+        axes.set(xlabel="step", ylabel="mean squared error (log scale)", yscale="log")
+        axes.legend()
+        self._save(figure, name)
+
+    @_figure
+    def rate_distortion(self, name: str, rows: list[dict]) -> None:
+        """PSNR and SSIM against the bits of an image's codes, a point for each epoch; rows of metrics.csv."""
+        figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)
+        first, last = rows[0]["epoch"], rows[-1]["epoch"]
+        upper.set_title(self._with_note(f"Rate and distortion on the validation split, epochs {first} to {last}"))
+        rates = (("bits_raw", GREY, "as they are"), ("bits_entropy", BLUE, "entropy"))
+        rates += (("bits_entropy_by_position", ORANGE, "by position (lower bound)"),)
+        for axes, key in ((upper, "psnr_mean"), (lower, "ssim_mean")):
+            for rate, colour, label in rates:
+                x, y = ([row[column] for row in rows] for column in (rate, key))
+                axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=0.6, label=label)
+                axes.annotate("last", (x[-1], y[-1]), (4, 4), textcoords="offset points", fontsize=9)
+        upper.set(ylabel="PSNR / dB")
+        lower.set(xlabel="bits an image", ylabel="SSIM (1 = identical)", xlim=(0, None))
+        lower.legend(loc="lower right", bbox_to_anchor=(0.96, 0.05))  # between the curves
+        self._save(figure, name)
+
+    @_figure
+    def gan_losses(self, name: str, history: dict[str, list[float]]) -> None:
+        """The DCGAN's losses (above) and the discriminator's mean outputs (below) by step, as `DCGANStage` has them."""
+        figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)
+        upper.set_title(self._with_note("DCGAN training"))
+        steps = np.arange(1, len(history["d_loss"]) + 1)
+        for axes, rows in (
+            (upper, (("d_loss", BLUE, "discriminator"), ("g_loss", ORANGE, "generator"))),
+            (lower, (("d_real", BLUE, "D(x), real latents"), ("d_fake", ORANGE, "D(G(z)), generated latents"))),
+        ):
+            for key, colour, label in rows:
+                axes.plot(steps, history[key], color=colour, linewidth=0.4, alpha=0.4)
+                axes.plot(*_smooth(steps, history[key]), color=colour, label=label)
+            axes.legend(loc="upper right", ncols=2)
+        upper.set(ylabel="binary cross entropy")
+        lower.set(xlabel="step", ylabel="mean probability of being real", ylim=(0, 1.15))  # the legend covers nothing
+        self._save(figure, name)
+
+    @_figure
+    def gan_measures(self, name: str, rows: list[dict], floor: dict) -> None:
+        """Distance of generated brains to the validation split by epoch, beside reconstructed training images.
+
+        `rows` of metrics.csv that have measures; `floor`, the same of reconstructed training images.
+        """
+        figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)
+        upper.set_title(self._with_note("Distance of generated brains to the validation split"))
+        epochs = [row["epoch"] for row in rows]
+        for size, marker in ((256, "o"), (128, "s"), (64, "^"), (32, "v"), (16, "D")):
+            values = [row[f"swd_{size}"] for row in rows]
+            upper.plot(epochs, values, color=GREY, marker=marker, markersize=4, linewidth=0.6, label=f"{size} pixels")
+        for axes, key in ((upper, "swd_mean"), (lower, "grey_values")):
+            label = "mean" if axes is upper else "generated"
+            axes.plot(epochs, [row[key] for row in rows], color=BLUE, marker="o", markersize=4, label=label)
+            axes.axhline(floor[key], color=ORANGE, linestyle="--", label="reconstructed training images")
+            axes.set(ylim=(0, None))
+        upper.set(ylabel="sliced Wasserstein distance × 10³")
+        upper.legend(ncols=2, fontsize=9)
+        lower.set(xlabel="epoch", ylabel="distance of grey values")
+        lower.xaxis.get_major_locator().set_params(integer=True)
+        lower.legend()
+        self._save(figure, name)
+
+    @_figure
+    def scores(self, name: str, ssim, cases: list, threshold: float, title: str) -> None:
+        """SSIM of each image in the data set's order, with the threshold and the mean, and their histogram.
+
+        `ssim` is (N,); `cases` are the subjects of the images: the colour changes with them.
+        """
+        ssim = np.asarray(ssim)
+        changes = np.cumsum([i > 0 and case != cases[i - 1] for i, case in enumerate(cases)])
+        figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4)
+        upper.set_title(self._with_note(title))
+        for parity, colour, label in ((0, BLUE, "images of a subject"), (1, ORANGE, "of the next one")):
+            mask = changes % 2 == parity
+            upper.scatter(np.flatnonzero(mask), ssim[mask], s=9, color=colour, label=label)
+        upper.axhline(ssim.mean(), color=GREY, label=f"mean {ssim.mean():.4f}")
+        upper.axhline(threshold, color=GREY, linestyle="--", label=f"threshold {threshold}")
+        upper.set(xlabel="image (in order of case and slice)", ylabel="SSIM (1 = identical)")
+        upper.legend(loc="best", ncols=2)
+        lower.hist(ssim, bins=min(40, max(5, len(ssim) // 5)), color=BLUE)
+        lower.axvline(ssim.mean(), color=GREY, label=f"mean {ssim.mean():.4f}")
+        lower.set(xlabel="SSIM (1 = identical)", ylabel="images")
+        self._save(figure, name)
+
+    def _axes(self, width: float, height: float, title: str):
+        figure, axes = _subplots(1, 1, width, height)
+        axes.set_title(self._with_note(title))
+        return figure, axes
+
+    def _with_note(self, title: str) -> str:
+        return f"{title}\n{NOTE}" if self.phantoms else title
+
+    def _save(self, figure, name: str, mode: str = "RGB") -> None:
+        """Write a figure; mode "L" if it has no colour: a grid of grainy brains takes half a megabyte even so."""
+        drawn = io.BytesIO()
+        try:
+            figure.savefig(drawn, format="png")
+            with files.atomically(self.folder / name) as temporary:
+                Image.open(drawn).convert(mode).save(temporary, format="png", optimize=True)
+        finally:
+            plt.close(figure)
+
+
+def _subplots(rows: int, columns: int, width: float, height: float, **settings):
+    with plt.rc_context(STYLE):
+        return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **settings)
+
+
+def _smooth(x: np.ndarray, y: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Running mean over a fiftieth of the curve."""
+    width = max(1, len(y) // 50)
+    return x[width - 1 :] - (width - 1) / 2, np.convolve(y, np.ones(width) / width, "valid")

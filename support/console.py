@@ -1,0 +1,119 @@
+"""What a program says and hears: progress, signals, and errors as one line."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from support import distributed
+
+
+class UserError(Exception):
+    """Something that the user can fix. The message names the file or option at fault and says what to do."""
+
+
+class Stopped(SystemExit):
+    """A signal ends the program. The exit status is 128 plus the signal's number: 130 for SIGINT, 143 for SIGTERM."""
+
+
+_received: list[int] = []  # numbers of the signals that have arrived
+
+
+def heed_signals() -> None:
+    """From now on, SIGINT and SIGTERM take effect at the next call of `stop_if_signalled`.
+
+    A second signal ends the program at once.
+    """
+
+    def remember(number: int, frame) -> None:
+        _received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, remember)
+
+
+def stop_if_signalled() -> None:
+    """Raise `Stopped` if a signal has arrived."""
+    if _received:
+        raise Stopped(128 + _received[0])
+
+
+class _PlainLines:
+    """A file for tqdm that writes each update as a line of its own to standard error."""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(*args, **settings) -> tqdm:
+    """A tqdm progress bar. Where standard error is not a terminal, it is a plain line every 15 seconds.
+
+    TQDM_DISABLE=1 in the environment silences it; the tests do so.
+    """
+    if not sys.stderr.isatty():
+        settings |= {"file": _PlainLines(), "mininterval": 15, "maxinterval": 15, "delay": 5}
+        settings["bar_format"] = "{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(*args, **settings)
+
+
+def in_batches(dataset, indices: Sequence[int] | None = None, size: int = 32, desc: str = "") -> Iterator[Tensor]:
+    """Walk through a data set in batches, with a progress bar. A signal takes effect between two batches.
+
+    `indices` says which images, in order; by default all of a data set that has `batch(indices)`, as
+    `dataset.OasisDataset` has. The last batch may be smaller than `size`. `desc` is what the progress bar says.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    with progress(total=len(indices), desc=desc, unit=" images", leave=False) as bar:
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            yield dataset.batch(part)
+            bar.update(len(part))
+            stop_if_signalled()
+
+
+@contextlib.contextmanager
+def warn_on_failure(path: Path) -> Iterator[None]:
+    """Turn any exception into a warning: a figure that cannot be drawn must not cost hours of training."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {path}: could not be written and is left out ({error})", file=sys.stderr)
+
+
+def run_program(main: Callable[[], None], name: str) -> None:
+    """Run a program's `main`. What its user can fix ends it with one line and exit status 1, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the shell
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
+    try:
+        main()
+    except UserError as error:
+        _fail(f"{name}: error: {error}")
+    except OSError as error:  # a full disk, a folder without write permission
+        _fail(f"{name}: error: {error.filename or 'output'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        _fail(f"{name}: error: out of memory; try a smaller batch, codebook or number of samples")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    if not distributed.is_first():
+        time.sleep(distributed.GRACE)  # rank 0 usually has the same error and reports it first
+    print(message, file=sys.__stderr__)
+    sys.exit(1)

@@ -1,0 +1,166 @@
+"""The device: which one, its free memory, exact arithmetic on it, and what makes training fast there."""
+
+import contextlib
+import ctypes
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from support.console import UserError
+
+# Compiling takes about half a minute. On a CPU it saves nothing once freed memory is kept (benchmarks/speed.py).
+COMPILING_REPAYS = 1000  # steps on a GPU
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name. "auto" is CUDA, then MPS, then the CPU. Each of several processes has its own GPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError
+        torch.zeros(1, device=device)
+    except Exception:  # torch reports a missing device in many ways
+        raise UserError(f"--device {name}: no such device here; try --device cpu") from None
+    return device
+
+
+def fits(n_bytes: int, device: torch.device) -> bool:
+    """Whether so many bytes are at most half of the free memory of the device."""
+    return n_bytes <= free_memory(device) / 2
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that this process can still have on a device; 8 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    try:
+        (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+        free.append(int(line.split()[1]) * 1024)
+        (line,) = [line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
+        group = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
+        for folder in (group, *group.parents):  # a container's or a cluster's job may be limited at each level
+            with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+                limit, used = ((folder / f"memory.{name}").read_text() for name in ("max", "current"))
+                free.append(int(limit) - int(used))
+    except (OSError, ValueError):
+        pass
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun, for one machine
+    return min(free, default=8 * 2**30) // max(int(processes) if processes.isdecimal() else 1, 1)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Switch off TF32 and the timing by which cuDNN chooses algorithms: a score must not depend on the day.
+
+    Also a decorator, as in `@exact_float32()`.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, False, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+
+
+class FastPath(NamedTuple):
+    """What makes training fast: chosen once for a run and kept when it is resumed on the same type of device.
+
+    Attributes:
+        device: the type of device that it was chosen for.
+        plain: none of the rest: standard layout, float32 without TF32, eager, the C library's own allocator.
+        bfloat16: the encoder's convolutions run under autocast. The decoder does not: where the grey level of the black
+            background is off by 0.003, SSIM falls by 8 %, and the steps of bfloat16 are that coarse.
+        compiled: encoder and decoder are compiled.
+    """
+
+    device: str
+    plain: bool = False
+    bfloat16: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        if self.plain:
+            return "standard layout, float32, not compiled (--plain)"
+        precision = "encoder in bfloat16" if self.bfloat16 else "float32" + " (TF32)" * (self.device == "cuda")
+        return f"channels_last, {precision}, {'compiled' if self.compiled else 'not compiled'}"
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.contiguous_format if self.plain else torch.channels_last
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
+
+    def adam(self, network: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+        fused = not self.plain and self.device in ("cpu", "cuda")
+        return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=fused)
+
+    def load_adam(self, optimizer: torch.optim.Adam, saved: dict) -> None:
+        """Load an optimizer's `state_dict`, fused or not as on this device, not as on the one that saved it."""
+        for group in saved["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]
+        optimizer.load_state_dict(saved)
+
+    def compile(self, *networks: nn.Module) -> None:
+        """Compile networks in place if that was chosen: their structure and the keys of their weights stay."""
+        for network in networks if self.compiled else ():
+            network.compile()
+
+    def set_up(self) -> None:
+        """Make the settings that hold for the whole process."""
+        torch.backends.cudnn.allow_tf32 = not self.plain  # for convolutions; the quantizer's distances stay float32
+        torch.backends.cudnn.benchmark = not self.plain
+        if not self.plain:
+            keep_freed_memory()
+
+
+def choose_fast_path(device: torch.device, precision: str, plain: bool, n_steps: int) -> FastPath:
+    """The fast path for a device and a run of `n_steps`. Precision "auto" is bfloat16 on GPUs that have it."""
+    cuda = device.type == "cuda"
+    if precision == "auto":
+        precision = "bfloat16" if cuda and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    if plain:
+        return FastPath(device.type, plain=True)
+    compiled = cuda and n_steps >= COMPILING_REPAYS and can_compile(device)
+    return FastPath(device.type, bfloat16=precision == "bfloat16", compiled=compiled)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, found by trying: it needs a C++ compiler, and Triton on a GPU."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(nn.ReLU())(torch.zeros(8, device=device))
+        return True
+    except Exception:  # each missing part has an error of its own
+        return False
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next step instead of returning it to the system.
+
+    A training step allocates and frees about a hundred tensors of 30 MB. glibc returns blocks of that size at once, and
+    the system then fills each new page with zeros: a third of a step's time. (See mallopt(3), which is glibc's own.)
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_top_pad, 256 * 2**20)

@@ -1,0 +1,151 @@
+"""Files that are never torn, and checkpoints loaded with care."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support.console import UserError
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """`with atomically(path) as temporary`: what is written to `temporary` gets the name `path` when it is complete."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may be writing the same file
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # otherwise a power cut may leave the new name on an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # the temporary name means nothing to a reader
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(contents: Any, path: Path) -> None:
+    """`torch.save` that never leaves a torn file."""
+    buffer = io.BytesIO()  # torch's own writer hides that a disk is full
+    torch.save(contents, buffer)
+    with atomically(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load(path: str | Path, build: Callable[[Any], Any] = lambda contents: contents) -> Any:
+    """Return `build(contents)` of a file that `save` wrote. Only tensors and plain values are read, never code.
+
+    Raises:
+        UserError: the file cannot be read, is not a checkpoint, or `build` refuses its contents with a ValueError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
+            with open(path, "rb") as file:
+                if not zipfile.is_zipfile(file):  # perhaps torch's format of before 2020, which has no checksums
+                    raise ValueError
+                if zipfile.ZipFile(file).testzip() is not None:  # torch does not look at checksums
+                    raise ValueError
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name the file in it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: is not a checkpoint, or holds more than weights; it was not loaded") from None
+    except Exception:  # a damaged archive shows itself in many ways: RuntimeError, EOFError, KeyError, …
+        raise UserError(
+            f"{path}: is damaged, or is not a checkpoint of torch 1.6 or later; it was not loaded"
+        ) from None
+    try:
+        return build(contents)
+    except ValueError as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+    except Exception:  # a file of another origin can hold anything: sparse, quantized, complex tensors, …
+        raise UserError(f"{path}: does not hold what is expected here; it was not loaded") from None
+
+
+def cpu_state(network: nn.Module) -> dict[str, Tensor]:
+    """The network's `state_dict` as it is written to files: on the CPU, in standard layout."""
+    return {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+
+
+def load_state(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """`load_state_dict` that reports a mismatch in one line.
+
+    Raises:
+        ValueError: a key is missing or unknown, a shape or dtype differs, or a value is not finite.
+    """
+    name, expected = type(network).__name__, network.state_dict()
+    if not isinstance(state, dict):
+        raise ValueError(f"it does not hold the weights of a {name}")
+    for key in sorted(expected.keys() | state.keys(), key=str):
+        if key not in state:
+            raise ValueError(f"it does not hold the weights of this {name} ('{key}' is missing)")
+        if key not in expected:
+            raise ValueError(f"it holds more than the weights of this {name} ('{str(key)[:99]}')")
+        if not isinstance(state[key], Tensor) or state[key].shape != expected[key].shape:
+            raise ValueError(f"its '{key}' does not have the shape {tuple(expected[key].shape)} of this {name}")
+        if state[key].is_floating_point() != expected[key].is_floating_point():
+            raise ValueError(f"its '{key}' is {state[key].dtype}, not {expected[key].dtype}")
+        if not state[key].to(expected[key].dtype).isfinite().all():  # a float64 may be too large for float32
+            raise ValueError(f"its '{key}' holds values that are not finite")
+    network.load_state_dict(state)
+
+
+def write_json(path: Path, contents: dict) -> None:
+    """Write a dict as JSON; what JSON does not know is written as text."""
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """The dict in a JSON file; {} if there is no such file.
+
+    Raises:
+        UserError: the file exists but cannot be read, or holds something else.
+    """
+    try:
+        contents = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); repair or remove it") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: was not written by train.py; repair or remove it")
+    return contents
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
+    """Write rows as CSV with a header; a value that a row lacks is left empty."""
+    with atomically(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:
+    """`path` as given if it exists, else `path` under `out`.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    for candidate in (Path(path), Path(out) / path):
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{path}: no such file or folder, here or under {out}/")
+
+
+def one_line(error: Exception | str | Path) -> str:
+    """What an error says, as one printable line of at most 300 characters: it may quote a file's contents."""
+    words = "".join(c if c.isprintable() else " " for c in str(error)).split()
+    return " ".join(words)[:300]

@@ -1,0 +1,208 @@
+"""The folder of a run: its record, its lock, the commit of an epoch, and resuming."""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support import files
+from support.console import UserError
+from support.device import FastPath
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+RESUME_FILE = "resume.pth"
+
+
+@dataclasses.dataclass
+class Run:
+    """One run of train.py and its folder.
+
+    Attributes:
+        config, folder: the options, a dataclass; where everything is written, None until a new run begins.
+        state: what resuming needs besides the options, by stage: `epoch`, `history` and the stage's own keys.
+        rows: the rows of metrics.csv so far.
+        outdated: files that no longer belong to the run; `begin` removes them.
+        device, fast_path: where and how the networks are trained; set before `begin`.
+        phantoms: whether the data are phantoms. Every figure and every line with a figure says so.
+    """
+
+    config: Any
+    folder: Path | None = None
+    state: dict[str, dict] = dataclasses.field(default_factory=dict)
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    outdated: list[Path] = dataclasses.field(default_factory=list)
+    device: torch.device = torch.device("cpu")
+    fast_path: FastPath | None = None
+    phantoms: bool = False
+    _handle: int | None = None  # of the lock
+
+    def begin(self, data: dict) -> None:
+        """Make the folder of a new run and write run.json. A resumed run keeps what it recorded at first.
+
+        `data` is the folder, whether it holds phantoms, and the number of images in each split. Raises UserError if the
+        folder cannot be made, or if the data of a resumed run have other numbers of images.
+        """
+        here = environment(self.device)
+        if self.folder is None:
+            self.folder = new_folder(self.config.out)
+            self._lock()
+            record = here | {"resumed": []}
+        else:
+            self._lock()
+            record = here | {"resumed": []} | read_record(self.folder)
+            images = record.get("data", {}).get("images", data["images"])
+            if images != data["images"]:
+                raise UserError(f"{data['folder']}: has {data['images']} images, the run began with {images}")
+            record["resumed"] = [*record["resumed"], here]
+            self.save()  # raised numbers of epochs must outlast an interruption
+            for path in (*self.outdated, *self.folder.glob(".*.tmp")):  # the latter were left by a kill
+                path.unlink(missing_ok=True)
+        options = dataclasses.asdict(self.config)
+        record |= {"options": options, "seed": options["seed"], "data": data, "fast_path": self.fast_path._asdict()}
+        files.write_json(self.folder / "run.json", record)
+
+    def _lock(self) -> None:
+        """Keep other processes from writing to the folder. Raises UserError if another one is at work there."""
+        if fcntl is None:
+            return
+        self._handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is at work on this run; wait for it or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        """Let other processes write to the folder again."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def rows_of(self, stage: str) -> list[dict]:
+        """The rows of one stage, "vqvae" or "gan"."""
+        return [row for row in self.rows if row["stage"] == stage]
+
+    def save(self) -> None:
+        """Write metrics.csv, then resume.pth. An epoch is complete when this has returned."""
+        columns = dict.fromkeys(key for row in self.rows for key in row)
+        files.write_csv(self.folder / "metrics.csv", columns, self.rows)
+        contents = {"options": dataclasses.asdict(self.config), "state": self.state, "rows": self.rows}
+        fast_path = self.fast_path._asdict() if self.fast_path else None
+        files.save(contents | {"fast_path": fast_path}, self.folder / RESUME_FILE)
+
+    def say(self, line: str) -> None:
+        """Print a line that holds a figure."""
+        print(line + mark(self.phantoms), flush=True)
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around code that reads a resumed run's state: raise UserError where the state does not fit.
+
+        resume.pth may have been edited, or damaged in ways that loading does not show.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {files.one_line(error)}"
+            path = self.folder / RESUME_FILE
+            raise UserError(f"{path}: does not fit this run ({reason}); start a new run") from None
+
+
+def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
+    """The run in a folder (as given, or under gen_imgs/), as `Run.save` left it after its last complete epoch.
+
+    `config` is the dataclass of its options, `stages` are the names that a stage may have.
+
+    Raises:
+        UserError: the folder holds no run to resume.
+    """
+    folder = files.find(path)
+    if not (folder / RESUME_FILE).is_file():
+        raise UserError(f"{folder}: holds no {RESUME_FILE}, so there is no epoch to resume from; start a new run")
+    run = Run(None, folder)
+    with run.restoring():
+        saved = files.load(folder / RESUME_FILE)
+        run.config, run.state, run.rows = config(**saved["options"]), saved["state"], saved["rows"]
+        run.fast_path = FastPath(**saved["fast_path"])
+        if not isinstance(run.rows, list):
+            raise ValueError("it was not written by train.py")
+        for stage, part in run.state.items():
+            epochs = [row["epoch"] for row in run.rows_of(stage)]
+            if stage not in stages or epochs != list(range(1, part["epoch"] + 1)):
+                raise ValueError(f"the rows of {stage} are not those of its epochs")
+    return run
+
+
+def read_record(folder: Path) -> dict:
+    """The record of the run in a folder, run.json; {} if there is none. Raises UserError if it is not train.py's."""
+    record = files.read_json(folder / "run.json")
+    data, resumed = record.get("data", {}), record.get("resumed", [])
+    if not isinstance(data, dict) or not isinstance(data.get("folder", ""), str) or not isinstance(resumed, list):
+        raise UserError(f"{folder / 'run.json'}: was not written by train.py; repair or remove it")
+    return record
+
+
+def mark(phantoms: bool) -> str:
+    """The end of every printed line with a figure."""
+    return " (phantoms)" if phantoms else ""
+
+
+def new_folder(out: str | Path, suffix: str = "") -> Path:
+    """Make out/<YYYY-MM-DD_HH-MM-SS><suffix>, with _2, _3 … if it exists. Raises UserError if it cannot be made."""
+    name = time.strftime("%Y-%m-%d_%H-%M-%S") + suffix
+    for number in range(1, 1000):
+        folder = Path(out) / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                break
+        except OSError as error:
+            raise UserError(f"{out}: cannot make a folder there ({error.strerror}); name another with --out") from None
+    raise UserError(f"{out}: cannot make a folder there; name another with --out")
+
+
+def environment(device: torch.device) -> dict:
+    """What is needed to repeat a run: command, commit, versions and machine."""
+    packages = ("torchvision", "numpy", "scikit-image", "matplotlib", "pillow")
+    return {
+        "command": [sys.executable, *sys.argv],
+        "commit": _commit() or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def _commit() -> str:
+    project = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", project, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+    except OSError:  # no git on this machine
+        return ""

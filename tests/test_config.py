@@ -1,0 +1,104 @@
+"""The options of train.py: ranges, resuming, the fast path of a run."""
+
+import pytest
+import torch
+
+from support import device
+from support.device import FastPath
+from support.run import Run, open_run
+from training import config
+from training.config import Config
+
+
+def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def chosen(run, where, n_images):
+        run.device = where
+        return config.choose_run_fast_path(run, n_images)
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    run = Run(Config(), tmp_path, fast_path=FastPath("cpu", bfloat16=True))
+    assert chosen(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
+    assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
+    assert chosen(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 steps do not repay it
+    run.fast_path, run.config.only = None, "gan"
+    assert chosen(run, cuda, 9664) == FastPath("cuda")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch-size", "0"),
+        ("--gan-batch-size", "-3"),
+        ("--epochs", "0"),
+        ("--gan-epochs", "1e3"),
+        ("--lr", "0"),
+        ("--gan-lr", "inf"),
+        ("--beta", "-0.1"),
+        ("--gan-betas", "0.5"),
+        ("--gan-betas", "-0.1", "0.9"),
+        ("--n-embeddings", "65537"),
+        ("--embeddings-dim", "0"),
+        ("--seed", "-1"),
+        ("--seed", "9" * 5000),
+        ("--codebook", "fsq"),
+        ("--only", "both"),
+        ("--no-such-option",),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        config.parse(list(words))
+    said = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and words[0] in said[-1] and "error: " in said[-1]
+
+
+@pytest.mark.parametrize(
+    "only, vqvae, gan, said",
+    [
+        (None, 1, None, "VQ-VAE epoch 2"),
+        (None, 2, None, "DCGAN epoch 1"),
+        (None, 2, 1, "DCGAN epoch 2"),
+        (None, 2, 3, "the last figures"),
+        ("vqvae", 2, None, "the last figures"),
+        ("gan", None, 2, "DCGAN epoch 3"),
+    ],
+)
+def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
+    state = {stage: {"epoch": n} for stage, n in (("vqvae", vqvae), ("gan", gan)) if n is not None}
+    run = Run(Config(epochs=2, gan_epochs=3, only=only), tmp_path / "a b", state)
+    assert "nothing to resume" in config.how_to_resume(run)
+    run.folder.mkdir()
+    run.save()
+    assert config.how_to_resume(run).startswith(f"Stopped. Resume with {said} by: python train.py --resume '")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"epochs": "x"},
+        {"epochs": True},
+        {"data": 3},
+        {"3": 4},
+        {"seed": -1},
+        {"gan_betas": [0.5]},
+        {"codebook": "fsq"},
+        {"plain": 1},
+        {"batch_size": 1.5},
+        {"no_such_option": 1},
+    ],
+)
+def test_values_that_no_option_has_are_refused(spoilt):
+    good = {"data": "there", "gan_betas": [0.5, 0.999]}
+    assert Config(**good).gan_betas == (0.5, 0.999)
+    with pytest.raises((ValueError, TypeError)):
+        Config(**good | spoilt)
+
+
+def test_what_a_run_saves_is_what_it_is_resumed_with(tmp_path):
+    run = Run(Config(data="there", lr=2e-3, demo=True), tmp_path, fast_path=FastPath("cpu", plain=True))
+    run.save()
+    again = open_run(tmp_path, Config, config.STAGES)
+    assert again.config == run.config and again.fast_path == run.fast_path

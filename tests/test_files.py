@@ -1,0 +1,183 @@
+"""Files that are never torn, and checkpoints loaded with care."""
+
+import io
+import pickle
+import resource
+import struct
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from modules import VQVAE, Discriminator, Generator
+from support import files
+from support.console import UserError
+from training.vqvae import load_vqvae
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    files.save([1], tmp_path / "x.pth")
+    with pytest.raises(pickle.PicklingError), files.atomically(tmp_path / "x.pth") as temporary:
+        temporary.write_bytes(b"half of")
+        raise pickle.PicklingError
+    assert files.load(tmp_path / "x.pth") == [1] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as where a quota is reached
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            files.save(VQVAE().state_dict(), tmp_path / "vqvae.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / "vqvae.pth") and not list(tmp_path.iterdir())
+
+
+class Payload:
+    """Pickled code that leaves a trace when it is run."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "folder", "pickle", "missing", "without checksums"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind):
+    path, trace = tmp_path / "x.pth", tmp_path / "trace"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "garbage":
+        path.write_bytes(b"\x80garbage" * 100)
+    elif kind == "truncated":
+        torch.save(VQVAE().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:300_000])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "without checksums":
+        torch.save(VQVAE().state_dict(), path, _use_new_zipfile_serialization=False)
+    elif kind == "pickle":
+        torch.save({"x": Payload(trace)}, path)
+    with pytest.raises(UserError) as caught:
+        load_vqvae(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert not trace.exists()
+
+
+def on_a_gpu(contents: bytes) -> bytes:
+    """A checkpoint as a machine with a GPU would have written it: its tensors' place is "cuda:0"."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(contents)) as before, zipfile.ZipFile(written, "w") as after:
+        for name in before.namelist():
+            part = before.read(name)
+            if name.endswith("data.pkl"):
+                cpu, cuda = (b"X" + struct.pack("<I", len(word)) + word for word in (b"cpu", b"cuda:0"))
+                assert cpu in part
+                part = part.replace(cpu, cuda)
+            after.writestr(name, part)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["as saved", "on a GPU", "half precision", "ordered"])
+def test_weights_of_other_origin_load(tmp_path, kind):
+    model, path = VQVAE(16, 4), tmp_path / "x.pth"
+    state = {key: value.half() if kind == "half precision" else value for key, value in model.state_dict().items()}
+    torch.save(
+        OrderedDict(state) if kind == "ordered" else state,
+        path,
+        _use_new_zipfile_serialization=kind != "the old format",
+    )
+    if kind == "on a GPU":
+        path.write_bytes(on_a_gpu(path.read_bytes()))
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match="CUDA"):
+                torch.load(path, weights_only=True)  # as it is, it wants a GPU
+    loaded = load_vqvae(path).state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(loaded[key], value, rtol=1e-3 if kind == "half precision" else 0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda value: value * torch.nan, "not finite"),
+        (lambda value: value[:-1], "does not have the shape"),
+        (lambda value: value.to_sparse(), "."),
+        (lambda value: value.to(torch.complex64), "complex64"),
+        (lambda value: "text", "does not have the shape"),
+        (lambda value: value.double() * 1e300, "not finite"),
+    ],
+)
+def test_spoilt_weights_are_refused_in_one_line(tmp_path, spoil, said):
+    state = VQVAE(16, 4).state_dict()
+    state["conv1.weight"] = spoil(state["conv1.weight"])
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=said) as caught:
+        load_vqvae(tmp_path / "x.pth")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.pth'}: ") and "\n" not in str(caught.value)
+
+
+def test_a_file_is_quoted_on_one_line_and_briefly(tmp_path):
+    state = VQVAE(16, 4).state_dict() | {"con\n\x1b[31m" + 5000 * "x": torch.zeros(1)}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="more than the weights") as caught:
+        load_vqvae(tmp_path / "x.pth")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_a_codebook_that_is_larger_than_its_file_is_refused(tmp_path):
+    state = VQVAE(16, 4).state_dict() | {"vector_quantizer.embedding.weight": torch.zeros(1, 1).expand(2**23, 64)}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no VQ-VAE"):
+        load_vqvae(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("contents", [[1, 2], 7, {"a": 1}, {"vector_quantizer.embedding.weight": 3}])
+def test_other_contents_are_refused_in_one_line(tmp_path, contents):
+    files.save(contents, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth: it holds no VQ-VAE"):
+        load_vqvae(tmp_path / "x.pth")
+
+
+def test_find_looks_here_then_under_gen_imgs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gen_imgs" / "a").mkdir(parents=True)
+    assert files.find("a").resolve() == tmp_path / "gen_imgs" / "a"
+    (tmp_path / "a").mkdir()
+    assert files.find("a").resolve() == tmp_path / "a"
+
+
+def test_load_vqvae_restores_sizes_and_weights(tmp_path):
+    model = VQVAE(20, 8)
+    files.save(files.cpu_state(model), tmp_path / "x.pth")
+    again = load_vqvae(tmp_path / "x.pth")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not again.training
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda state: state.pop("conv1.bias"), "'conv1.bias' is missing"),
+        (lambda state: state.update(extra=torch.zeros(1)), "more than the weights"),
+        (lambda state: state.update({"conv1.bias": torch.zeros(3)}), "shape"),
+        (lambda state: state.update({"conv1.bias": torch.full((64,), torch.nan)}), "not finite"),
+        (lambda state: state.pop("vector_quantizer.embedding.weight"), "no codebook"),
+        (lambda state: state.update({"vector_quantizer.embedding.weight": torch.zeros(0, 64)}), "no codebook"),
+        (lambda state: state.update({7: torch.zeros(1)}), "more than the weights"),
+    ],
+)
+def test_load_vqvae_refuses(tmp_path, spoil, message):
+    state = files.cpu_state(VQVAE())
+    spoil(state)
+    files.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        load_vqvae(tmp_path / "x.pth")
+
+
+def test_generators_weights_are_no_discriminators():
+    with pytest.raises(ValueError, match="Discriminator"):
+        files.load_state(Discriminator(), Generator().state_dict())

@@ -1,0 +1,136 @@
+"""The training loop: averages, checks, means, and which epoch is kept."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import OasisDataset
+from evaluation import reconstruction
+from modules import Generator
+from support.console import UserError
+from support.device import FastPath
+from support.run import Run
+from training import fit
+from training.config import Config
+from training.vqvae import VQVAEStage
+
+
+def new_run(folder: Path, compiled: bool = False, **options) -> Run:
+    folder.mkdir(exist_ok=True)
+    return Run(Config(**options), folder, fast_path=FastPath("cpu", compiled=compiled))
+
+
+def test_average_follows_the_weights_and_batchnorm_statistics():
+    average, model = Generator(), Generator()
+    start = copy.deepcopy(average)
+    model.net[0][1].running_mean += 3
+    model.net[0][1].num_batches_tracked += 5
+    fit.update_average(average, model, 10**6, 0.9)
+    for key, value in average.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.9 * start.state_dict()[key] + 0.1 * model.state_dict()[key])
+    assert average.net[0][1].num_batches_tracked == 5
+
+
+def test_average_of_a_short_run_forgets_its_start():
+    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        average.weight.fill_(1000.0)
+        model.weight.fill_(1.0)
+    for step in range(1, 101):
+        fit.update_average(average, model, step, 0.999)
+    assert average.weight.item() == pytest.approx(1, abs=0.05)
+
+
+def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
+    """The report's system kept the wrong epoch; here SSIM is made to fall after the second."""
+    train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
+    seen = []
+
+    def falling(vqvae, dataset, rank, world_size):
+        seen.append(copy.deepcopy(vqvae.state_dict()))
+        ssim = torch.tensor([[0.2, 0.4], [0.5, 0.7], [0.1, 0.9], [0.6, 0.6]][len(seen) - 1], dtype=torch.double)
+        return reconstruction.Scores(ssim, 20 + ssim, torch.ones(4096, 16), torch.ones(16))
+
+    monkeypatch.setattr(reconstruction, "score", falling)
+    run = new_run(tmp_path, epochs=4, batch_size=15, n_embeddings=16, embeddings_dim=4)
+    stage = VQVAEStage(run, train_set, validate_set)
+    fit.fit(stage, run)
+    kept = stage.best()
+    assert all(torch.equal(value, seen[1][key]) for key, value in kept.state_dict().items())
+    assert not torch.equal(kept.conv1.weight, seen[3]["conv1.weight"])
+
+
+def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):
+    """And compiling leaves no prefix in the keys of vqvae.pth."""
+    train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
+    train_set.files, train_set.images = train_set.files[:14], train_set.images[:14]  # each batch has the same size
+    losses = []
+    for compiled in (False, True):
+        run = new_run(tmp_path / str(compiled), compiled, epochs=1, batch_size=2)
+        stage = VQVAEStage(run, train_set, validate_set)
+        fit.fit(stage, run)
+        losses.append(run.rows[0]["training_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    keys = list(torch.load(tmp_path / "True" / "vqvae.pth", weights_only=True))
+    assert keys == list(torch.load(tmp_path / "False" / "vqvae.pth", weights_only=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name():
+    fit.check_finite(torch.tensor([1.0, 2.0]), "VQ-VAE epoch 2", 16)
+    losses = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.inf, 4.0]])  # of steps 14, 15 and 16
+    with pytest.raises(UserError, match="VQ-VAE epoch 2, step 15: .*not finite"):
+        fit.check_finite(losses, "VQ-VAE epoch 2", 16)
+
+
+def test_means_over_images_weigh_the_smaller_last_batch():
+    sizes = fit.batch_sizes(10, 4)
+    assert sizes == [4, 4, 2] and fit.batch_sizes(8, 4) == [4, 4] and fit.batch_sizes(3, 32) == [3]
+    assert fit.mean_over_images(torch.tensor([1.0, 1.0, 4.0]), sizes) == pytest.approx((8 * 1 + 2 * 4) / 10)
+
+
+class OneWeight(fit.Stage):
+    """The smallest stage: a weight that each step raises by the mean of its batch. No more is needed for a new one."""
+
+    name, title, columns = "gan", "One weight", ("loss",)
+    epochs, batch_size, average_decay = 3, 4, 0.5
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.network = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.network.weight)
+        self.networks, self.optimizers = {"one": self.network}, {}
+        self.averages = {"one": copy.deepcopy(self.network)}
+
+    def data(self):
+        class Numbers(torch.utils.data.Dataset):
+            def __len__(self):
+                return 10
+
+            def __getitems__(self, indices):
+                return torch.tensor(indices, dtype=torch.float)
+
+        return Numbers()
+
+    def step(self, batch, n, step, rng):
+        with torch.no_grad():
+            self.network.weight += batch.mean()
+        assert len(batch) == n
+        return batch.mean()[None]
+
+
+def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path):
+    run = new_run(tmp_path)
+    stage = OneWeight(run)
+    fit.fit(stage, run)
+    assert [row["updates"] for row in run.rows] == [3, 3, 3]
+    assert [row["loss"] for row in run.rows] == pytest.approx([4.5] * 3)  # each of 0 to 9 once an epoch
+    total = sum(run.state["gan"]["history"]["loss"])
+    assert stage.network.weight.item() == pytest.approx(total) and len(run.state["gan"]["history"]["loss"]) == 9
+    resumed = Run(run.config, tmp_path, run.state, run.rows, fast_path=run.fast_path)
+    again = OneWeight(resumed)
+    again.epochs = 4
+    fit.fit(again, resumed)
+    assert again.network.weight.item() > stage.network.weight.item() and resumed.rows[-1]["epoch"] == 4

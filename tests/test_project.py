@@ -1,0 +1,121 @@
+"""The lines that set the project up, what git keeps out, and the rules of the house."""
+
+import ast
+import hashlib
+import re
+import subprocess
+from graphlib import TopologicalSorter
+
+import pytest
+from conftest import PROJECT
+
+
+def test_environment_yml_installs_the_one_list_of_packages():
+    lines = (PROJECT / "environment.yml").read_text().splitlines()
+    assert lines[0] == "name: conda-torch"
+    assert "  - python>=3.11" in lines and lines[-2:] == ["  - pip:", "      - -r requirements.txt"]
+    wanted = [line for line in (PROJECT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+>=[\d.]+", line) for line in wanted)
+    packages = [line.split(">=")[0] for line in wanted]
+    assert packages == [
+        "torch",
+        "torchvision",
+        "numpy",
+        "matplotlib",
+        "scikit-image",
+        "tqdm",
+        "pillow",
+        "scipy",
+        "jinja2",
+    ]
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (PROJECT / ".ci" / "run").read_text()
+    readme = (PROJECT / "README.md").read_text()
+    assert all(f"make {target}" in readme for target in ("brains", "demo", "test"))
+
+
+def test_what_runs_write_is_ignored_by_git():
+    paths = [
+        "gen_imgs/x/vqvae.pth",
+        "phantoms/x.png",
+        "keras_png_slices_data/x.png",
+        ".venv/x",
+        "keras_png_slices_test/x",
+    ]
+    done = subprocess.run(["git", "check-ignore", *paths], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.split() == paths
+
+
+def test_no_scan_is_tracked():
+    done = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True)
+    assert "train.py" in done.stdout.splitlines()
+    assert not [name for name in done.stdout.splitlines() if re.search(r"case_\d+|\.nii|\.xz$|\.npz$", name)]
+
+
+def test_the_pretrained_weights_are_those_that_their_page_describes():
+    folder = PROJECT / "resources" / "pretrained"
+    for name, size in (("vqvae.pth", 1_000_000), ("generator.pth", 10_000_000)):
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert f"| SHA-256 | `{digest}` |" in (folder / "README.md").read_text()
+        assert (folder / name).stat().st_size < size
+
+
+FOLDERS = ("training", "dataset", "report", "preparation", "evaluation", "modules", "support")
+MAY_IMPORT = {  # imports point downwards only
+    "train": {*FOLDERS},
+    "predict": {*FOLDERS},
+    "training": {"training", "dataset", "report", "preparation", "evaluation", "modules", "support"},
+    "dataset": {"preparation", "support"},
+    "report": {"report", "support"},
+    "preparation": {"preparation", "support"},
+    "evaluation": {"evaluation", "support"},
+    "modules": set(),
+    "support": {"support"},
+}
+CODE = [path for top in MAY_IMPORT for path in (*PROJECT.glob(f"{top}.py"), *PROJECT.glob(f"{top}/*.py"))]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_the_house(path):
+    """Who may import whom, no import inside a function, and sizes."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    ours = {name.split(".")[0] for name in names} & MAY_IMPORT.keys()
+    assert ours <= MAY_IMPORT[path.relative_to(PROJECT).parts[0].removesuffix(".py")]
+    assert all(
+        node.col_offset == 0 or isinstance(parent, ast.Try)
+        for parent in ast.walk(tree)
+        for node in ast.iter_child_nodes(parent)
+        if node in imports
+    )
+    assert len(text.splitlines()) <= 280
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_no_circles():
+    """A file never imports itself by way of others."""
+
+    def module(path):
+        return ".".join(path.relative_to(PROJECT).with_suffix("").parts)
+
+    known = {module(path) for path in CODE}
+    graph = {}
+    for path in CODE:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)} & known
+            elif isinstance(node, ast.Import):
+                found |= {name.name for name in node.names} & known
+        graph[module(path)] = found
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_only_the_reports_four_files_are_python_at_the_top():
+    assert {path.name for path in PROJECT.glob("*.py")} == {"train.py", "predict.py", "dataset.py", "modules.py"}

@@ -1,0 +1,103 @@
+"""The folder of a run: names, the lock, the record, resuming; and seeds."""
+
+import re
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from support import files, seeds
+from support.console import UserError
+from support.device import FastPath
+from support.run import Run, new_folder, open_run, read_record
+
+STAGES = ("vqvae", "gan")
+
+
+@dataclass
+class Options:
+    seed: int = 0
+    data: str | None = None
+
+
+def test_folders_of_the_same_second_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "2030-01-02_03-04-05")
+    names = [new_folder(tmp_path / "out").name for _ in range(3)]
+    assert names == ["2030-01-02_03-04-05", "2030-01-02_03-04-05_2", "2030-01-02_03-04-05_3"]
+    assert new_folder(tmp_path / "out", "_predict").name == "2030-01-02_03-04-05_predict"
+
+
+def test_folder_name_is_the_time(tmp_path):
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", new_folder(tmp_path).name)
+
+
+def test_folder_where_a_file_is(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out"):
+        new_folder(tmp_path / "file")
+
+
+def test_resuming_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_run(tmp_path / "nowhere", Options, STAGES)
+    with pytest.raises(UserError, match="no resume.pth"):
+        open_run(tmp_path, Options, STAGES)
+    row, good = {"stage": "vqvae", "epoch": 1}, {"options": {}, "fast_path": {"device": "cpu"}}
+    files.save({**good, "state": {"vqvae": {"epoch": 1}}, "rows": [row]}, tmp_path / "resume.pth")
+    open_run(tmp_path, Options, STAGES)
+    for contents in (
+        [1],
+        {**good, "state": {}, "rows": 3},
+        {**good, "state": {"vqvae": {}}, "rows": []},
+        {**good, "state": {"vqvae": {"epoch": "x"}}, "rows": [row]},
+        {**good, "state": {"vqvae": {"epoch": 2}}, "rows": [row]},
+        {**good, "state": {"other": {"epoch": 0}}, "rows": []},
+        {**good, "state": {"vqvae": {"epoch": 1}}, "rows": [{}]},
+        {**good, "state": {}, "rows": [], "options": {"no_such_option": 1}},
+        {**good, "state": {}, "rows": [], "fast_path": {"device": "cpu", "unknown": 1}},
+    ):
+        files.save(contents, tmp_path / "resume.pth")
+        with pytest.raises(UserError, match="resume.pth: does not fit.*start a new run"):
+            open_run(tmp_path, Options, STAGES)
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path):
+    first, second = Run(Options(), tmp_path), Run(Options(), tmp_path)
+    first._lock()
+    with pytest.raises(UserError, match="another process is at work on this run"):
+        second._lock()
+    first.release()
+    second._lock()
+
+
+def test_run_there_and_back(tmp_path):
+    rows = [
+        {"stage": "vqvae", "epoch": 1, "ssim_mean": 0.123456789012345678},
+        {"stage": "gan", "epoch": 1, "d_loss": 2.5},
+    ]
+    run = Run(Options(seed=3), tmp_path, {"vqvae": {"epoch": 1, "model": {"w": torch.arange(3)}}}, rows)
+    run.fast_path = FastPath("cpu")
+    run.save()
+    again = open_run(tmp_path, Options, STAGES)
+    assert again.config == run.config and again.rows == rows
+    assert torch.equal(again.state["vqvae"]["model"]["w"], torch.arange(3))
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines == ["stage,epoch,ssim_mean,d_loss", f"vqvae,1,{rows[0]['ssim_mean']!r},", "gan,1,,2.5"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"data": null}', "{half", '"x"', '{"data": {"folder": 5}}', '{"resumed": {}}', "[" * 100_000]
+)
+def test_what_is_no_run_json_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match="run.json: .*repair or remove it"):
+        read_record(tmp_path)
+
+
+def test_derived_seeds_differ_and_repeat():
+    found = {seeds.derived_seed(s, stream, e) for s in range(5) for stream in seeds.STREAMS for e in range(50)}
+    assert len(found) == 5 * len(seeds.STREAMS) * 50
+    assert seeds.derived_seed(1, "gan", 2) == seeds.derived_seed(1, "gan", 2)
+    for seed in found:
+        torch.Generator().manual_seed(seed)

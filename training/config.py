@@ -1,0 +1,275 @@
+"""The options of train.py, each declared once, and the run that they begin or resume.
+
+The parser, the demo's defaults, the check on resuming, the dry run and run.json all derive from `Config`.
+"""
+
+import argparse
+import dataclasses
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from dataset import SPLITS, find_data, list_scans
+from preparation import phantoms
+from support import distributed, files
+from support.console import UserError
+from support.device import FastPath, choose_device, choose_fast_path
+from support.run import RESUME_FILE, Run, open_run
+from training import codebook, dcgan
+from training.vqvae import load_vqvae
+
+STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_")}  # in order: the title and the prefix of its options
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A range of numbers, as the `type` of an argparse option: `low` to below `below`, described by `text`."""
+
+    kind: type
+    low: float
+    text: str
+    below: float = math.inf
+
+    def __call__(self, word: str) -> int | float:
+        try:
+            value = self.kind(word)
+        except ValueError:
+            value = math.nan
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"{word} is not {self.text}")
+        return value
+
+    def __contains__(self, value: Any) -> bool:
+        return type(value) in (int, self.kind) and self.low <= value < self.below
+
+
+COUNT = Number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
+SEED = Number(int, 0, "a whole number from 0 to 2147483647", below=2**31)
+SIZE = Number(int, 1, "a whole number from 1 to 65536", below=65537)
+RATE = Number(float, sys.float_info.min, "a number above 0")
+WEIGHT = Number(float, 0, "a number of 0 or more")
+BETA = Number(float, 0, "a number from 0 to below 1", below=1)
+
+
+def _option(default: Any, group: str, text: str, *, demo: Any = None, resumable: bool = False, **argument: Any) -> Any:
+    """A field of `Config`: its default, the demo's if another, whether `--resume` accepts a new value, and further
+    arguments of `ArgumentParser.add_argument`. Defaults are the report's where it gives one."""
+    metadata = {"group": group, "text": text, "demo": demo, "resumable": resumable, "argument": argument}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Config:
+    """The options of train.py."""
+
+    # fmt: off
+    data: str | None = _option(
+        None, "data", "folder of keras_png_slices_train, _validate and _test (default: $OASIS_DIR, else "
+        "./keras_png_slices_data, else the demo)", resumable=True, metavar="DIR")
+    demo: bool = _option(False, "data", "train on phantoms, written to ./phantoms once, for fewer epochs")
+    skip_bad: bool = _option(False, "data", "leave out scans that cannot be used, and list them")
+    allow_shared_cases: bool = _option(
+        False, "data", "accept data with a subject in two splits, although scores will be too good")
+
+    out: str = _option("gen_imgs", "run", "where the run's folder is made", metavar="DIR")
+    seed: int = _option(0, "run", "of weights, order and noise", type=SEED, metavar="N")
+    device: str = _option(
+        "auto", "run", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", resumable=True, metavar="NAME")
+    precision: str = _option(
+        "auto", "run", "of the encoder's convolutions; auto is bfloat16 on GPUs that have it, else float32",
+        choices=("auto", "float32", "bfloat16"))
+    plain: bool = _option(False, "run", "without what is there for speed alone: standard layout, float32, eager")
+    only: str | None = _option(None, "run", "one stage alone; gan needs --vqvae", choices=tuple(STAGES))
+    vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only gan", metavar="PATH")
+
+    epochs: int = _option(
+        12, "VQ-VAE", "passes over the training images", demo=5, resumable=True, type=COUNT, metavar="N")
+    batch_size: int = _option(32, "VQ-VAE", "images in a step, of all processes together", type=COUNT, metavar="N")
+    lr: float = _option(1e-3, "VQ-VAE", "learning rate of Adam", type=RATE, metavar="RATE")
+    beta: float = _option(0.25, "VQ-VAE", "weight of the commitment loss", type=WEIGHT, metavar="B")
+    n_embeddings: int = _option(512, "VQ-VAE", "size of the codebook", type=SIZE, metavar="N")
+    embeddings_dim: int = _option(64, "VQ-VAE", "length of an embedding", type=SIZE, metavar="D")
+    codebook: str = _option(
+        "kmeans", "VQ-VAE", "how codes are kept in use: kmeans (start from data, revive dead codes), paper (the loss "
+        "alone) or ema (moving averages)", choices=tuple(codebook.METHODS))
+
+    gan_epochs: int = _option(
+        25, "DCGAN", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
+    gan_batch_size: int = _option(32, "DCGAN", "latents in a step, of all processes together", type=COUNT, metavar="N")
+    gan_lr: float = _option(2e-4, "DCGAN", "learning rate of Adam", type=RATE, metavar="RATE")
+    gan_betas: tuple[float, float] = _option(
+        (0.5, 0.999), "DCGAN", "betas of Adam", type=BETA, nargs=2, metavar=("B1", "B2"))
+    gan_training: str = _option(
+        "balanced", "DCGAN", "balanced (what keeps both networks in balance) or report (the report's bare procedure)",
+        choices=tuple(dcgan.METHODS))
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a value, perhaps from an edited resume.pth, is not one that an option can have."""
+        self.gan_betas = tuple(self.gan_betas)
+        for field in dataclasses.fields(self):
+            value, argument = getattr(self, field.name), field.metadata["argument"]
+            if value is None and field.default is None:
+                continue
+            values = value if isinstance(field.default, tuple) else (value,)
+            kind = str if field.default is None else type(field.default)
+            allowed = argument.get("type") or argument.get("choices")
+            ok = all(each in allowed for each in values) if allowed else isinstance(value, kind)
+            if not ok or len(values) != argument.get("nargs", 1):
+                raise ValueError(f"option {field.name} is {value!r}")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def flag(name: str) -> str:
+    """The option of a field: gan_lr is --gan-lr."""
+    return "--" + name.replace("_", "-")
+
+
+def stages(config: Config) -> list[tuple[str, str, int, int]]:
+    """The stages that a run trains, in order: name, title, epochs, batch size."""
+    return [
+        (name, title, getattr(config, f"{prefix}epochs"), getattr(config, f"{prefix}batch_size"))
+        for name, (title, prefix) in STAGES.items()
+        if config.only in (None, name)
+    ]
+
+
+def parse(words: list[str] | None, description: str | None = None) -> dict[str, Any]:
+    """The options given, and only those, by name; beside those of `Config`, "resume" and "dry_run"."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {}
+    for name, field in FIELDS.items():
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        argument, text = dict(field.metadata["argument"]), field.metadata["text"]
+        if isinstance(field.default, bool):
+            argument["action"] = "store_true"
+        elif field.default is not None:
+            demo = field.metadata["demo"]
+            text += f" (default: {field.default}; in the demo: {demo})" if demo else f" (default: {field.default})"
+        groups[group].add_argument(flag(name), help=text, **argument)
+    resumable = [flag(name) for name, field in FIELDS.items() if field.metadata["resumable"]]
+    text = f"continue the run in this folder; only {', '.join(resumable)} may change, epochs upwards"
+    groups["run"].add_argument("--resume", metavar="RUN", help=text)
+    groups["run"].add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    return vars(parser.parse_args(words))
+
+
+def begin_or_resume(given: dict[str, Any]) -> Run:
+    """A new run, or the one to resume. Its folder is not touched yet.
+
+    Raises:
+        UserError: options contradict each other, or something that they name is not there.
+    """
+    run = _resumed_run(given) if "resume" in given else _new_run(given)
+    size, device = distributed.world_size(), choose_device(run.config.device)
+    if size > 1 and (device.type == "mps" or ":" in run.config.device):
+        raise UserError(f"--device {run.config.device}: several processes need --device cuda (one GPU each) or cpu")
+    for stage, _, _, batch_size in stages(run.config):
+        if batch_size < size:
+            name = flag(STAGES[stage][1] + "batch_size")
+            raise UserError(f"{name} {batch_size}: less than one image for each of {size} processes")
+    return run
+
+
+def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
+    """A run with every option. If it has no data, phantoms are written for it, unless it is a dry one."""
+    if given.get("demo") and "data" in given:
+        raise UserError("--demo and --data contradict each other; give one of them")
+    if given.get("plain") and given.get("precision") == "bfloat16":
+        raise UserError("--plain and --precision bfloat16 contradict each other; give one of them")
+    if (given.get("only") == "gan") != ("vqvae" in given):
+        raise UserError("--only gan needs --vqvae PATH, and only then is it used")
+    choose_device(given.get("device", Config.device))  # before phantoms are written for nothing
+    if "vqvae" in given:
+        given["vqvae"] = str(files.find(given["vqvae"]).resolve())
+        load_vqvae(given["vqvae"])
+    data = None if given.get("demo") else find_data(given.get("data"))
+    if data is not None:
+        return Run(Config(**given | {"data": str(data.resolve())}))
+    print("=" * 78)
+    print("DEMO: training on phantoms, synthetic brain slices. No real scan is used, and")
+    print("no figure below is a result. With OASIS data: python train.py --data DIR")
+    print("=" * 78, flush=True)
+    data = phantoms.DEMO_FOLDER if dry else phantoms.write_demo()
+    defaults = {name: field.metadata["demo"] for name, field in FIELDS.items() if field.metadata["demo"] is not None}
+    return Run(Config(**defaults | given | {"demo": True, "data": str(data.resolve())}))
+
+
+def _resumed_run(given: dict[str, Any]) -> Run:
+    """The run to resume, its options changed as `given` where that is allowed."""
+    run = open_run(given.pop("resume"), Config, STAGES)
+    for name, value in given.items():
+        if not FIELDS[name].metadata["resumable"]:
+            raise UserError(f"{flag(name)} cannot change on resuming; leave it out")
+        before = getattr(run.config, name)
+        if name in ("epochs", "gan_epochs") and value < before:
+            raise UserError(f"{flag(name)} {value}: the run has {before}; it can only be raised")
+    if "data" in given:
+        given["data"] = str(find_data(given["data"]).resolve())
+    run.config = dataclasses.replace(run.config, **given)
+    if run.config.only == "gan":
+        run.config.vqvae = str((run.folder / "vqvae.pth").resolve())
+    print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
+    if "gan" in run.state and run.config.only != "gan" and run.state["vqvae"]["epoch"] < run.config.epochs:
+        print("The VQ-VAE trains on, so the DCGAN begins anew.")
+        del run.state["gan"]
+        run.rows = run.rows_of("vqvae")
+        run.outdated = [run.folder / "generator.pth", run.folder / "discriminator.pth", *run.folder.glob("gan_*.png")]
+    return run
+
+
+def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
+    """The run's fast path: kept when it is resumed, chosen anew if that is on another type of device."""
+    config = run.config
+    if run.fast_path and run.fast_path.device == run.device.type:
+        return run.fast_path
+    if config.only == "gan":  # which has neither compiled nor bfloat16 networks
+        return choose_fast_path(run.device, "float32", config.plain, 0)
+    n_steps = config.epochs * math.ceil(n_images / config.batch_size)
+    return choose_fast_path(run.device, config.precision, config.plain, n_steps)
+
+
+def print_plan(given: dict[str, Any]) -> None:
+    """Print what train.py would do with these options. Nothing is written and no image is read."""
+    run = _resumed_run(given) if "resume" in given else _new_run(given, dry=True)
+    config, data = run.config, Path(run.config.data)
+    if data.is_dir():
+        counts = {split: len(list_scans(data, split)) for split in SPLITS}
+        print(f"Data: {data} ({', '.join(f'{n} {split}' for split, n in counts.items())} files)")
+    else:
+        counts = {"train": len(phantoms.CASES["train"]) * phantoms.SLICES}
+        print(f"Data: phantoms, which would be written to {data} ({counts['train']} training images)")
+    print(f"Device: {choose_device(config.device)}. Folder: {run.folder or 'a new one in ' + config.out}")
+    for stage, title, epochs, batch_size in stages(config):
+        done, steps = run.state.get(stage, {}).get("epoch", 0), math.ceil(counts["train"] / batch_size)
+        print(f"{title}: {epochs - done} epochs of {steps} steps, {done} done before")
+    options = dataclasses.asdict(config)
+    print("Options: " + ", ".join(f"{name} {value}" for name, value in options.items() if value is not None))
+    print("Nothing was done (--dry-run).")
+
+
+def how_to_resume(run: Run) -> str:
+    """What to print when a run is stopped."""
+    if run.folder is None or not (run.folder / RESUME_FILE).exists():
+        return "Stopped. No epoch was complete, so there is nothing to resume."
+    for stage, title, epochs, _ in stages(run.config):
+        done = run.state.get(stage, {}).get("epoch", 0)
+        if done < epochs:
+            return f"Stopped. Resume with {title} epoch {done + 1} by: {resume_command(run)}"
+    return f"Stopped. Resume with the last figures by: {resume_command(run)}"
+
+
+def resume_command(run: Run) -> str:
+    """The command that resumes a run."""
+    start = "python" if distributed.world_size() == 1 else "torchrun ..."
+    return f"{start} train.py --resume {shlex.quote(str(run.folder))}"

@@ -1,0 +1,259 @@
+"""The DCGAN's stage, and its two ways of updating: balanced, and the report's bare procedure (`--gan-training`).
+
+Both minimise binary cross entropy, with the non-saturating loss for the generator (arXiv 1406.2661, section 3), as
+arXiv 1511.06434 does. Latents are (B, D, 64, 64) in [-1, 1].
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset import OasisDataset
+from evaluation import generation
+from evaluation.reconstruction import reconstruct
+from modules import VQVAE, Discriminator, Generator, dcgan_init
+from report.plots import Figures
+from support import distributed, files, seeds
+from support.console import UserError
+from support.run import Run
+from training.fit import Stage
+from training.latents import Latents, LatentScale, Prior, brightness, codebook_hash
+
+
+class PlainUpdate:
+    """The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
+
+    Real latents are quantized. Real and generated latents go through the discriminator in separate batches. The
+    networks are in training mode; the optimizers are those of the generator and of the discriminator.
+    """
+
+    fit_scale = LatentScale.of_codebook  # (vqvae, train_set) -> the map between latents and the generator's range
+    quantized = True  # whether real latents are embeddings, or the encoder's output before quantization
+    average_decay = 0.0  # of the EMA of the generator's weights that samples are drawn with
+    calibrated = False  # whether generated brains are given the brightness of real ones (`latents.Prior.calibrate`)
+
+    def __init__(self, generator, discriminator, optimizers):
+        self.generator, self.discriminator = generator, discriminator
+        self.generator_optimizer, self.discriminator_optimizer = optimizers
+
+    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+        """Update the discriminator, then the generator, on real latents (B, D, 64, 64) and noise (B, noise_dim, 1, 1).
+
+        These are this process's part of the batch, and `weight` is its share.
+
+        Returns:
+            (4,): the discriminator's loss, mean D(x) and mean D(G(z)) before its step, and the generator's loss.
+        """
+        # (1) Update D: minimise -log D(x) - log(1 - D(G(z))), plus a penalty
+        fake = self.generator(noise)
+        d_real, d_fake = self.discriminator.logits(real), self.discriminator.logits(fake.detach())
+        d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
+        loss = d_loss + self.penalty(real, d_real)
+        _step(self.discriminator, self.discriminator_optimizer, loss * weight)
+        # (2) Update G: minimise -log D(G(z))
+        g_loss = cross_entropy(self.discriminator.logits(fake), 1)
+        _step(self.generator, self.generator_optimizer, g_loss * weight)
+        return torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
+
+    def penalty(self, real: Tensor, d_real: Tensor) -> Tensor | float:
+        """What is added to the discriminator's loss, given its logits (B, 1) of real latents."""
+        return 0.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What resuming needs besides networks and optimizers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a `state_dict`."""
+
+
+class BalancedUpdate(PlainUpdate):
+    """Keeps generator and discriminator in balance.
+
+    - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ = exp(5 d)
+      follows the discriminator's lead d, the running mean of D(x) - D(G(z)).
+    - Real latents are continuous: the discriminator cannot tell them by their lying on embeddings.
+    - Samples are drawn with a short EMA of the generator's weights: a long one blurs fine detail.
+    """
+
+    fit_scale = LatentScale.fit
+    quantized = False
+    average_decay = 0.95
+    calibrated = True
+    r1_strength = 5.0
+    lead_decay = 0.98  # of the running mean
+
+    def __init__(self, generator, discriminator, optimizers):
+        super().__init__(generator, discriminator, optimizers)
+        self.lead = next(discriminator.parameters()).new_zeros(())
+
+    @property
+    def gamma(self) -> Tensor:
+        return (self.r1_strength * self.lead).exp()
+
+    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+        values = super().__call__(real.requires_grad_(True), noise, weight)
+        self.lead.lerp_(distributed.total((values[1] - values[2]) * weight), 1 - self.lead_decay)
+        return values
+
+    def penalty(self, real: Tensor, d_real: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
+        return self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"ahead": self.lead}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.lead.copy_(state["ahead"])
+
+
+METHODS = {"balanced": BalancedUpdate, "report": PlainUpdate}
+
+
+def cross_entropy(logits: Tensor, target: int) -> Tensor:
+    """Binary cross entropy of logits (B, 1) with one target for all."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def _step(network, optimizer, loss: Tensor) -> None:
+    """One step of one network: the gradients of the other are not computed."""
+    optimizer.zero_grad()
+    loss.backward(inputs=list(network.parameters()))
+    distributed.sum_gradients(network)
+    optimizer.step()
+
+
+class DCGANStage(Stage):
+    """Train the DCGAN (arXiv 1511.06434) on the training split's latents.
+
+    Samples are drawn with an EMA of the generator's weights; generated latents are snapped to embeddings and decoded.
+
+    Args:
+        run, vqvae, train_set, validate_set: all on the run's device.
+        method: how the networks are updated; None for the one that the config names.
+        n_measures: how often in a run generated brains are compared with the validation split.
+    """
+
+    name, title = "gan", "DCGAN"
+    columns = ("d_loss", "d_real", "d_fake", "g_loss")
+
+    def __init__(
+        self,
+        run: Run,
+        vqvae: VQVAE,
+        train_set: OasisDataset,
+        validate_set: OasisDataset,
+        method: type[PlainUpdate] | None = None,
+        n_measures: int = 10,
+    ):
+        super().__init__(run)
+        config, fast_path = run.config, run.fast_path
+        self.vqvae, self.train_set, self.validate_set, self.n_measures = vqvae, train_set, validate_set, n_measures
+        self.epochs, self.batch_size = config.gan_epochs, config.gan_batch_size
+        torch.manual_seed(seeds.derived_seed(config.seed, "gan weights"))
+        embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
+        generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
+        discriminator = Discriminator(embeddings_dim).apply(dcgan_init)
+        self.average = copy.deepcopy(generator).to(run.device, memory_format=fast_path.layout)
+        self.networks, self.optimizers = {"generator": generator, "discriminator": discriminator}, {}
+        for name, network in self.networks.items():
+            network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
+            self.optimizers[name] = fast_path.adam(network, config.gan_lr, config.gan_betas)
+        self.averages = {"generator": self.average}
+        self.update = (method or METHODS[config.gan_training])(generator, discriminator, self.optimizers.values())
+        self.average_decay = self.update.average_decay
+        self.figures, self.floor, self.stored = Figures(run.folder, run.phantoms), None, None
+
+    def start(self) -> None:
+        fitted = distributed.from_first(
+            lambda: [part.cpu() for part in self.update.fit_scale(self.vqvae, self.train_set)]
+        )
+        self.load_scale(fitted)
+        if distributed.is_first():
+            self._draw_samples(0, "before training")
+            n = len(self.measured)
+            rng = seeds.generator(self.run.config.seed, "measured images")
+            picked = torch.randperm(len(self.train_set), generator=rng)[:n].tolist()
+            self.floor = self._distances(reconstruct(self.vqvae, self.train_set, picked))
+
+    def load_scale(self, scale: Iterable[Tensor]) -> None:
+        """Set what depends on the map between latents and the generator's range."""
+        self.scale = LatentScale(*(part.to(self.run.device) for part in scale))
+        self.vqvae.eval().to(memory_format=torch.channels_last)
+        self.prior = Prior(self.average, self.scale, self.vqvae, self.run.phantoms)
+        self.shown = self._noise(64, "gan samples")
+        self.measured = self._noise(min(len(self.validate_set), len(self.train_set)), "measures")
+        if self.update.calibrated:
+            every = -(-len(self.train_set) // 128)
+            real = reconstruct(self.vqvae, self.train_set, range(0, len(self.train_set), every))
+            self.brightness = brightness(real)
+
+    def _noise(self, n: int, stream: str) -> Tensor:
+        return self.prior.noise(n, seeds.generator(self.run.config.seed, stream))
+
+    def data(self) -> Latents:
+        latents = Latents(self.vqvae, self.train_set, self.scale, self.update.quantized, self.stored)
+        self.stored = latents.stored
+        kept = "kept in memory" if latents.stored else "too many for memory, so each batch is encoded when it is needed"
+        print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
+        return latents
+
+    def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
+        """One update of each network on latents (B, D, 64, 64)."""
+        return self.update(batch, distributed.part(self.prior.noise(n, rng)), distributed.weight(n))
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Calibrate the prior. `n_measures` times in a run, compare its samples with the validation split."""
+        measures = {key: value.item() for key, value in self.update.state_dict().items()}
+        if self.update.calibrated:
+            self.prior.calibrate(self.brightness, self.scale, self._noise(32, "calibration"))
+        now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
+        if now > before and distributed.is_first():
+            measures |= self._distances(self.prior.sample_images(self.measured))
+        return measures
+
+    def _distances(self, images: Tensor) -> dict[str, float]:
+        real = self.validate_set.batch(range(len(images)))
+        return generation.distances(real, images, seeds.derived_seed(self.run.config.seed, "measures"))
+
+    def draw(self, row: dict, history: dict[str, list[float]]) -> None:
+        self._print(row)
+        files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
+        files.save(files.cpu_state(self.networks["discriminator"]), self.run.folder / "discriminator.pth")
+        self._draw_samples(row["epoch"], f"the same for all epochs, after epoch {row['epoch']}")
+        self.figures.gan_losses("gan_losses.png", history)
+        measured = [row for row in self.run.rows_of(self.name) if "swd_mean" in row]
+        if measured:
+            self.figures.gan_measures("gan_measures.png", measured, self.floor)
+
+    def _draw_samples(self, epoch: int, when: str) -> None:
+        images = self.prior.sample_images(self.shown)
+        self.figures.image_grid(f"gan_epoch_{epoch}.png", images, f"Decoded from {len(images)} noise vectors, {when}")
+
+    def _print(self, row: dict) -> None:
+        print(f"Epoch: {row['epoch']}")
+        self.run.say(f"Discriminator loss: {row['d_loss']:.4f}")
+        self.run.say(f"Generator loss: {row['g_loss']:.4f}")
+        self.run.say(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}")
+        if "swd_mean" in row:
+            self.run.say(
+                "Distance of generated brains to the validation split: "
+                f"sliced Wasserstein {row['swd_mean']:.1f} (reconstructions: {self.floor['swd_mean']:.1f}), "
+                f"grey values {row['grey_values']:.3f} ({self.floor['grey_values']:.3f})"
+            )
+
+    def extra_state(self) -> dict:
+        scale, codebook = [part.cpu() for part in self.scale], codebook_hash(self.vqvae)
+        state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.floor}
+        return state | {"update": self.update.state_dict()}
+
+    def load_extra_state(self, state: dict) -> None:
+        if state["codebook"] != codebook_hash(self.vqvae):
+            vqvae = self.run.folder / "vqvae.pth"
+            raise UserError(f"{vqvae}: has changed since the DCGAN began; start a new run with it")
+        self.load_scale(state["scale"])
+        self.update.load_state_dict(state["update"])
+        self.floor, self.stored = state["floor"], state["stored"]

@@ -1,0 +1,197 @@
+"""The training loop, shared by all stages."""
+
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dataset import make_loader
+from report import page
+from support import console, distributed, files, seeds
+from support.console import UserError
+from support.run import Run
+
+CHECK_EVERY = 50  # steps between checks for NaN and infinity (a check synchronizes a GPU)
+
+
+class Stage:
+    """What `fit` trains. A stage overrides the methods below; CONTRIBUTING.md says how to add one.
+
+    Attributes:
+        name: in run.json, metrics.csv and resume.pth.
+        title: for the console.
+        columns: names of the values that `step` returns; their means over images go into metrics.csv.
+        epochs, batch_size: how long to train, and images of all processes together in a step.
+        average_decay: of the exponential moving averages of weights.
+        networks, optimizers: what is trained, by name.
+        averages: a copy of each network that is averaged, under the same name.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    epochs: int
+    batch_size: int
+    average_decay: float
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Adam]
+    averages: dict[str, nn.Module]
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def start(self) -> None:
+        """Begin a new run: fit what is fitted on data, draw what is drawn before training."""
+
+    def data(self) -> Dataset:
+        """The data set that batches are drawn from; called after `start` or `load_state_dict`."""
+        raise NotImplementedError
+
+    def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
+        """Update the networks once.
+
+        Args:
+            batch: this process's part of a batch of n images.
+            step: 0, 1, … of the run.
+            rng: the epoch's random generator, on the CPU and the same on all ranks.
+
+        Returns:
+            (len(columns),): the values of `columns` of this process's part.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Further columns of metrics.csv; called on all ranks after each epoch."""
+        return {}
+
+    def draw(self, row: dict, history: dict[str, list[float]]) -> None:
+        """Print and draw an epoch, and write the weights that a user loads; called on rank 0.
+
+        `row` is the epoch's row of metrics.csv, the last of `run.rows`; `history` has each column's values by step.
+        """
+
+    def extra_state(self) -> dict:
+        """What resuming needs besides networks, averages and optimizers, the same on all ranks."""
+        return {}
+
+    def load_extra_state(self, state: dict) -> None:
+        """Continue from an `extra_state`."""
+
+    def state_dict(self) -> dict[str, dict]:
+        """Everything that resuming needs, under the same keys for every stage."""
+        parts = {key: getattr(self, key) for key in ("networks", "averages", "optimizers")}
+        state = {key: {name: each.state_dict() for name, each in part.items()} for key, part in parts.items()}
+        return state | {"extra": self.extra_state()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Continue from a `state_dict`."""
+        for key in ("networks", "averages"):
+            for name, network in getattr(self, key).items():
+                files.load_state(network, state[key][name])
+        for name, optimizer in self.optimizers.items():
+            self.run.fast_path.load_adam(optimizer, state["optimizers"][name])
+        self.load_extra_state(state["extra"])
+
+
+def fit(stage: Stage, run: Run) -> None:
+    """Train a stage up to its last epoch, from where the run's last complete epoch left it.
+
+    Raises:
+        UserError: a loss or weight is not finite, or the run's state does not fit the stage.
+        console.Stopped: a signal has arrived.
+    """
+    saved = run.state.get(stage.name, {"epoch": 0})
+    history = {column: [] for column in stage.columns}
+    if saved["epoch"]:
+        with run.restoring():
+            stage.load_state_dict(saved)
+            history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
+    else:
+        stage.start()
+    data = stage.data()
+
+    for epoch in range(saved["epoch"] + 1, stage.epochs + 1):
+        # Train.
+        started = time.perf_counter()
+        losses = train_epoch(stage, data, epoch, run.config.seed)
+        seconds = time.perf_counter() - started
+
+        # Evaluate.
+        sizes = batch_sizes(len(data), stage.batch_size)
+        row = {"stage": stage.name, "epoch": epoch, "updates": len(losses), "seconds": round(seconds, 2)}
+        row |= {"images_per_second": round(len(data) / seconds, 2)}
+        row |= {column: mean_over_images(losses[:, i], sizes) for i, column in enumerate(stage.columns)}
+        row |= stage.evaluate(epoch)
+        for i, column in enumerate(stage.columns):
+            history[column] = history[column] + losses[:, i].tolist()
+        state = {"epoch": epoch, "history": history} | stage.state_dict()
+
+        # Draw, and only then say that the epoch is complete: whatever is missing before is made again on resuming.
+        if distributed.is_first():
+            run.rows.append(row)
+            stage.draw(row, history)
+            run.state[stage.name] = state
+            run.save()
+            page.write_run(run.folder)
+
+
+def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
+    """One epoch of steps. Returns the values of each step over all processes, (steps, columns), on the CPU."""
+    rng = seeds.generator(seed, stage.name, epoch)
+    loader = make_loader(data, stage.batch_size, rng)
+    sizes = batch_sizes(len(data), stage.batch_size)
+    where, step, values = f"{stage.title} epoch {epoch}", (epoch - 1) * len(loader), []
+    for network in stage.networks.values():
+        network.train()
+    with console.progress(total=len(data), desc=f"{where}/{stage.epochs}", unit=" images") as bar:
+        for batch, n in zip(loader, sizes, strict=True):
+            losses = stage.step(batch, n, step, rng)
+            values.append(losses * distributed.weight(n))
+            step += 1
+            for name, average in stage.averages.items():
+                update_average(average, stage.networks[name], step, stage.average_decay)
+            if step % CHECK_EVERY == 0:
+                check_finite(losses[None], where, step)
+            bar.update(n)
+            console.stop_if_signalled()
+    values = distributed.total(torch.stack(values)).cpu()
+    check_finite(values, where, step)
+    for network in (*stage.networks.values(), *stage.averages.values()):
+        # the losses are those before the last step, which may have made weights infinite
+        check_finite(torch.cat([p.detach().flatten().float() for p in network.parameters()])[None], where, step)
+    return values
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
+    """Move the averaged weights, and the BatchNorm statistics that belong to them, towards the network's.
+
+    After step 1, 2, … of a run the average is over about the last quarter of the steps, at most 1 / (1 - decay).
+    """
+    weight = 1 - min(decay, (1 + step) / (4 + step))
+    for kept, new in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, weight)
+        else:
+            kept.copy_(new)
+
+
+def check_finite(values: Tensor, where: str, step: int) -> None:
+    """Raise UserError if a value of (steps, …), the last of which belong to `step`, is not finite."""
+    bad = ~values.isfinite().reshape(len(values), -1).all(1)
+    if bad.any():
+        first = step - len(values) + 1 + int(bad.nonzero()[0])
+        raise UserError(
+            f"{where}, step {first}: loss or weights not finite; try a lower learning rate (complete epochs are kept)"
+        )
+
+
+def batch_sizes(n_images: int, batch_size: int) -> list[int]:
+    """Number of images in each step of an epoch. The last batch may be smaller."""
+    return [min(batch_size, n_images - start) for start in range(0, n_images, batch_size)]
+
+
+def mean_over_images(values: Tensor, sizes: list[int]) -> float:
+    """The mean over images of the means of batches, (steps,) on the CPU."""
+    return (values.double() @ torch.tensor(sizes).double()).item() / sum(sizes)

@@ -1,0 +1,171 @@
+"""The VQ-VAE's stage: a step, an evaluation, its figures."""
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset import OasisDataset
+from evaluation import reconstruction
+from modules import VQVAE
+from report import page
+from report.plots import Figures
+from support import distributed, files, seeds
+from support.console import in_batches
+from support.run import Run
+from training import codebook
+from training.fit import Stage, batch_sizes, check_finite
+
+# At a constant learning rate the weights wander from step to step, and with them the grey level of the black
+# background, to which SSIM is very sensitive. An exponential moving average (EMA) of the weights is scored and kept.
+AVERAGE_DECAY = 0.99
+
+
+class VQVAEStage(Stage):
+    """Train the VQ-VAE by eq. 3 of arXiv 1711.00937. The epoch with the highest mean validation SSIM is vqvae.pth.
+
+    Args:
+        run, train_set, validate_set: all on the run's device.
+        method: how the codebook is kept in use; None for the one that the config names.
+        average_decay: of the EMA of the weights.
+    """
+
+    name, title = "vqvae", "VQ-VAE"
+    columns = ("training_loss", "vq_loss")
+
+    def __init__(
+        self,
+        run: Run,
+        train_set: OasisDataset,
+        validate_set: OasisDataset,
+        method: type[codebook.LossOnly] | None = None,
+        average_decay: float = AVERAGE_DECAY,
+    ):
+        super().__init__(run)
+        config, self.fast_path = run.config, run.fast_path
+        self.train_set, self.validate_set = train_set, validate_set
+        self.epochs, self.batch_size, self.average_decay = config.epochs, config.batch_size, average_decay
+        torch.manual_seed(seeds.derived_seed(config.seed, "vqvae weights"))
+        self.vqvae = VQVAE(config.n_embeddings, config.embeddings_dim, config.beta)
+        self.vqvae.to(run.device, memory_format=self.fast_path.layout)
+        self.average = copy.deepcopy(self.vqvae)
+        self.optimizer = self.fast_path.adam(self.vqvae, config.lr)
+        self.codebook = (method or codebook.METHODS[config.codebook])(self.vqvae.vector_quantizer, self.optimizer)
+        self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
+        self.optimizers = {"vqvae": self.optimizer}
+        self.fast_path.compile(self.vqvae.encoder, self.vqvae.decoder)
+        self.parallel = distributed.data_parallel(self.vqvae)
+        n_shown = min(32, len(train_set))
+        self.shown = train_set.batch([i * len(train_set) // n_shown for i in range(n_shown)])
+        self.figures = Figures(run.folder, run.phantoms)
+
+    def start(self) -> None:
+        if distributed.is_first():
+            self.figures.image_grid("epoch_0.png", self.shown, f"{len(self.shown)} training images")
+            self.figures.single_image("epoch_0_single.png", self.shown[0], "A training image")
+
+    def data(self) -> OasisDataset:
+        return self.train_set
+
+    def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
+        """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss."""
+        share = distributed.weight(n)
+        self.codebook.before_step(step, lambda: self._latents(batch), n, rng)
+        with self.fast_path.autocast():
+            vq_loss, x_hat, _, codes = self.parallel(batch)
+        recon_loss = F.mse_loss(x_hat, batch)
+        loss = recon_loss + vq_loss
+        self.optimizer.zero_grad()
+        (loss * share * distributed.world_size()).backward()  # data_parallel averages over processes
+        self.optimizer.step()
+        if share:
+            self.codebook.after_step(codes)
+        return torch.stack([recon_loss, vq_loss]).detach()
+
+    @torch.no_grad()
+    def _latents(self, x: Tensor) -> Tensor:
+        """z_e (B, D, 64, 64) float32, as training computes them."""
+        with self.fast_path.autocast():
+            return self.vqvae.latents(x).float()
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Score the validation split with the averaged weights."""
+        shares = reconstruction.score(self.average, self.validate_set, distributed.rank(), distributed.world_size())
+        scores = reconstruction.Scores(*(distributed.total(part) for part in shares))
+        steps = epoch * len(batch_sizes(len(self.train_set), self.batch_size))
+        check_finite(scores.ssim[None], f"{self.title} epoch {epoch}", steps)
+        ssim = {f"ssim_{kind}": getattr(scores.ssim, kind)().item() for kind in ("mean", "min", "max")}
+        return ssim | {"psnr_mean": scores.psnr.mean().item()} | reconstruction.codebook_usage(scores)
+
+    def draw(self, row: dict, history: dict[str, list[float]]) -> None:
+        epoch, rows = row["epoch"], self.run.rows_of(self.name)
+        self._print(row)
+        if row is max(rows, key=lambda row: row["ssim_mean"]):  # the first of equal ones
+            files.save(files.cpu_state(self.average), self.run.folder / "vqvae.pth")
+        with torch.no_grad():
+            x_hat = self.average.eval()(self.shown)[1]
+        self.figures.image_grid(f"epoch_{epoch}.png", x_hat, f"Reconstructions after epoch {epoch}")
+        self.figures.single_image(f"epoch_{epoch}_single.png", x_hat[0], f"Reconstruction after epoch {epoch}")
+        self.figures.ssim_by_epoch("train_ssim_scores.png", rows)
+        self.figures.recon_losses("train_recon_losses.png", history["training_loss"], rows)
+        self.figures.rate_distortion("rate_distortion.png", rows)
+
+    def _print(self, row: dict) -> None:
+        print(f"Epoch: {row['epoch']}")
+        self.run.say(f"Training loss: {row['training_loss']}")
+        self.run.say(f"Validation avg. SSIM loss: {row['ssim_mean']}")
+        self.run.say(f"Max SSIM loss: {row['ssim_max']}")
+        self.run.say(f"Min SSIM loss: {row['ssim_min']}")
+        self.run.say(
+            f"Codebook usage: {row['codes_used']} of {self.run.config.n_embeddings} codes, "
+            f"perplexity {row['perplexity']:.1f}, in the foreground {row['foreground_perplexity']:.1f}; "
+            f"PSNR {row['psnr_mean']:.2f} dB"
+        )
+
+    def extra_state(self) -> dict:
+        return self.codebook.state_dict()
+
+    def load_extra_state(self, state: dict) -> None:
+        self.codebook.load_state_dict(state)
+
+    def best(self) -> VQVAE:
+        """The network in vqvae.pth, on the run's device. Draws how it codes the validation split."""
+        vqvae = distributed.from_first(lambda: load_vqvae(self.run.folder / "vqvae.pth")).to(self.run.device)
+        if distributed.is_first():
+            row = max(self.run.rows_of(self.name), key=lambda row: row["ssim_mean"])
+            self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
+            self._draw_codes(vqvae)
+            page.write_run(self.run.folder)
+        return vqvae
+
+    def _draw_codes(self, vqvae: VQVAE) -> None:
+        x = self.validate_set.batch([0])
+        codes = vqvae.encode(x)
+        usage = torch.zeros(vqvae.vector_quantizer.embedding.num_embeddings, dtype=torch.long)
+        for images in in_batches(self.validate_set, desc="Encoding"):
+            usage += torch.bincount(vqvae.encode(images).flatten().cpu(), minlength=len(usage))
+        self.figures.single_image("codebook_comparison.png", x[0], "First validation image")
+        self.figures.code_map("codebook.png", codes[0], usage, "First validation image: its 64×64 codes")
+        decoded = vqvae.decode(codes)[0]
+        self.figures.single_image("decoded.png", decoded, "First validation image: decoded from its codes")
+
+
+def load_vqvae(path: str | Path) -> VQVAE:
+    """The network in a vqvae.pth, in eval mode on the CPU, with the sizes of its codebook.
+
+    Raises:
+        UserError: the file cannot be read or does not hold a VQ-VAE with finite weights.
+    """
+
+    def build(state: dict[str, Tensor]) -> VQVAE:
+        weight = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
+        shape = getattr(weight, "shape", ())
+        if len(shape) != 2 or not all(1 <= size <= 65536 for size in shape):
+            raise ValueError("it holds no VQ-VAE (no codebook 'vector_quantizer.embedding.weight')")
+        vqvae = VQVAE(n_embeddings=shape[0], embeddings_dim=shape[1])
+        files.load_state(vqvae, state)
+        return vqvae.eval()
+
+    return files.load(path, build)
