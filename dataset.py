@@ -136,11 +136,7 @@ def _report(errors: list[str], n_files: int) -> str:
 
 
 def refuse_shared_cases(root: Path) -> None:
-    """Refuse data in which a case (a subject) is in two splits, so that test images would have been trained on.
-
-    Raises:
-        DataError: names the first such case and how many there are.
-    """
+    """Raise DataError if a case (a subject) is in two splits, so that test images would have been trained on."""
     where: dict[int, str] = {}
     shared = {}
     for split in SPLITS:
@@ -179,8 +175,7 @@ def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator) -
 def list_scans(root: Path, split: str) -> list[Path]:
     """The scans of a split in natural order of case and slice; hidden files are passed over.
 
-    Raises:
-        DataError: the folder is missing or holds no PNG.
+    Raises DataError if the folder is missing or holds no PNG.
     """
     if not root.is_dir():
         raise DataError(
@@ -210,8 +205,7 @@ def list_scans(root: Path, split: str) -> list[Path]:
 def read_png(path: Path) -> np.ndarray:
     """A 256x256 PNG as uint8 grey: 8-bit grey as it is, 16-bit grey scaled by 65535, colour and palettes converted.
 
-    Raises:
-        DataError: it cannot be read or decoded, is truncated or animated, or has another size.
+    Raises DataError if it cannot be read or decoded, is truncated or animated, or has another size.
     """
     name = printable(path)
     try:
@@ -243,8 +237,7 @@ def read_png(path: Path) -> np.ndarray:
 def find_data(named: str | None) -> Path | None:
     """The OASIS folder: `named` (--data), else the environment's OASIS_DIR, else ./keras_png_slices_data, else None.
 
-    Raises:
-        DataError: a folder was named and is not there.
+    Raises DataError if a folder was named and is not there.
     """
     for value, source in ((named, "--data"), (os.environ.get("OASIS_DIR"), "OASIS_DIR")):
         if value is not None:

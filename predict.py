@@ -160,8 +160,7 @@ def export_codes(o: argparse.Namespace, vqvae: VQVAE) -> None:
 def open_split(o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
     """--split of --data, else of the folder in run.json, else of where train.py looks. Never phantoms unasked.
 
-    Raises:
-        DataError: there is no such folder.
+    Raises DataError if there is no such folder.
     """
     recorded = read_record(o.path.parent).get("data", {}).get("folder")  # what train.py wrote beside the checkpoint
     data = Path(recorded) if o.data is None and recorded else find_data(o.data)

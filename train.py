@@ -1,12 +1,12 @@
 """Train the VQ-VAE on brain slices, then the DCGAN on its latents.
 
-    python train.py                                      # OASIS in ./keras_png_slices_data, or a demo on phantoms
-    python train.py --data DIR                           # OASIS elsewhere; or set OASIS_DIR
+    python train.py                                      # $OASIS_DIR or ./keras_png_slices_data, else a demo
+    python train.py --data DIR                           # OASIS elsewhere
     python train.py --resume gen_imgs/<run>              # continue after the last complete epoch
-    python train.py --only gan --vqvae PATH/vqvae.pth    # the second stage alone
-    torchrun --nproc-per-node=8 train.py --data DIR      # several processes, a GPU each
+    python train.py --only gan --vqvae PATH/vqvae.pth    # the DCGAN alone
+    torchrun --nproc-per-node=8 train.py --data DIR      # several processes, one GPU each
 
-Everything is written to a new folder, gen_imgs/<date_time>/. README.md says what is in it.
+Everything is written to a new folder, gen_imgs/<date_time>/. docs/usage.md lists its files.
 """
 
 import sys
@@ -29,11 +29,11 @@ def main(words: list[str] | None = None) -> None:
     if given.pop("dry_run", False):
         config.print_plan(given)
         return
-    console.heed_signals()
+    console.install_signal_handlers()
     distributed.start()
-    run = distributed.from_first(lambda: config.begin_or_resume(given))
+    run = distributed.from_first(lambda: config.make_run(given))
     try:
-        train_set, validate_set = begin(run)
+        train_set, validate_set = begin_run(run)
         if run.config.only == "gan":
             vqvae = copy_vqvae(run)
         else:
@@ -49,8 +49,8 @@ def main(words: list[str] | None = None) -> None:
     distributed.stop()
 
 
-def begin(run: Run) -> tuple[OasisDataset, OasisDataset]:
-    """Read the training and validation splits, choose the fast path, and make the run's folder or lock it."""
+def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
+    """Read the training and validation splits, choose the fast path, and make (or, on resuming, lock) the folder."""
     options, data = run.config, Path(run.config.data)
     run.device = choose_device(options.device)
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
@@ -66,16 +66,16 @@ def begin(run: Run) -> tuple[OasisDataset, OasisDataset]:
     if distributed.is_first():
         run.begin({"folder": options.data, "phantoms": run.phantoms, "images": counts})
     run.say(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images)")
-    print(f"Device: {run.device}. Folder: {run.folder}. To resume after a complete epoch: {config.resume_command(run)}")
+    print(f"Device: {run.device}. Folder: {run.folder}. To resume it: {config.resume_command(run)}")
     processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
     print(f"Fast path: {processes}{run.fast_path}", flush=True)
     return train_set, validate_set
 
 
 def train_vqvae(run: Run, train_set: OasisDataset, validate_set: OasisDataset) -> VQVAE:
-    """Train the VQ-VAE and return the network of the epoch with the highest mean validation SSIM.
+    """Train the VQ-VAE and return the averaged network of the epoch with the highest mean validation SSIM.
 
-    `run` has begun, and its state says which epochs are complete. Everything is on the run's device.
+    `run` has begun; training resumes from its state. Everything is on the run's device.
     Raises UserError if the loss is not finite.
     """
     stage = VQVAEStage(run, train_set, validate_set)
@@ -86,8 +86,8 @@ def train_vqvae(run: Run, train_set: OasisDataset, validate_set: OasisDataset) -
 def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> Prior:
     """Train the DCGAN on the training split's latents and return the trained prior.
 
-    `run` has begun, and its state says which epochs are complete. Everything is on the run's device. Raises UserError
-    if the loss is not finite, or if a resumed run's vqvae.pth is not the one that it began with.
+    `run` has begun; training resumes from its state. Everything is on the run's device. Raises UserError if the loss
+    is not finite, or if a resumed run's vqvae.pth is not the one that it began with.
     """
     stage = DCGANStage(run, vqvae, train_set, validate_set)
     fit(stage, run)
@@ -95,7 +95,7 @@ def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: Oas
 
 
 def copy_vqvae(run: Run) -> VQVAE:
-    """The VQ-VAE of `--only gan`, on the run's device, copied into the folder so that the folder is complete."""
+    """Load the VQ-VAE of `--only gan` and copy it into the run's folder, so that the folder is self-contained."""
     vqvae = distributed.from_first(lambda: load_vqvae(run.config.vqvae))
     if distributed.is_first():
         files.save(files.cpu_state(vqvae), run.folder / "vqvae.pth")

@@ -113,8 +113,8 @@ def train_row(row: Row, o: argparse.Namespace) -> None:
 
 def begin(words: list[str]) -> tuple[Run, OasisDataset, OasisDataset]:
     """A new run of train.py with these options, and its training and validation splits."""
-    run = config.begin_or_resume(config.parse(words))
-    return run, *train.begin(run)
+    run = config.make_run(config.parse(words))
+    return run, *train.begin_run(run)
 
 
 def run_folder(out: str, name: str, seed: int) -> Path:

@@ -211,7 +211,7 @@ def our_dcgan(stored: bool, device, folder: Path) -> Work:
     run.fast_path.set_up()
     vqvae, train_set = few_images(device, folder)
     stage = DCGANStage(run, vqvae, train_set, train_set)
-    stage.load_scale(LatentScale.fit(vqvae, train_set))
+    stage.set_scale(LatentScale.fit(vqvae, train_set))
     stage.stored = stored
     real_batch, rng = real_batches(stage.data()), torch.Generator()
 

@@ -66,8 +66,7 @@ def _ellipse(x: float, y: float, rx: float, ry: float) -> np.ndarray:
 def make_slice(case: int, slice_number: int, seed: int = 0) -> np.ndarray:
     """One slice, (256, 256) uint8, determined by the seed, the case (1 or more) and slice_number, 0 (low) to 31 (high).
 
-    Raises:
-        ValueError: slice_number is outside 0 to 31.
+    Raises ValueError if slice_number is outside 0 to 31.
     """
     if not 0 <= slice_number < SLICES:
         raise ValueError(f"slice_number must be 0 to {SLICES - 1}, not {slice_number}")
@@ -197,11 +196,7 @@ def write(folder: str | Path, cases: dict[str, range] = CASES, slices: int = SLI
 
 
 def write_demo() -> Path:
-    """The phantoms in ./phantoms, written there the first time.
-
-    Raises:
-        UserError: they cannot be written.
-    """
+    """The phantoms in ./phantoms, written there the first time. Raises UserError if they cannot be written."""
     if not is_complete(DEMO_FOLDER):
         try:
             write(DEMO_FOLDER)

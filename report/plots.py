@@ -51,10 +51,10 @@ class Figures:
         self.folder, self.phantoms = folder, phantoms
 
     @_figure
-    def image_grid(self, name: str, images, title: str, columns: int = 8) -> None:
-        """Images (N, 1, H, W), `columns` a row, in the order given."""
+    def image_grid(self, name: str, images, title: str) -> None:
+        """Images (N, 1, H, W), eight a row, in the order given."""
         gap, (n, _, h, w) = 4, images.shape
-        columns = min(columns, n)
+        columns = min(8, n)
         grid = np.ones((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), np.float32)
         for i, image in enumerate(images[:, 0].float().cpu().clamp(0, 1)):
             top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
@@ -143,15 +143,15 @@ class Figures:
         figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)
         first, last = rows[0]["epoch"], rows[-1]["epoch"]
         upper.set_title(self._with_note(f"Rate and distortion on the validation split, epochs {first} to {last}"))
-        rates = (("bits_raw", GREY, "as they are"), ("bits_entropy", BLUE, "entropy"))
-        rates += (("bits_entropy_by_position", ORANGE, "by position (lower bound)"),)
+        rates = (("bits_raw", GREY, "uncompressed"), ("bits_entropy", BLUE, "entropy"))
+        rates += (("bits_entropy_by_position", ORANGE, "entropy by position (lower bound)"),)
         for axes, key in ((upper, "psnr_mean"), (lower, "ssim_mean")):
             for rate, colour, label in rates:
                 x, y = ([row[column] for row in rows] for column in (rate, key))
                 axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=0.6, label=label)
                 axes.annotate("last", (x[-1], y[-1]), (4, 4), textcoords="offset points", fontsize=9)
         upper.set(ylabel="PSNR / dB")
-        lower.set(xlabel="bits an image", ylabel="SSIM (1 = identical)", xlim=(0, None))
+        lower.set(xlabel="bits per image", ylabel="SSIM (1 = identical)", xlim=(0, None))
         lower.legend(loc="lower right", bbox_to_anchor=(0.96, 0.05))  # between the curves
         self._save(figure, name)
 
@@ -174,10 +174,10 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def gan_measures(self, name: str, rows: list[dict], floor: dict) -> None:
+    def gan_measures(self, name: str, rows: list[dict], reference: dict) -> None:
         """Distance of generated brains to the validation split by epoch, beside reconstructed training images.
 
-        `rows` of metrics.csv that have measures; `floor`, the same of reconstructed training images.
+        `rows` of metrics.csv that have measures; `reference`, the same of reconstructed training images.
         """
         figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)
         upper.set_title(self._with_note("Distance of generated brains to the validation split"))
@@ -188,7 +188,7 @@ class Figures:
         for axes, key in ((upper, "swd_mean"), (lower, "grey_values")):
             label = "mean" if axes is upper else "generated"
             axes.plot(epochs, [row[key] for row in rows], color=BLUE, marker="o", markersize=4, label=label)
-            axes.axhline(floor[key], color=ORANGE, linestyle="--", label="reconstructed training images")
+            axes.axhline(reference[key], color=ORANGE, linestyle="--", label="reconstructed training images")
             axes.set(ylim=(0, None))
         upper.set(ylabel="sliced Wasserstein distance × 10³")
         upper.legend(ncols=2, fontsize=9)

@@ -25,7 +25,7 @@ class Stopped(SystemExit):
 _received: list[int] = []  # numbers of the signals that have arrived
 
 
-def heed_signals() -> None:
+def install_signal_handlers() -> None:
     """From now on, SIGINT and SIGTERM take effect at the next call of `stop_if_signalled`.
 
     A second signal ends the program at once.

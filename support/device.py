@@ -21,8 +21,7 @@ COMPILING_REPAYS = 1000  # steps on a GPU
 def choose_device(name: str) -> torch.device:
     """The device of a name. "auto" is CUDA, then MPS, then the CPU. Each of several processes has its own GPU.
 
-    Raises:
-        UserError: there is no such device here.
+    Raises UserError if there is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -84,8 +84,7 @@ def cpu_state(network: nn.Module) -> dict[str, Tensor]:
 def load_state(network: nn.Module, state: dict[str, Tensor]) -> None:
     """`load_state_dict` that reports a mismatch in one line.
 
-    Raises:
-        ValueError: a key is missing or unknown, a shape or dtype differs, or a value is not finite.
+    Raises ValueError if a key is missing or unknown, a shape or dtype differs, or a value is not finite.
     """
     name, expected = type(network).__name__, network.state_dict()
     if not isinstance(state, dict):
@@ -113,8 +112,7 @@ def write_json(path: Path, contents: dict) -> None:
 def read_json(path: Path) -> dict:
     """The dict in a JSON file; {} if there is no such file.
 
-    Raises:
-        UserError: the file exists but cannot be read, or holds something else.
+    Raises UserError if the file exists but cannot be read, or holds something else.
     """
     try:
         contents = json.loads(path.read_text()) if path.is_file() else {}
@@ -134,11 +132,7 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
 
 
 def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:
-    """`path` as given if it exists, else `path` under `out`.
-
-    Raises:
-        UserError: it is in neither place.
-    """
+    """`path` as given if it exists, else `path` under `out`. Raises UserError if it is in neither place."""
     for candidate in (Path(path), Path(out) / path):
         if candidate.exists():
             return candidate

@@ -1,4 +1,4 @@
-"""The folder of a run: its record, its lock, the commit of an epoch, and resuming."""
+"""The folder of a run: its record, its lock, saving complete epochs, and resuming."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class Run:
         rows: the rows of metrics.csv so far.
         outdated: files that no longer belong to the run; `begin` removes them.
         device, fast_path: where and how the networks are trained; set before `begin`.
-        phantoms: whether the data are phantoms. Every figure and every line with a figure says so.
+        phantoms: whether the data are phantoms. Every figure and every printed number says so.
     """
 
     config: Any
@@ -50,7 +50,7 @@ class Run:
     _handle: int | None = None  # of the lock
 
     def begin(self, data: dict) -> None:
-        """Make the folder of a new run and write run.json. A resumed run keeps what it recorded at first.
+        """Make the folder of a new run and write run.json. A resumed run keeps its first environment.
 
         `data` is the folder, whether it holds phantoms, and the number of images in each split. Raises UserError if the
         folder cannot be made, or if the data of a resumed run have other numbers of images.
@@ -67,8 +67,8 @@ class Run:
             if images != data["images"]:
                 raise UserError(f"{data['folder']}: has {data['images']} images, the run began with {images}")
             record["resumed"] = [*record["resumed"], here]
-            self.save()  # raised numbers of epochs must outlast an interruption
-            for path in (*self.outdated, *self.folder.glob(".*.tmp")):  # the latter were left by a kill
+            self.save()  # so that raised numbers of epochs outlast an interruption
+            for path in (*self.outdated, *self.folder.glob(".*.tmp")):  # temporary files of a killed process
                 path.unlink(missing_ok=True)
         options = dataclasses.asdict(self.config)
         record |= {"options": options, "seed": options["seed"], "data": data, "fast_path": self.fast_path._asdict()}
@@ -97,7 +97,7 @@ class Run:
         return [row for row in self.rows if row["stage"] == stage]
 
     def save(self) -> None:
-        """Write metrics.csv, then resume.pth. An epoch is complete when this has returned."""
+        """Write metrics.csv, then resume.pth, which completes an epoch."""
         columns = dict.fromkeys(key for row in self.rows for key in row)
         files.write_csv(self.folder / "metrics.csv", columns, self.rows)
         contents = {"options": dataclasses.asdict(self.config), "state": self.state, "rows": self.rows}
@@ -105,12 +105,12 @@ class Run:
         files.save(contents | {"fast_path": fast_path}, self.folder / RESUME_FILE)
 
     def say(self, line: str) -> None:
-        """Print a line that holds a figure."""
+        """Print a line with a number."""
         print(line + mark(self.phantoms), flush=True)
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Around code that reads a resumed run's state: raise UserError where the state does not fit.
+        """A context for reading a resumed run's state, which raises UserError where it does not fit.
 
         resume.pth may have been edited, or damaged in ways that loading does not show.
         """
@@ -129,8 +129,7 @@ def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
 
     `config` is the dataclass of its options, `stages` are the names that a stage may have.
 
-    Raises:
-        UserError: the folder holds no run to resume.
+    Raises UserError if the folder holds no run to resume.
     """
     folder = files.find(path)
     if not (folder / RESUME_FILE).is_file():
@@ -145,7 +144,7 @@ def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
         for stage, part in run.state.items():
             epochs = [row["epoch"] for row in run.rows_of(stage)]
             if stage not in stages or epochs != list(range(1, part["epoch"] + 1)):
-                raise ValueError(f"the rows of {stage} are not those of its epochs")
+                raise ValueError(f"the rows of {stage} do not match its epochs")
     return run
 
 
@@ -159,7 +158,7 @@ def read_record(folder: Path) -> dict:
 
 
 def mark(phantoms: bool) -> str:
-    """The end of every printed line with a figure."""
+    """The end of every printed line with a number."""
     return " (phantoms)" if phantoms else ""
 
 
@@ -180,7 +179,7 @@ def new_folder(out: str | Path, suffix: str = "") -> Path:
 
 
 def environment(device: torch.device) -> dict:
-    """What is needed to repeat a run: command, commit, versions and machine."""
+    """What is needed to reproduce a run: command, commit, versions and machine."""
     packages = ("torchvision", "numpy", "scikit-image", "matplotlib", "pillow")
     return {
         "command": [sys.executable, *sys.argv],

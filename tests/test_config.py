@@ -58,12 +58,12 @@ def test_numbers_out_of_range_are_refused_by_name(words, capsys):
 @pytest.mark.parametrize(
     "only, vqvae, gan, said",
     [
-        (None, 1, None, "VQ-VAE epoch 2"),
-        (None, 2, None, "DCGAN epoch 1"),
-        (None, 2, 1, "DCGAN epoch 2"),
-        (None, 2, 3, "the last figures"),
-        ("vqvae", 2, None, "the last figures"),
-        ("gan", None, 2, "DCGAN epoch 3"),
+        (None, 1, None, "To resume at VQ-VAE epoch 2"),
+        (None, 2, None, "To resume at DCGAN epoch 1"),
+        (None, 2, 1, "To resume at DCGAN epoch 2"),
+        (None, 2, 3, "To draw the last figures"),
+        ("vqvae", 2, None, "To draw the last figures"),
+        ("gan", None, 2, "To resume at DCGAN epoch 3"),
     ],
 )
 def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
@@ -72,7 +72,7 @@ def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
     assert "nothing to resume" in config.how_to_resume(run)
     run.folder.mkdir()
     run.save()
-    assert config.how_to_resume(run).startswith(f"Stopped. Resume with {said} by: python train.py --resume '")
+    assert config.how_to_resume(run).startswith(f"Stopped. {said}: python train.py --resume '")
 
 
 @pytest.mark.parametrize(

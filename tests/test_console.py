@@ -31,7 +31,7 @@ def test_a_signal_takes_effect_at_the_next_look(monkeypatch):
     monkeypatch.setattr(console, "_received", [])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        console.heed_signals()
+        console.install_signal_handlers()
         console.stop_if_signalled()
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one would end the program at once

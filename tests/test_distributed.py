@@ -243,4 +243,4 @@ def test_what_several_processes_cannot_do_is_refused_by_name(words, data, monkey
     given = config.parse(["--data", str(data), *words])
     given |= {"vqvae": str(PRETRAINED / "vqvae.pth")} if "gan" in words else {}
     with pytest.raises(UserError, match=f"^{words[-2]} {words[-1]}: "):
-        config.begin_or_resume(given)
+        config.make_run(given)

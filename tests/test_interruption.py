@@ -128,7 +128,7 @@ def test_a_signal_ends_the_step_and_says_how_to_resume(data, tmp_path, number, c
         last = process.stderr.read().splitlines()[-1]
     assert process.returncode == code
     found = re.fullmatch(
-        r"Stopped\. Resume with (VQ-VAE epoch 2|DCGAN epoch 1) by: python train\.py --resume '(out dir/\S+)'", last
+        r"Stopped\. To resume at (VQ-VAE epoch 2|DCGAN epoch 1): python train\.py --resume '(out dir/\S+)'", last
     )
     assert found, last
     saved = resume_file(tmp_path / found[2])

@@ -25,7 +25,7 @@ STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_")}  # in order: the ti
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A range of numbers, as the `type` of an argparse option: `low` to below `below`, described by `text`."""
+    """A number in [low, below), as the `type` of an argparse option; `text` describes it."""
 
     kind: type
     low: float
@@ -50,7 +50,7 @@ SEED = Number(int, 0, "a whole number from 0 to 2147483647", below=2**31)
 SIZE = Number(int, 1, "a whole number from 1 to 65536", below=65537)
 RATE = Number(float, sys.float_info.min, "a number above 0")
 WEIGHT = Number(float, 0, "a number of 0 or more")
-BETA = Number(float, 0, "a number from 0 to below 1", below=1)
+ADAM_BETA = Number(float, 0, "a number from 0 to below 1", below=1)
 
 
 def _option(default: Any, group: str, text: str, *, demo: Any = None, resumable: bool = False, **argument: Any) -> Any:
@@ -68,46 +68,46 @@ class Config:
     data: str | None = _option(
         None, "data", "folder of keras_png_slices_train, _validate and _test (default: $OASIS_DIR, else "
         "./keras_png_slices_data, else the demo)", resumable=True, metavar="DIR")
-    demo: bool = _option(False, "data", "train on phantoms, written to ./phantoms once, for fewer epochs")
+    demo: bool = _option(False, "data", "a short run on phantoms, which are written to ./phantoms on first use")
     skip_bad: bool = _option(False, "data", "leave out scans that cannot be used, and list them")
     allow_shared_cases: bool = _option(
         False, "data", "accept data with a subject in two splits, although scores will be too good")
 
     out: str = _option("gen_imgs", "run", "where the run's folder is made", metavar="DIR")
-    seed: int = _option(0, "run", "of weights, order and noise", type=SEED, metavar="N")
+    seed: int = _option(0, "run", "seed of initial weights, order of images, and noise", type=SEED, metavar="N")
     device: str = _option(
         "auto", "run", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", resumable=True, metavar="NAME")
     precision: str = _option(
-        "auto", "run", "of the encoder's convolutions; auto is bfloat16 on GPUs that have it, else float32",
+        "auto", "run", "precision of the encoder; auto is bfloat16 on GPUs that have it, else float32",
         choices=("auto", "float32", "bfloat16"))
-    plain: bool = _option(False, "run", "without what is there for speed alone: standard layout, float32, eager")
-    only: str | None = _option(None, "run", "one stage alone; gan needs --vqvae", choices=tuple(STAGES))
+    plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
+    only: str | None = _option(None, "run", "train only this stage; gan needs --vqvae", choices=tuple(STAGES))
     vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only gan", metavar="PATH")
 
     epochs: int = _option(
         12, "VQ-VAE", "passes over the training images", demo=5, resumable=True, type=COUNT, metavar="N")
-    batch_size: int = _option(32, "VQ-VAE", "images in a step, of all processes together", type=COUNT, metavar="N")
+    batch_size: int = _option(32, "VQ-VAE", "images in a step (of all processes together)", type=COUNT, metavar="N")
     lr: float = _option(1e-3, "VQ-VAE", "learning rate of Adam", type=RATE, metavar="RATE")
     beta: float = _option(0.25, "VQ-VAE", "weight of the commitment loss", type=WEIGHT, metavar="B")
     n_embeddings: int = _option(512, "VQ-VAE", "size of the codebook", type=SIZE, metavar="N")
     embeddings_dim: int = _option(64, "VQ-VAE", "length of an embedding", type=SIZE, metavar="D")
     codebook: str = _option(
-        "kmeans", "VQ-VAE", "how codes are kept in use: kmeans (start from data, revive dead codes), paper (the loss "
-        "alone) or ema (moving averages)", choices=tuple(codebook.METHODS))
+        "kmeans", "VQ-VAE", "codebook method: kmeans (start from data, revive dead codes), paper (the loss alone) or "
+        "ema (moving averages)", choices=tuple(codebook.METHODS))
 
     gan_epochs: int = _option(
         25, "DCGAN", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
-    gan_batch_size: int = _option(32, "DCGAN", "latents in a step, of all processes together", type=COUNT, metavar="N")
+    gan_batch_size: int = _option(32, "DCGAN", "latents in a step (of all processes together)", type=COUNT, metavar="N")
     gan_lr: float = _option(2e-4, "DCGAN", "learning rate of Adam", type=RATE, metavar="RATE")
     gan_betas: tuple[float, float] = _option(
-        (0.5, 0.999), "DCGAN", "betas of Adam", type=BETA, nargs=2, metavar=("B1", "B2"))
+        (0.5, 0.999), "DCGAN", "betas of Adam", type=ADAM_BETA, nargs=2, metavar=("B1", "B2"))
     gan_training: str = _option(
-        "balanced", "DCGAN", "balanced (what keeps both networks in balance) or report (the report's bare procedure)",
+        "balanced", "DCGAN", "update rule: balanced (R1, EMA, calibration) or report (cross entropy alone)",
         choices=tuple(dcgan.METHODS))
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a value, perhaps from an edited resume.pth, is not one that an option can have."""
+        """Validate values, which may come from an edited resume.pth. Raises ValueError."""
         self.gan_betas = tuple(self.gan_betas)
         for field in dataclasses.fields(self):
             value, argument = getattr(self, field.name), field.metadata["argument"]
@@ -125,7 +125,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def flag(name: str) -> str:
-    """The option of a field: gan_lr is --gan-lr."""
+    """The command-line option of a field: gan_lr is --gan-lr."""
     return "--" + name.replace("_", "-")
 
 
@@ -139,7 +139,7 @@ def stages(config: Config) -> list[tuple[str, str, int, int]]:
 
 
 def parse(words: list[str] | None, description: str | None = None) -> dict[str, Any]:
-    """The options given, and only those, by name; beside those of `Config`, "resume" and "dry_run"."""
+    """The options that were given, by name; beside those of `Config`, "resume" and "dry_run"."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -158,17 +158,16 @@ def parse(words: list[str] | None, description: str | None = None) -> dict[str, 
             text += f" (default: {field.default}; in the demo: {demo})" if demo else f" (default: {field.default})"
         groups[group].add_argument(flag(name), help=text, **argument)
     resumable = [flag(name) for name, field in FIELDS.items() if field.metadata["resumable"]]
-    text = f"continue the run in this folder; only {', '.join(resumable)} may change, epochs upwards"
+    text = f"continue the run in this folder; only {', '.join(resumable)} may change, and epochs only increase"
     groups["run"].add_argument("--resume", metavar="RUN", help=text)
-    groups["run"].add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    groups["run"].add_argument("--dry-run", action="store_true", help="print what would be done, and exit")
     return vars(parser.parse_args(words))
 
 
-def begin_or_resume(given: dict[str, Any]) -> Run:
+def make_run(given: dict[str, Any]) -> Run:
     """A new run, or the one to resume. Its folder is not touched yet.
 
-    Raises:
-        UserError: options contradict each other, or something that they name is not there.
+    Raises UserError if options contradict each other, or something that they name does not exist.
     """
     run = _resumed_run(given) if "resume" in given else _new_run(given)
     size, device = distributed.world_size(), choose_device(run.config.device)
@@ -177,19 +176,19 @@ def begin_or_resume(given: dict[str, Any]) -> Run:
     for stage, _, _, batch_size in stages(run.config):
         if batch_size < size:
             name = flag(STAGES[stage][1] + "batch_size")
-            raise UserError(f"{name} {batch_size}: less than one image for each of {size} processes")
+            raise UserError(f"{name} {batch_size}: must be at least the number of processes, {size}")
     return run
 
 
 def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
-    """A run with every option. If it has no data, phantoms are written for it, unless it is a dry one."""
+    """A new run. If it has no data, phantoms are written for it, unless this is a dry run."""
     if given.get("demo") and "data" in given:
         raise UserError("--demo and --data contradict each other; give one of them")
     if given.get("plain") and given.get("precision") == "bfloat16":
         raise UserError("--plain and --precision bfloat16 contradict each other; give one of them")
     if (given.get("only") == "gan") != ("vqvae" in given):
         raise UserError("--only gan needs --vqvae PATH, and only then is it used")
-    choose_device(given.get("device", Config.device))  # before phantoms are written for nothing
+    choose_device(given.get("device", Config.device))  # fail before phantoms are written
     if "vqvae" in given:
         given["vqvae"] = str(files.find(given["vqvae"]).resolve())
         load_vqvae(given["vqvae"])
@@ -213,7 +212,7 @@ def _resumed_run(given: dict[str, Any]) -> Run:
             raise UserError(f"{flag(name)} cannot change on resuming; leave it out")
         before = getattr(run.config, name)
         if name in ("epochs", "gan_epochs") and value < before:
-            raise UserError(f"{flag(name)} {value}: the run has {before}; it can only be raised")
+            raise UserError(f"{flag(name)} {value}: the run has {before}; it can only increase")
     if "data" in given:
         given["data"] = str(find_data(given["data"]).resolve())
     run.config = dataclasses.replace(run.config, **given)
@@ -221,7 +220,7 @@ def _resumed_run(given: dict[str, Any]) -> Run:
         run.config.vqvae = str((run.folder / "vqvae.pth").resolve())
     print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
     if "gan" in run.state and run.config.only != "gan" and run.state["vqvae"]["epoch"] < run.config.epochs:
-        print("The VQ-VAE trains on, so the DCGAN begins anew.")
+        print("The VQ-VAE trains further, so the DCGAN begins anew; its weights and figures will be replaced.")
         del run.state["gan"]
         run.rows = run.rows_of("vqvae")
         run.outdated = [run.folder / "generator.pth", run.folder / "discriminator.pth", *run.folder.glob("gan_*.png")]
@@ -252,7 +251,7 @@ def print_plan(given: dict[str, Any]) -> None:
     print(f"Device: {choose_device(config.device)}. Folder: {run.folder or 'a new one in ' + config.out}")
     for stage, title, epochs, batch_size in stages(config):
         done, steps = run.state.get(stage, {}).get("epoch", 0), math.ceil(counts["train"] / batch_size)
-        print(f"{title}: {epochs - done} epochs of {steps} steps, {done} done before")
+        print(f"{title}: {epochs - done} epochs of {steps} steps, {done} complete")
     options = dataclasses.asdict(config)
     print("Options: " + ", ".join(f"{name} {value}" for name, value in options.items() if value is not None))
     print("Nothing was done (--dry-run).")
@@ -265,8 +264,8 @@ def how_to_resume(run: Run) -> str:
     for stage, title, epochs, _ in stages(run.config):
         done = run.state.get(stage, {}).get("epoch", 0)
         if done < epochs:
-            return f"Stopped. Resume with {title} epoch {done + 1} by: {resume_command(run)}"
-    return f"Stopped. Resume with the last figures by: {resume_command(run)}"
+            return f"Stopped. To resume at {title} epoch {done + 1}: {resume_command(run)}"
+    return f"Stopped. To draw the last figures: {resume_command(run)}"
 
 
 def resume_command(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""The DCGAN's stage, and its two ways of updating: balanced, and the report's bare procedure (`--gan-training`).
+"""The DCGAN's training stage, and the two update rules of `--gan-training`: balanced, and the report's own.
 
 Both minimise binary cross entropy, with the non-saturating loss for the generator (arXiv 1406.2661, section 3), as
 arXiv 1511.06434 does. Latents are (B, D, 64, 64) in [-1, 1].
@@ -32,8 +32,8 @@ class PlainUpdate:
 
     fit_scale = LatentScale.of_codebook  # (vqvae, train_set) -> the map between latents and the generator's range
     quantized = True  # whether real latents are embeddings, or the encoder's output before quantization
-    average_decay = 0.0  # of the EMA of the generator's weights that samples are drawn with
-    calibrated = False  # whether generated brains are given the brightness of real ones (`latents.Prior.calibrate`)
+    average_decay = 0.0  # of the EMA of the generator's weights, which draws the samples
+    calibrated = False  # whether to match the brightness of real images (`latents.Prior.calibrate`)
 
     def __init__(self, generator, discriminator, optimizers):
         self.generator, self.discriminator = generator, discriminator
@@ -59,11 +59,11 @@ class PlainUpdate:
         return torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
 
     def penalty(self, real: Tensor, d_real: Tensor) -> Tensor | float:
-        """What is added to the discriminator's loss, given its logits (B, 1) of real latents."""
+        """A further loss of the discriminator, given its logits (B, 1) of real latents."""
         return 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What resuming needs besides networks and optimizers."""
+        """Scalars that resuming needs, each of them also a column of metrics.csv."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -71,11 +71,11 @@ class PlainUpdate:
 
 
 class BalancedUpdate(PlainUpdate):
-    """Keeps generator and discriminator in balance.
+    """Cross entropy with R1, continuous real latents, an EMA for sampling, and calibration.
 
     - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ = exp(5 d)
       follows the discriminator's lead d, the running mean of D(x) - D(G(z)).
-    - Real latents are continuous: the discriminator cannot tell them by their lying on embeddings.
+    - Real latents are continuous, so they cannot be told by coinciding with embeddings.
     - Samples are drawn with a short EMA of the generator's weights: a long one blurs fine detail.
     """
 
@@ -119,7 +119,7 @@ def cross_entropy(logits: Tensor, target: int) -> Tensor:
 
 
 def _step(network, optimizer, loss: Tensor) -> None:
-    """One step of one network: the gradients of the other are not computed."""
+    """Update one network; only its gradients are computed."""
     optimizer.zero_grad()
     loss.backward(inputs=list(network.parameters()))
     distributed.sum_gradients(network)
@@ -133,8 +133,8 @@ class DCGANStage(Stage):
 
     Args:
         run, vqvae, train_set, validate_set: all on the run's device.
-        method: how the networks are updated; None for the one that the config names.
-        n_measures: how often in a run generated brains are compared with the validation split.
+        method: the update rule; by default the one that the config names.
+        n_measures: number of times in a run that generated brains are compared with the validation split.
     """
 
     name, title = "gan", "DCGAN"
@@ -165,31 +165,31 @@ class DCGANStage(Stage):
         self.averages = {"generator": self.average}
         self.update = (method or METHODS[config.gan_training])(generator, discriminator, self.optimizers.values())
         self.average_decay = self.update.average_decay
-        self.figures, self.floor, self.stored = Figures(run.folder, run.phantoms), None, None
+        self.figures, self.reference, self.stored = Figures(run.folder, run.phantoms), None, None
 
     def start(self) -> None:
         fitted = distributed.from_first(
             lambda: [part.cpu() for part in self.update.fit_scale(self.vqvae, self.train_set)]
         )
-        self.load_scale(fitted)
+        self.set_scale(fitted)
         if distributed.is_first():
             self._draw_samples(0, "before training")
-            n = len(self.measured)
+            n = len(self.eval_noise)
             rng = seeds.generator(self.run.config.seed, "measured images")
             picked = torch.randperm(len(self.train_set), generator=rng)[:n].tolist()
-            self.floor = self._distances(reconstruct(self.vqvae, self.train_set, picked))
+            self.reference = self._distances(reconstruct(self.vqvae, self.train_set, picked))
 
-    def load_scale(self, scale: Iterable[Tensor]) -> None:
-        """Set what depends on the map between latents and the generator's range."""
+    def set_scale(self, scale: Iterable[Tensor]) -> None:
+        """Set the map between latents and the generator's range, and what depends on it: prior, noise, target."""
         self.scale = LatentScale(*(part.to(self.run.device) for part in scale))
         self.vqvae.eval().to(memory_format=torch.channels_last)
         self.prior = Prior(self.average, self.scale, self.vqvae, self.run.phantoms)
         self.shown = self._noise(64, "gan samples")
-        self.measured = self._noise(min(len(self.validate_set), len(self.train_set)), "measures")
+        self.eval_noise = self._noise(min(len(self.validate_set), len(self.train_set)), "measures")
         if self.update.calibrated:
             every = -(-len(self.train_set) // 128)
             real = reconstruct(self.vqvae, self.train_set, range(0, len(self.train_set), every))
-            self.brightness = brightness(real)
+            self.target = brightness(real)
 
     def _noise(self, n: int, stream: str) -> Tensor:
         return self.prior.noise(n, seeds.generator(self.run.config.seed, stream))
@@ -197,7 +197,7 @@ class DCGANStage(Stage):
     def data(self) -> Latents:
         latents = Latents(self.vqvae, self.train_set, self.scale, self.update.quantized, self.stored)
         self.stored = latents.stored
-        kept = "kept in memory" if latents.stored else "too many for memory, so each batch is encoded when it is needed"
+        kept = "kept in memory" if latents.stored else "too many for memory, so each batch is encoded when it is used"
         print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
         return latents
 
@@ -209,10 +209,10 @@ class DCGANStage(Stage):
         """Calibrate the prior. `n_measures` times in a run, compare its samples with the validation split."""
         measures = {key: value.item() for key, value in self.update.state_dict().items()}
         if self.update.calibrated:
-            self.prior.calibrate(self.brightness, self.scale, self._noise(32, "calibration"))
+            self.prior.calibrate(self.target, self.scale, self._noise(32, "calibration"))
         now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
         if now > before and distributed.is_first():
-            measures |= self._distances(self.prior.sample_images(self.measured))
+            measures |= self._distances(self.prior.sample_images(self.eval_noise))
         return measures
 
     def _distances(self, images: Tensor) -> dict[str, float]:
@@ -221,17 +221,19 @@ class DCGANStage(Stage):
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
         self._print(row)
-        files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
-        files.save(files.cpu_state(self.networks["discriminator"]), self.run.folder / "discriminator.pth")
-        self._draw_samples(row["epoch"], f"the same for all epochs, after epoch {row['epoch']}")
+        self._draw_samples(row["epoch"], f"after epoch {row['epoch']}")
         self.figures.gan_losses("gan_losses.png", history)
         measured = [row for row in self.run.rows_of(self.name) if "swd_mean" in row]
         if measured:
-            self.figures.gan_measures("gan_measures.png", measured, self.floor)
+            self.figures.gan_measures("gan_measures.png", measured, self.reference)
+
+    def save_weights(self, row: dict) -> None:
+        files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
+        files.save(files.cpu_state(self.networks["discriminator"]), self.run.folder / "discriminator.pth")
 
     def _draw_samples(self, epoch: int, when: str) -> None:
         images = self.prior.sample_images(self.shown)
-        self.figures.image_grid(f"gan_epoch_{epoch}.png", images, f"Decoded from {len(images)} noise vectors, {when}")
+        self.figures.image_grid(f"gan_epoch_{epoch}.png", images, f"{len(images)} fixed noise vectors, decoded {when}")
 
     def _print(self, row: dict) -> None:
         print(f"Epoch: {row['epoch']}")
@@ -241,19 +243,19 @@ class DCGANStage(Stage):
         if "swd_mean" in row:
             self.run.say(
                 "Distance of generated brains to the validation split: "
-                f"sliced Wasserstein {row['swd_mean']:.1f} (reconstructions: {self.floor['swd_mean']:.1f}), "
-                f"grey values {row['grey_values']:.3f} ({self.floor['grey_values']:.3f})"
+                f"sliced Wasserstein {row['swd_mean']:.1f} (reconstructions: {self.reference['swd_mean']:.1f}), "
+                f"grey values {row['grey_values']:.3f} ({self.reference['grey_values']:.3f})"
             )
 
     def extra_state(self) -> dict:
         scale, codebook = [part.cpu() for part in self.scale], codebook_hash(self.vqvae)
-        state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.floor}
+        state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.reference}
         return state | {"update": self.update.state_dict()}
 
     def load_extra_state(self, state: dict) -> None:
         if state["codebook"] != codebook_hash(self.vqvae):
             vqvae = self.run.folder / "vqvae.pth"
             raise UserError(f"{vqvae}: has changed since the DCGAN began; start a new run with it")
-        self.load_scale(state["scale"])
+        self.set_scale(state["scale"])
         self.update.load_state_dict(state["update"])
-        self.floor, self.stored = state["floor"], state["stored"]
+        self.reference, self.stored = state["floor"], state["stored"]

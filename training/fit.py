@@ -12,20 +12,19 @@ from support import console, distributed, files, seeds
 from support.console import UserError
 from support.run import Run
 
-CHECK_EVERY = 50  # steps between checks for NaN and infinity (a check synchronizes a GPU)
+CHECK_EVERY = 50  # steps between checks for NaN and infinity (each check synchronizes a GPU)
 
 
 class Stage:
-    """What `fit` trains. A stage overrides the methods below; CONTRIBUTING.md says how to add one.
+    """What `fit` trains. A stage implements `data` and `step`; the rest is optional. See CONTRIBUTING.md.
 
     Attributes:
-        name: in run.json, metrics.csv and resume.pth.
-        title: for the console.
+        name, title: in files (and a stream of `support.seeds`), and on the console.
         columns: names of the values that `step` returns; their means over images go into metrics.csv.
-        epochs, batch_size: how long to train, and images of all processes together in a step.
-        average_decay: of the exponential moving averages of weights.
+        epochs, batch_size: number of epochs, and images in a step of all processes together.
+        average_decay: of the EMA of the weights.
         networks, optimizers: what is trained, by name.
-        averages: a copy of each network that is averaged, under the same name.
+        averages: the EMA copies of networks, under the same names.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Stage:
         self.run = run
 
     def start(self) -> None:
-        """Begin a new run: fit what is fitted on data, draw what is drawn before training."""
+        """Called once, not on resuming: fit what depends on the data, draw what is drawn before training."""
 
     def data(self) -> Dataset:
         """The data set that batches are drawn from; called after `start` or `load_state_dict`."""
@@ -53,7 +52,7 @@ class Stage:
 
         Args:
             batch: this process's part of a batch of n images.
-            step: 0, 1, … of the run.
+            step: 0, 1, … of this stage, across epochs.
             rng: the epoch's random generator, on the CPU and the same on all ranks.
 
         Returns:
@@ -62,21 +61,24 @@ class Stage:
         raise NotImplementedError
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Further columns of metrics.csv; called on all ranks after each epoch."""
+        """Return further columns of metrics.csv; called on all ranks after each epoch."""
         return {}
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
-        """Print and draw an epoch, and write the weights that a user loads; called on rank 0.
+        """Print and draw an epoch; called on rank 0.
 
         `row` is the epoch's row of metrics.csv, the last of `run.rows`; `history` has each column's values by step.
         """
+
+    def save_weights(self, row: dict) -> None:
+        """Write the weights that a user loads; called on rank 0, after `draw`."""
 
     def extra_state(self) -> dict:
         """What resuming needs besides networks, averages and optimizers, the same on all ranks."""
         return {}
 
     def load_extra_state(self, state: dict) -> None:
-        """Continue from an `extra_state`."""
+        """Restore what `extra_state` returned."""
 
     def state_dict(self) -> dict[str, dict]:
         """Everything that resuming needs, under the same keys for every stage."""
@@ -85,7 +87,7 @@ class Stage:
         return state | {"extra": self.extra_state()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Continue from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         for key in ("networks", "averages"):
             for name, network in getattr(self, key).items():
                 files.load_state(network, state[key][name])
@@ -95,7 +97,7 @@ class Stage:
 
 
 def fit(stage: Stage, run: Run) -> None:
-    """Train a stage up to its last epoch, from where the run's last complete epoch left it.
+    """Train a stage to its last epoch, resuming after the last complete one.
 
     Raises:
         UserError: a loss or weight is not finite, or the run's state does not fit the stage.
@@ -127,17 +129,18 @@ def fit(stage: Stage, run: Run) -> None:
             history[column] = history[column] + losses[:, i].tolist()
         state = {"epoch": epoch, "history": history} | stage.state_dict()
 
-        # Draw, and only then say that the epoch is complete: whatever is missing before is made again on resuming.
+        # Draw and save. The epoch is complete when run.save() returns; interrupted before, it is trained again.
         if distributed.is_first():
             run.rows.append(row)
             stage.draw(row, history)
+            stage.save_weights(row)
             run.state[stage.name] = state
             run.save()
             page.write_run(run.folder)
 
 
 def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
-    """One epoch of steps. Returns the values of each step over all processes, (steps, columns), on the CPU."""
+    """Train one epoch. Returns the values of each step, summed over ranks: (steps, columns) on the CPU."""
     rng = seeds.generator(seed, stage.name, epoch)
     loader = make_loader(data, stage.batch_size, rng)
     sizes = batch_sizes(len(data), stage.batch_size)
@@ -158,16 +161,16 @@ def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
     values = distributed.total(torch.stack(values)).cpu()
     check_finite(values, where, step)
     for network in (*stage.networks.values(), *stage.averages.values()):
-        # the losses are those before the last step, which may have made weights infinite
+        # losses precede the last update, which may have made weights infinite
         check_finite(torch.cat([p.detach().flatten().float() for p in network.parameters()])[None], where, step)
     return values
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
-    """Move the averaged weights, and the BatchNorm statistics that belong to them, towards the network's.
+    """Update the EMA of the weights and of BatchNorm's statistics after step 1, 2, … of a stage.
 
-    After step 1, 2, … of a run the average is over about the last quarter of the steps, at most 1 / (1 - decay).
+    The decay is warmed up: the average is over about the last third of the steps, at most 1 / (1 - decay).
     """
     weight = 1 - min(decay, (1 + step) / (4 + step))
     for kept, new in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
@@ -178,7 +181,7 @@ def update_average(average: nn.Module, network: nn.Module, step: int, decay: flo
 
 
 def check_finite(values: Tensor, where: str, step: int) -> None:
-    """Raise UserError if a value of (steps, …), the last of which belong to `step`, is not finite."""
+    """Raise UserError if a value is not finite. `values` has one row for each step, the last one for `step`."""
     bad = ~values.isfinite().reshape(len(values), -1).all(1)
     if bad.any():
         first = step - len(values) + 1 + int(bad.nonzero()[0])
@@ -193,5 +196,5 @@ def batch_sizes(n_images: int, batch_size: int) -> list[int]:
 
 
 def mean_over_images(values: Tensor, sizes: list[int]) -> float:
-    """The mean over images of the means of batches, (steps,) on the CPU."""
+    """The mean over images, given the means of batches (steps,) on the CPU."""
     return (values.double() @ torch.tensor(sizes).double()).item() / sum(sizes)

@@ -202,8 +202,7 @@ class Prior:
     def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "Prior":
         """The prior of a `checkpoint`, for the VQ-VAE that it belongs to and on its device.
 
-        Raises:
-            ValueError: the contents are not a generator's, or belong to another codebook.
+        Raises ValueError if the contents are not a generator's, or belong to another codebook.
         """
         if not isinstance(contents, dict) or not {"state_dict", "shift", "scale", "codebook"} <= contents.keys():
             raise ValueError("it holds no generator (name the generator.pth of a run)")
@@ -224,11 +223,7 @@ class Prior:
 
 
 def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
-    """The prior in a generator.pth, for the VQ-VAE that it belongs to and on its device.
-
-    Raises:
-        UserError: the file cannot be read, is no generator.pth, or belongs to another vqvae.pth.
-    """
+    """The prior in a generator.pth, on the VQ-VAE's device. Raises UserError if it is none, or not this VQ-VAE's."""
     return files.load(path, partial(Prior.from_checkpoint, vqvae=vqvae))
 
 

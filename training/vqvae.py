@@ -1,4 +1,4 @@
-"""The VQ-VAE's stage: a step, an evaluation, its figures."""
+"""The VQ-VAE's training stage."""
 
 import copy
 from pathlib import Path
@@ -19,16 +19,16 @@ from training import codebook
 from training.fit import Stage, batch_sizes, check_finite
 
 # At a constant learning rate the weights wander from step to step, and with them the grey level of the black
-# background, to which SSIM is very sensitive. An exponential moving average (EMA) of the weights is scored and kept.
+# background, to which SSIM is very sensitive. So an exponential moving average (EMA) of them is scored and saved.
 AVERAGE_DECAY = 0.99
 
 
 class VQVAEStage(Stage):
-    """Train the VQ-VAE by eq. 3 of arXiv 1711.00937. The epoch with the highest mean validation SSIM is vqvae.pth.
+    """Train the VQ-VAE by eq. 3 of arXiv 1711.00937. vqvae.pth has the EMA of the weights at the highest mean SSIM.
 
     Args:
         run, train_set, validate_set: all on the run's device.
-        method: how the codebook is kept in use; None for the one that the config names.
+        method: the codebook method; by default the one that the config names.
         average_decay: of the EMA of the weights.
     """
 
@@ -71,22 +71,22 @@ class VQVAEStage(Stage):
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss."""
-        share = distributed.weight(n)
+        weight = distributed.weight(n)
         self.codebook.before_step(step, lambda: self._latents(batch), n, rng)
         with self.fast_path.autocast():
             vq_loss, x_hat, _, codes = self.parallel(batch)
         recon_loss = F.mse_loss(x_hat, batch)
         loss = recon_loss + vq_loss
         self.optimizer.zero_grad()
-        (loss * share * distributed.world_size()).backward()  # data_parallel averages over processes
+        (loss * weight * distributed.world_size()).backward()  # data_parallel averages over processes
         self.optimizer.step()
-        if share:
+        if weight:
             self.codebook.after_step(codes)
         return torch.stack([recon_loss, vq_loss]).detach()
 
     @torch.no_grad()
     def _latents(self, x: Tensor) -> Tensor:
-        """z_e (B, D, 64, 64) float32, as training computes them."""
+        """z_e (B, D, 64, 64) float32, computed as in training."""
         with self.fast_path.autocast():
             return self.vqvae.latents(x).float()
 
@@ -102,8 +102,6 @@ class VQVAEStage(Stage):
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
         epoch, rows = row["epoch"], self.run.rows_of(self.name)
         self._print(row)
-        if row is max(rows, key=lambda row: row["ssim_mean"]):  # the first of equal ones
-            files.save(files.cpu_state(self.average), self.run.folder / "vqvae.pth")
         with torch.no_grad():
             x_hat = self.average.eval()(self.shown)[1]
         self.figures.image_grid(f"epoch_{epoch}.png", x_hat, f"Reconstructions after epoch {epoch}")
@@ -111,6 +109,13 @@ class VQVAEStage(Stage):
         self.figures.ssim_by_epoch("train_ssim_scores.png", rows)
         self.figures.recon_losses("train_recon_losses.png", history["training_loss"], rows)
         self.figures.rate_distortion("rate_distortion.png", rows)
+
+    def save_weights(self, row: dict) -> None:
+        if row is self._best_row():
+            files.save(files.cpu_state(self.average), self.run.folder / "vqvae.pth")
+
+    def _best_row(self) -> dict:
+        return max(self.run.rows_of(self.name), key=lambda row: row["ssim_mean"])  # the earliest of equal ones
 
     def _print(self, row: dict) -> None:
         print(f"Epoch: {row['epoch']}")
@@ -131,10 +136,10 @@ class VQVAEStage(Stage):
         self.codebook.load_state_dict(state)
 
     def best(self) -> VQVAE:
-        """The network in vqvae.pth, on the run's device. Draws how it codes the validation split."""
+        """The network in vqvae.pth, on the run's device. Also draws its codes of the validation split."""
         vqvae = distributed.from_first(lambda: load_vqvae(self.run.folder / "vqvae.pth")).to(self.run.device)
         if distributed.is_first():
-            row = max(self.run.rows_of(self.name), key=lambda row: row["ssim_mean"])
+            row = self._best_row()
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
             self._draw_codes(vqvae)
             page.write_run(self.run.folder)
@@ -147,16 +152,15 @@ class VQVAEStage(Stage):
         for images in in_batches(self.validate_set, desc="Encoding"):
             usage += torch.bincount(vqvae.encode(images).flatten().cpu(), minlength=len(usage))
         self.figures.single_image("codebook_comparison.png", x[0], "First validation image")
-        self.figures.code_map("codebook.png", codes[0], usage, "First validation image: its 64×64 codes")
+        self.figures.code_map("codebook.png", codes[0], usage, "64×64 codes of the first validation image")
         decoded = vqvae.decode(codes)[0]
-        self.figures.single_image("decoded.png", decoded, "First validation image: decoded from its codes")
+        self.figures.single_image("decoded.png", decoded, "First validation image, decoded from its codes")
 
 
 def load_vqvae(path: str | Path) -> VQVAE:
-    """The network in a vqvae.pth, in eval mode on the CPU, with the sizes of its codebook.
+    """The network in a vqvae.pth, in eval mode on the CPU, sized as its codebook says.
 
-    Raises:
-        UserError: the file cannot be read or does not hold a VQ-VAE with finite weights.
+    Raises UserError if the file cannot be read or does not hold a VQ-VAE with finite weights.
     """
 
     def build(state: dict[str, Tensor]) -> VQVAE:
