@@ -105,15 +105,17 @@ def train_missing(script: Path, o: argparse.Namespace, words: list[str], epochs:
 
 def train_row(row: Row, o: argparse.Namespace) -> None:
     words = ["--data", o.data, "--out", o.out, "--only", "vqvae", "--epochs", str(o.epochs), "--seed", str(o.seeds[0])]
-    run, train_set, validate_set = begin(words)
+    run, train_set, validate_set = begin(words, codebook=o.train)
     stage = VQVAEStage(run, train_set, validate_set, row.method, row.average_decay)
     fit(stage, run)
     stage.best()
 
 
-def begin(words: list[str]) -> tuple[Run, OasisDataset, OasisDataset]:
-    """A new run of train.py with these options, and its training and validation splits."""
+def begin(words: list[str], **row: str) -> tuple[Run, OasisDataset, OasisDataset]:
+    """A new run of train.py with these options, and its training and validation splits. It records the row's name."""
     run = config.make_run(config.parse(words))
+    for name, value in row.items():
+        setattr(run.config, name, value)
     return run, *train.begin_run(run)
 
 

@@ -68,7 +68,7 @@ def main() -> None:
         fast_path = FastPath(**files.read_json(run / "run.json")["fast_path"])
     limit = speed.matrix_product(torch.bfloat16 if fast_path.bfloat16 else torch.float32, device, folder)
     speed.timed(limit, device)
-    limit_rate = speed.PRODUCT_FLOPS / min(speed.timed(limit, device) for _ in range(3))
+    limit_rate = speed.PRODUCT_FLOPS / min(speed.timed(limit, device) for _ in range(3 if device.type == "cpu" else 10))
     model, training = VQVAE().to(device), 0.0
     flops = speed.flops_an_image(lambda x: model(x)[:2], device)
     print(f"\n{speed.processor()}, {environment(device)['device']}, torch {torch.__version__}, {fast_path}")

@@ -65,7 +65,7 @@ ROWS = {
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
     "quantized": ("embeddings as the real side, in the codebook's range by one factor", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
-    "long-average": ("samples with weights averaged over 200 updates", LongAverage),
+    "long-average": ("samples with weights averaged over 200 steps", LongAverage),
     "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
 COLUMNS = {"d_real": ".2f", "d_fake": ".2f", "g_loss": ".2f", "swd_mean": ".0f", "grey_values": ".3f"}
@@ -84,7 +84,8 @@ def main() -> None:
 
 def train_row(o: argparse.Namespace) -> None:
     words = ["--data", o.data, "--out", o.out, "--only", "gan", "--vqvae", o.vqvae]
-    run, train_set, validate_set = begin([*words, "--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])])
+    words += ["--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])]
+    run, train_set, validate_set = begin(words, gan_training=o.train)
     method = ROWS[o.train][1]
     fit(DCGANStage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
 

@@ -211,9 +211,9 @@ def our_dcgan(stored: bool, device, folder: Path) -> Work:
     run.fast_path.set_up()
     vqvae, train_set = few_images(device, folder)
     stage = DCGANStage(run, vqvae, train_set, train_set)
-    stage.set_scale(LatentScale.fit(vqvae, train_set))
-    stage.stored = stored
-    real_batch, rng = real_batches(stage.data()), torch.Generator()
+    scale = LatentScale.fit(vqvae, train_set)
+    stage.set_scale(scale)
+    real_batch, rng = real_batches(Latents(vqvae, train_set, scale, stored=stored)), torch.Generator()
 
     def once() -> None:
         stage.step(real_batch(), BATCH, 100, rng)
@@ -440,7 +440,7 @@ def main() -> None:
     print(choose_fast_path(device, "auto", False, 3624))
     with tempfile.TemporaryDirectory() as folder:
         first = o.subjects + 1  # of those that are not trained on
-        cases = {"train": range(1, first), "validate": range(first, first + max(1, o.subjects // 4))}
+        cases = {"train": range(1, first), "validate": range(first, first + max(2, o.subjects // 4))}
         phantoms.write(Path(folder), cases)
         found = {}
         for part in o.parts or PARTS:

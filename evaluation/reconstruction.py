@@ -115,7 +115,7 @@ def score(vqvae, dataset, rank: int = 0, world_size: int = 1) -> Scores:
 
 
 @torch.no_grad()
-def reconstruct(vqvae, dataset, indices: Sequence[int] | None = None) -> Tensor:
+def reconstruct(vqvae, dataset, indices: Sequence[int]) -> Tensor:
     """Images (N, 1, 256, 256) of a data set, decoded from their codes and clamped to [0, 1]."""
     batches = in_batches(dataset, indices, SCORE_BATCH, "Reconstructing")
     return torch.cat([vqvae.decode(vqvae.encode(x)).clamp(0, 1) for x in batches])

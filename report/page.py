@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 
 from support import console, files
+from support.device import FastPath
 from support.run import read_record
 
 TEMPLATE = jinja2.Environment(
@@ -68,6 +69,7 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
     facts["Seed"] = record["seed"]
     facts["Options"] = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     facts |= environment_facts(record)
+    facts["Fast path"] = FastPath(**record["fast_path"])
     if record["resumed"]:
         commits = ", ".join(dict.fromkeys(part["commit"] for part in record["resumed"]))
         facts["Resumed"] = f"{len(record['resumed'])} times, at commit {commits}"

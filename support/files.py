@@ -139,7 +139,7 @@ def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:
     raise UserError(f"{path}: no such file or folder, here or under {out}/")
 
 
-def one_line(error: Exception | str | Path) -> str:
+def one_line(error: Exception) -> str:
     """What an error says, as one printable line of at most 300 characters: it may quote a file's contents."""
     words = "".join(c if c.isprintable() else " " for c in str(error)).split()
     return " ".join(words)[:300]

@@ -69,6 +69,8 @@ def run_program(script: str, *words, cwd: Path) -> Done:
             code = 0
         except SystemExit as stop:
             code = stop.code
+            if isinstance(code, str):  # sys.exit prints it
+                code = print(stop.code, file=err) or 1
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return Done(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from support import device
+from support.console import UserError
 from support.device import FastPath
 from support.run import Run, open_run
 from training import config
@@ -95,6 +96,12 @@ def test_values_that_no_option_has_are_refused(spoilt):
     assert Config(**good).gan_betas == (0.5, 0.999)
     with pytest.raises((ValueError, TypeError)):
         Config(**good | spoilt)
+
+
+def test_a_run_without_data_is_not_resumed(tmp_path):
+    Run(Config(), tmp_path, {"vqvae": {"epoch": 0}}, fast_path=FastPath("cpu")).save()
+    with pytest.raises(UserError, match="resume.pth: names no data"):
+        config.make_run({"resume": str(tmp_path)})
 
 
 def test_what_a_run_saves_is_what_it_is_resumed_with(tmp_path):

@@ -229,12 +229,6 @@ def test_shares_make_up_the_whole(n, monkeypatch):
         assert parts == list(range(n)) and sum(weights) == pytest.approx(1)
 
 
-def test_half_a_launchers_environment_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="LOCAL_RANK.*torchrun"):
-        distributed.start()
-
-
 @pytest.mark.parametrize(
     "words", [("--batch-size", "1"), ("--only", "gan", "--gan-batch-size", "1"), ("--device", "cpu:0")]
 )

@@ -143,12 +143,16 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(trained,
     _, run = trained
     words = ("--data", data, *SMALL, "--epochs", 1, "--gan-epochs", 1, "--seed", 5, "--out", "short")
     short = new_run(run_program("train.py", *words, cwd=folder), folder / "short")
+    dry = run_program("train.py", "--resume", short, *EPOCHS, "--dry-run", cwd=folder)
+    assert "so the DCGAN begins anew" in dry.stdout
     kill_after([sys.executable, PROJECT / "train.py", "--resume", short, *EPOCHS], folder, "Device", 1)
     saved = resume_file(short)
     assert saved["options"]["epochs"] == 2 and "gan" not in saved["state"]
     assert not (short / "generator.pth").exists() and not (short / "gan_epoch_1.png").exists()
+    (short / ".vqvae.pth.123.tmp").touch()  # as a kill may leave it
     done = run_program("train.py", "--resume", short, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert not list(short.glob(".*"))
     assert_same_weights(run, short)
     assert_same_history(run, short)
     words = (short / "vqvae.pth", "--generator", short / "generator.pth", "--samples", 1, "--out", "r")
@@ -338,7 +342,14 @@ def test_bad_data_is_refused_before_a_folder_is_made(data, tmp_path):
     assert not (tmp_path / "gen_imgs").exists()
 
 
-def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path):
+def test_half_a_launchers_environment_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(run_program("train.py", "--demo", cwd=tmp_path), "LOCAL_RANK", "torchrun")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE")  # with progress as a user sees it
     words = [sys.executable, "-u", str(PROJECT / "train.py")]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         first = [process.stdout.readline() for _ in range(6)]

@@ -207,6 +207,8 @@ def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
 def _resumed_run(given: dict[str, Any]) -> Run:
     """The run to resume, its options changed as `given` where that is allowed."""
     run = open_run(given.pop("resume"), Config, STAGES)
+    if not run.config.data:
+        raise UserError(f"{run.folder / RESUME_FILE}: names no data; start a new run")
     for name, value in given.items():
         if not FIELDS[name].metadata["resumable"]:
             raise UserError(f"{flag(name)} cannot change on resuming; leave it out")

@@ -180,21 +180,21 @@ class DCGANStage(Stage):
             self.reference = self._distances(reconstruct(self.vqvae, self.train_set, picked))
 
     def set_scale(self, scale: Iterable[Tensor]) -> None:
-        """Set the map between latents and the generator's range, and what depends on it: prior, noise, target."""
+        """Set the map between latents and the generator's range, and what depends on it."""
         self.scale = LatentScale(*(part.to(self.run.device) for part in scale))
         self.vqvae.eval().to(memory_format=torch.channels_last)
         self.prior = Prior(self.average, self.scale, self.vqvae, self.run.phantoms)
         self.shown = self._noise(64, "gan samples")
         self.eval_noise = self._noise(min(len(self.validate_set), len(self.train_set)), "measures")
-        if self.update.calibrated:
-            every = -(-len(self.train_set) // 128)
-            real = reconstruct(self.vqvae, self.train_set, range(0, len(self.train_set), every))
-            self.target = brightness(real)
 
     def _noise(self, n: int, stream: str) -> Tensor:
         return self.prior.noise(n, seeds.generator(self.run.config.seed, stream))
 
     def data(self) -> Latents:
+        if self.update.calibrated:
+            every = -(-len(self.train_set) // 128)
+            real = reconstruct(self.vqvae, self.train_set, range(0, len(self.train_set), every))
+            self.target = brightness(real)
         latents = Latents(self.vqvae, self.train_set, self.scale, self.update.quantized, self.stored)
         self.stored = latents.stored
         kept = "kept in memory" if latents.stored else "too many for memory, so each batch is encoded when it is used"
@@ -203,7 +203,8 @@ class DCGANStage(Stage):
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update of each network on latents (B, D, 64, 64)."""
-        return self.update(batch, distributed.part(self.prior.noise(n, rng)), distributed.weight(n))
+        noise = distributed.part(self.prior.noise(n, rng)).to(batch.device, non_blocking=True)
+        return self.update(batch, noise, distributed.weight(n))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior. `n_measures` times in a run, compare its samples with the validation split."""
@@ -220,8 +221,8 @@ class DCGANStage(Stage):
         return generation.distances(real, images, seeds.derived_seed(self.run.config.seed, "measures"))
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
+        self._draw_samples(row["epoch"], f"after epoch {row['epoch']}")  # a signal may end the program here
         self._print(row)
-        self._draw_samples(row["epoch"], f"after epoch {row['epoch']}")
         self.figures.gan_losses("gan_losses.png", history)
         measured = [row for row in self.run.rows_of(self.name) if "swd_mean" in row]
         if measured:

@@ -152,14 +152,13 @@ class Prior:
         self.generator, self.scale, self.vqvae, self.phantoms = generator, scale, vqvae, phantoms
 
     def noise(self, n: int, rng: torch.Generator) -> Tensor:
-        """n noise vectors (n, noise_dim, 1, 1), drawn on the CPU from N(0, 1), on the prior's device."""
-        noise_dim = self.generator.net[0][0].in_channels
-        return torch.randn(n, noise_dim, 1, 1, generator=rng).to(self.scale.shift.device)
+        """n noise vectors (n, noise_dim, 1, 1) from N(0, 1), on the CPU."""
+        return torch.randn(n, self.generator.net[0][0].in_channels, 1, 1, generator=rng)
 
     @torch.no_grad()
     def sample(self, noise: Tensor) -> Tensor:
         """Noise (B, noise_dim, 1, 1) -> codes (B, 64, 64): generated latents snapped to the nearest embeddings."""
-        latents = self.scale.from_tanh(self.generator.eval()(noise))
+        latents = self.scale.from_tanh(self.generator.eval()(noise.to(self.scale.shift.device)))
         return self.vqvae.vector_quantizer.nearest(latents)
 
     def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:

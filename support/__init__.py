@@ -1,0 +1,1 @@
+"""What carries all the rest, and knows nothing of brains."""
