@@ -170,7 +170,7 @@ def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
 def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Update the EMA of the weights and of BatchNorm's statistics after step 1, 2, … of a stage.
 
-    The decay is warmed up: the average is over about the last third of the steps, at most 1 / (1 - decay).
+    The decay is warmed up: the mean age of what is averaged is a quarter of the steps, at most 1 / (1 - decay).
     """
     weight = 1 - min(decay, (1 + step) / (4 + step))
     for kept, new in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
