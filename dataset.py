@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from preparation import phantoms
 from support import console, distributed
 from support.console import UserError
-from support.device import fits
+from support.device import fits, move
 
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
@@ -94,8 +94,8 @@ class OasisDataset(Dataset):
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Images (B, 1, 256, 256) float32 in [0, 1] on the device."""
-        images = self.images[torch.as_tensor(indices).to(self.images.device, non_blocking=True)]
-        return images.to(self.device, non_blocking=True).float() / 255
+        images = self.images[move(torch.as_tensor(indices), self.images.device)]
+        return move(images, self.device).float() / 255
 
     __getitems__ = batch  # what DataLoader calls
 

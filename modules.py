@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Images whose distances to the codebook are held at once, 8 MB each: about a CPU's cache; one large kernel on a GPU.
+# Images whose distances to 512 embeddings are held at once, 8 MB each: about a CPU's cache; one large kernel on a GPU.
 IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
 
 
@@ -138,7 +138,8 @@ class VectorQuantizer(nn.Module):
 
         with torch.autocast(z.device.type, enabled=False):
             parts = z.float().contiguous(memory_format=torch.channels_last)
-            parts = parts.split(IMAGES_AT_ONCE.get(z.device.type, 4))
+            at_once = IMAGES_AT_ONCE.get(z.device.type, 4) * 512 // max(512, len(codebook))
+            parts = parts.split(max(1, at_once))
             return torch.cat([similarity(part).argmax(1) for part in parts])
 
     def look_up(self, codes: Tensor) -> Tensor:

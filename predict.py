@@ -23,7 +23,7 @@ from report import page
 from report.plots import NOTE, Figures
 from support import console, files, seeds
 from support.console import in_batches
-from support.device import choose_device, keep_freed_memory
+from support.device import choose_device, exact_float32, keep_freed_memory
 from support.run import environment, mark, new_folder, read_record
 from training.config import SEED, Number
 from training.latents import Prior, load_prior, walk
@@ -33,6 +33,7 @@ N_WALKS = 4
 THRESHOLD = 0.6  # the report counts the images at or above it
 
 
+@exact_float32()
 def main(words: list[str] | None = None) -> None:
     o = parse(words)
     device = choose_device(o.device)
@@ -54,10 +55,7 @@ def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
     scores = reconstruction.score(vqvae, dataset)
     ssim, folder = scores.ssim, new_folder(o.out, "_predict")
     numbers = [dataset.case_and_slice(i) for i in range(len(dataset))]
-    rows = [
-        {"file": dataset.name(i), "case": case, "slice": number, "ssim": ssim[i].item()}
-        for i, (case, number) in enumerate(numbers)
-    ]
+    rows = [(dataset.name(i), *numbers[i], value) for i, value in enumerate(ssim.tolist())]
     files.write_csv(folder / "scores.csv", ("file", "case", "slice", "ssim"), rows)
     figures = Figures(folder, dataset.phantoms)
     for name, i in (("best", int(ssim.argmax())), ("worst", int(ssim.argmin()))):
@@ -109,9 +107,8 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         noise = prior.noise(min(len(held_out), len(train)), seeds.generator(seed, "measures"))
         rows = generation.compare_generated(prior.sample_images(noise), vqvae, held_out, train, seed)
         columns = ("measure", "generated", "beside", "independent codes", "what stands beside")
-        rows = [dict(zip(columns, row, strict=True)) for row in rows]
         files.write_csv(folder / "measures.csv", columns, rows)
-        for name, value, beside, independent, what in (row.values() for row in rows):
+        for name, value, beside, independent, what in rows:
             print(f"{name}: {value:.4f} ({what}: {beside:.4f}; independent codes: {independent:.4f}){mark(phantoms)}")
     write_page(folder, "New brains", facts, vqvae, phantoms)
 

@@ -330,7 +330,7 @@ def timed(work: Work, device: torch.device) -> float:
     started = time.perf_counter()
     work.once()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter() - started
@@ -339,7 +339,7 @@ def timed(work: Work, device: torch.device) -> float:
 def peak_memory(device: torch.device) -> int | None:
     """Bytes that this process has had at most: on the GPU, else in main memory (where Linux says it)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

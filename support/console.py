@@ -1,17 +1,19 @@
 """What a program says and hears: progress, signals, and errors as one line."""
 
 import contextlib
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from support import distributed
+
+OUT_OF_MEMORY = "out of memory|allocate memory|ALLOC_FAILED"  # the words of CUDA, MPS, the CPU and cuBLAS
 
 
 class UserError(Exception):
@@ -72,8 +74,7 @@ def progress(*args, **settings) -> tqdm:
 def in_batches(dataset, indices: Sequence[int] | None = None, size: int = 32, desc: str = "") -> Iterator[Tensor]:
     """Walk through a data set in batches, with a progress bar. A signal takes effect between two batches.
 
-    `indices` says which images, in order; by default all of a data set that has `batch(indices)`, as
-    `dataset.OasisDataset` has. The last batch may be smaller than `size`. `desc` is what the progress bar says.
+    The data set has `batch(indices)`, as `dataset.OasisDataset` has; by default all of it is walked through.
     """
     indices = range(len(dataset)) if indices is None else indices
     with progress(total=len(indices), desc=desc, unit=" images", leave=False) as bar:
@@ -105,7 +106,7 @@ def run_program(main: Callable[[], None], name: str) -> None:
     except OSError as error:  # a full disk, a folder without write permission
         _fail(f"{name}: error: {error.filename or 'output'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         _fail(f"{name}: error: out of memory; try a smaller batch, codebook or number of samples")
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from support.console import UserError
 
@@ -44,8 +44,11 @@ def fits(n_bytes: int, device: torch.device) -> bool:
 
 def free_memory(device: torch.device) -> int:
     """Bytes of memory that this process can still have on a device; 8 GiB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what PyTorch's allocator has cached is free, too
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     free = []
     try:
         (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
@@ -60,6 +63,11 @@ def free_memory(device: torch.device) -> int:
         pass
     processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun, for one machine
     return min(free, default=8 * 2**30) // max(int(processes) if processes.isdecimal() else 1, 1)
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on a device, not waited for on CUDA. On MPS that may read freed memory (pytorch issue 189690)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @contextlib.contextmanager
@@ -97,17 +105,19 @@ class FastPath(NamedTuple):
         if self.plain:
             return "standard layout, float32, not compiled (--plain)"
         precision = "encoder in bfloat16" if self.bfloat16 else "float32" + " (TF32)" * (self.device == "cuda")
-        return f"channels_last, {precision}, {'compiled' if self.compiled else 'not compiled'}"
+        layout = "channels_last" if self.layout == torch.channels_last else "standard layout"
+        return f"{layout}, {precision}, {'compiled' if self.compiled else 'not compiled'}"
 
     @property
     def layout(self) -> torch.memory_format:
-        return torch.contiguous_format if self.plain else torch.channels_last
+        # on MPS, BatchNorm's backward fails in channels_last before mid-2026 (pytorch PR 188371)
+        return torch.contiguous_format if self.plain or self.device == "mps" else torch.channels_last
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
 
     def adam(self, network: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-        fused = not self.plain and self.device in ("cpu", "cuda")
+        fused = None if self.plain else True  # None leaves the choice to PyTorch, False would rule out foreach as well
         return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=fused)
 
     def load_adam(self, optimizer: torch.optim.Adam, saved: dict) -> None:
@@ -123,7 +133,8 @@ class FastPath(NamedTuple):
 
     def set_up(self) -> None:
         """Make the settings that hold for the whole process."""
-        torch.backends.cudnn.allow_tf32 = not self.plain  # for convolutions; the quantizer's distances stay float32
+        torch.backends.cudnn.allow_tf32 = not self.plain  # for convolutions
+        torch.backends.cuda.matmul.allow_tf32 = False  # the quantizer's distances, whatever the environment says
         torch.backends.cudnn.benchmark = not self.plain
         if not self.plain:
             keep_freed_memory()

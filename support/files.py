@@ -8,7 +8,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,10 @@ def read_json(path: Path) -> dict:
     return contents
 
 
-def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
-    """Write rows as CSV with a header; a value that a row lacks is left empty."""
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Sequence]) -> None:
+    """Write rows as CSV with a header; None is left empty."""
     with atomically(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(file).writerows([columns, *rows])
 
 
 def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:

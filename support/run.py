@@ -98,8 +98,9 @@ class Run:
 
     def save(self) -> None:
         """Write metrics.csv, then resume.pth, which completes an epoch."""
-        columns = dict.fromkeys(key for row in self.rows for key in row)
-        files.write_csv(self.folder / "metrics.csv", columns, self.rows)
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        rows = [[row.get(column) for column in columns] for row in self.rows]
+        files.write_csv(self.folder / "metrics.csv", columns, rows)
         contents = {"options": dataclasses.asdict(self.config), "state": self.state, "rows": self.rows}
         fast_path = self.fast_path._asdict() if self.fast_path else None
         files.save(contents | {"fast_path": fast_path}, self.folder / RESUME_FILE)

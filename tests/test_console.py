@@ -67,6 +67,10 @@ def test_a_signal_stops_a_walk_through_a_data_set_between_two_batches(monkeypatc
         (OSError(28, "No space left on device", "x.pth"), "p.py: error: x.pth: No space left on device\n"),
         (MemoryError(), "p.py: error: out of memory; try a smaller batch, codebook or number of samples\n"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "p.py: error: out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "p.py: error: out of memory"),
+        (RuntimeError("CUDA error: out of memory"), "p.py: error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "p.py: error: out of memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "p.py: error: out of memory"),
     ],
 )
 def test_errors_that_a_user_can_fix_are_one_line(capfd, error, said):

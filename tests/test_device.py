@@ -76,7 +76,7 @@ def test_adam_is_adam_fused_or_not_and_can_change_over_on_resuming():
             if t == 3:
                 saved, optimizer = optimizer.state_dict(), second.adam(network, 2e-4, (0.5, 0.999))
                 second.load_adam(optimizer, saved)
-                assert optimizer.param_groups[0]["fused"] is (not second.plain)
+                assert optimizer.param_groups[0]["fused"] is (None if second.plain else True)
             network.weight.grad = g[None].clone()
             optimizer.step()
         torch.testing.assert_close(network.weight[0].detach(), expected, rtol=1e-9, atol=0)
@@ -151,3 +151,33 @@ def test_unknown_devices_are_named():
         with pytest.raises(UserError, match=f"--device {name}"):
             module.choose_device(name)
     assert module.choose_device("cpu").type == "cpu" and module.choose_device("auto").type in ("cpu", "cuda", "mps")
+
+
+def test_what_pytorch_has_cached_counts_as_free(monkeypatch):
+    for name, value in (("mem_get_info", (5, 100)), ("memory_reserved", 40), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert module.free_memory(torch.device("cuda")) == 15
+    for name, value in (("recommended_max_memory", 70), ("current_allocated_memory", 30)):
+        monkeypatch.setattr(torch.mps, name, lambda value=value: value)
+    assert module.free_memory(torch.device("mps")) == 40
+
+
+def test_products_of_matrices_stay_float32_whatever_the_environment_says():
+    """As TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 sets it; the quantizer's distances are such a product on a GPU."""
+    for fast_path in (PLAIN, FastPath("cpu")):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        fast_path.set_up()
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_copies_are_not_waited_for_on_cuda_alone():
+    class Spy:
+        def to(self, device, non_blocking):
+            return non_blocking
+
+    assert [module.move(Spy(), torch.device(name)) for name in ("cuda", "mps", "cpu")] == [True, False, False]
+
+
+def test_mps_has_the_standard_layout():
+    assert FastPath("mps").layout == torch.contiguous_format and str(FastPath("mps")).startswith("standard layout, ")
+    assert FastPath("cuda").layout == torch.channels_last and str(FastPath("cuda")).startswith("channels_last, ")

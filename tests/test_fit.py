@@ -113,6 +113,12 @@ class OneWeight(fit.Stage):
 
         return Numbers()
 
+    def evaluate(self, epoch):
+        return {"tf32": float(torch.backends.cudnn.allow_tf32)}
+
+    def draw(self, row, history):
+        assert not torch.backends.cudnn.allow_tf32
+
     def step(self, batch, n, step, rng):
         with torch.no_grad():
             self.network.weight += batch.mean()
@@ -120,11 +126,14 @@ class OneWeight(fit.Stage):
         return batch.mean()[None]
 
 
-def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path):
+def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     run = new_run(tmp_path)
     stage = OneWeight(run)
     fit.fit(stage, run)
     assert [row["updates"] for row in run.rows] == [3, 3, 3]
+    # what is measured and drawn is exact float32, whatever training uses
+    assert torch.backends.cudnn.allow_tf32 and not any(row["tf32"] for row in run.rows)
     assert [row["loss"] for row in run.rows] == pytest.approx([4.5] * 3)  # each of 0 to 9 once an epoch
     total = sum(run.state["gan"]["history"]["loss"])
     assert stage.network.weight.item() == pytest.approx(total) and len(run.state["gan"]["history"]["loss"]) == 9

@@ -95,6 +95,14 @@ def test_nearest_against_brute_force(scale):
     torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("n_embeddings, at_once", [(16, 4), (512, 4), (1024, 2), (65536, 1)])
+def test_distances_to_a_large_codebook_are_held_for_fewer_images_at_once(n_embeddings, at_once, monkeypatch):
+    sizes, convolve = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda part, *args: sizes.append(len(part)) or convolve(part, *args))
+    codes = VectorQuantizer(n_embeddings, 2).nearest(torch.randn(8, 2, 2, 2))
+    assert codes.shape == (8, 2, 2) and sizes == [at_once] * (8 // at_once)
+
+
 def test_vq_loss_is_its_definition():
     torch.manual_seed(0)
     quantizer, z_e = VectorQuantizer(32, 8, beta=0.7), torch.randn(2, 8, 6, 6)

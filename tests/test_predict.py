@@ -157,3 +157,13 @@ def test_bad_options_are_refused_by_name(words, capsys):
     with pytest.raises(SystemExit) as caught:
         predict.parse(["x.pth", *words])
     assert caught.value.code == 2 and f"error: {words[0]}" in capsys.readouterr().err.replace("argument ", "")
+
+
+def test_codes_and_samples_are_computed_in_exact_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+    for name in ("score", "generate", "export_codes"):
+        monkeypatch.setattr(predict, name, lambda o, vqvae: seen.append(torch.backends.cudnn.allow_tf32))
+    for words in ((), ("--generator", "g.pth"), ("--export-codes", "c.npz")):
+        predict.main([str(PRETRAINED / "vqvae.pth"), "--device", "cpu", *words])
+    assert seen == [False] * 3 and torch.backends.cudnn.allow_tf32

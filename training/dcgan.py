@@ -18,6 +18,7 @@ from modules import VQVAE, Discriminator, Generator, dcgan_init
 from report.plots import Figures
 from support import distributed, files, seeds
 from support.console import UserError
+from support.device import move
 from support.run import Run
 from training.fit import Stage
 from training.latents import Latents, LatentScale, Prior, brightness, codebook_hash
@@ -168,10 +169,8 @@ class DCGANStage(Stage):
         self.figures, self.reference, self.stored = Figures(run.folder, run.phantoms), None, None
 
     def start(self) -> None:
-        fitted = distributed.from_first(
-            lambda: [part.cpu() for part in self.update.fit_scale(self.vqvae, self.train_set)]
-        )
-        self.set_scale(fitted)
+        fit_scale = self.update.fit_scale
+        self.set_scale(distributed.from_first(lambda: [x.cpu() for x in fit_scale(self.vqvae, self.train_set)]))
         if distributed.is_first():
             self._draw_samples(0, "before training")
             n = len(self.eval_noise)
@@ -203,7 +202,7 @@ class DCGANStage(Stage):
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update of each network on latents (B, D, 64, 64)."""
-        noise = distributed.part(self.prior.noise(n, rng)).to(batch.device, non_blocking=True)
+        noise = move(distributed.part(self.prior.noise(n, rng)), batch.device)
         return self.update(batch, noise, distributed.weight(n))
 
     def evaluate(self, epoch: int) -> dict[str, float]:

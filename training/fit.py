@@ -10,6 +10,7 @@ from dataset import make_loader
 from report import page
 from support import console, distributed, files, seeds
 from support.console import UserError
+from support.device import exact_float32
 from support.run import Run
 
 CHECK_EVERY = 50  # steps between checks for NaN and infinity (each check synchronizes a GPU)
@@ -20,22 +21,12 @@ class Stage:
 
     Attributes:
         name, title: in files (and a stream of `support.seeds`), and on the console.
-        columns: names of the values that `step` returns; their means over images go into metrics.csv.
+        columns: tuple of names of the values that `step` returns; their means over images go into metrics.csv.
         epochs, batch_size: number of epochs, and images in a step of all processes together.
         average_decay: of the EMA of the weights.
-        networks, optimizers: what is trained, by name.
-        averages: the EMA copies of networks, under the same names.
+        networks, optimizers: dicts of what is trained, by name.
+        averages: dict of the EMA copies of networks, under the same names.
     """
-
-    name: str
-    title: str
-    columns: tuple[str, ...]
-    epochs: int
-    batch_size: int
-    average_decay: float
-    networks: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Adam]
-    averages: dict[str, nn.Module]
 
     def __init__(self, run: Run):
         self.run = run
@@ -99,9 +90,7 @@ class Stage:
 def fit(stage: Stage, run: Run) -> None:
     """Train a stage to its last epoch, resuming after the last complete one.
 
-    Raises:
-        UserError: a loss or weight is not finite, or the run's state does not fit the stage.
-        console.Stopped: a signal has arrived.
+    Raises UserError if a loss or weight is not finite, or if the run's state does not fit the stage.
     """
     saved = run.state.get(stage.name, {"epoch": 0})
     history = {column: [] for column in stage.columns}
@@ -110,7 +99,8 @@ def fit(stage: Stage, run: Run) -> None:
             stage.load_state_dict(saved)
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
     else:
-        stage.start()
+        with exact_float32():
+            stage.start()
     data = stage.data()
 
     for epoch in range(saved["epoch"] + 1, stage.epochs + 1):
@@ -124,7 +114,8 @@ def fit(stage: Stage, run: Run) -> None:
         row = {"stage": stage.name, "epoch": epoch, "updates": len(losses), "seconds": round(seconds, 2)}
         row |= {"images_per_second": round(len(data) / seconds, 2)}
         row |= {column: mean_over_images(losses[:, i], sizes) for i, column in enumerate(stage.columns)}
-        row |= stage.evaluate(epoch)
+        with exact_float32():
+            row |= stage.evaluate(epoch)
         for i, column in enumerate(stage.columns):
             history[column] = history[column] + losses[:, i].tolist()
         state = {"epoch": epoch, "history": history} | stage.state_dict()
@@ -132,7 +123,8 @@ def fit(stage: Stage, run: Run) -> None:
         # Draw and save. The epoch is complete when run.save() returns; interrupted before, it is trained again.
         if distributed.is_first():
             run.rows.append(row)
-            stage.draw(row, history)
+            with exact_float32():
+                stage.draw(row, history)
             stage.save_weights(row)
             run.state[stage.name] = state
             run.save()
@@ -185,9 +177,7 @@ def check_finite(values: Tensor, where: str, step: int) -> None:
     bad = ~values.isfinite().reshape(len(values), -1).all(1)
     if bad.any():
         first = step - len(values) + 1 + int(bad.nonzero()[0])
-        raise UserError(
-            f"{where}, step {first}: loss or weights not finite; try a lower learning rate (complete epochs are kept)"
-        )
+        raise UserError(f"{where}, step {first}: loss or weights not finite; try a lower learning rate")
 
 
 def batch_sizes(n_images: int, batch_size: int) -> list[int]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from modules import VQVAE, Generator, rows
 from support import console, files
 from support.console import in_batches
-from support.device import fits
+from support.device import fits, move
 
 # Root mean square of the foreground in tanh's range: about 0.5 % of values are clipped. A larger one clips more, a
 # smaller one squeezes the anatomy towards the background's zero.
@@ -136,8 +136,8 @@ class Latents(Dataset):
         """(B, D, 64, 64) float32 in [-1, 1]."""
         if not self.stored:
             return self._encode(self.dataset.batch(indices)).float()
-        kept = self.kept[torch.as_tensor(indices).to(self.kept.device, non_blocking=True)]
-        return kept.to(self.scale.shift.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        kept = self.kept[move(torch.as_tensor(indices), self.kept.device)]
+        return move(kept, self.scale.shift.device).permute(0, 3, 1, 2).float()
 
     __getitems__ = batch  # what DataLoader calls
 

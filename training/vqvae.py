@@ -14,6 +14,7 @@ from report import page
 from report.plots import Figures
 from support import distributed, files, seeds
 from support.console import in_batches
+from support.device import exact_float32
 from support.run import Run
 from training import codebook
 from training.fit import Stage, batch_sizes, check_finite
@@ -145,6 +146,7 @@ class VQVAEStage(Stage):
             page.write_run(self.run.folder)
         return vqvae
 
+    @exact_float32()
     def _draw_codes(self, vqvae: VQVAE) -> None:
         x = self.validate_set.batch([0])
         codes = vqvae.encode(x)
