@@ -9,7 +9,7 @@ demo: .venv/installed
 	run="$$(dirname "$$(ls -td gen_imgs/demo/*/vqvae.pth | head -n 1)")" && \
 	.venv/bin/python predict.py "$$run/vqvae.pth" --out "$$run" && \
 	.venv/bin/python predict.py "$$run/vqvae.pth" --generator "$$run/generator.pth" --samples 64 --out "$$run" && \
-	echo "The demo is done. Look at $$run/index.html; README.md says what each file is."
+	echo "The demo is done. Look at $$run/index.html; docs/usage.md says what each file is."
 
 # two workers with a thread each, files kept together because their tests share trained networks
 test: .venv/installed
