@@ -114,6 +114,7 @@ def score(vqvae, dataset, rank: int = 0, world_size: int = 1) -> Scores:
     return Scores(ssim_of, psnr_of, usage.cpu(), foreground_usage)
 
 
+@exact_float32()
 @torch.no_grad()
 def reconstruct(vqvae, dataset, indices: Sequence[int]) -> Tensor:
     """Images (N, 1, 256, 256) of a data set, decoded from their codes and clamped to [0, 1]."""

@@ -129,12 +129,12 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Sequence]) -> N
         csv.writer(file).writerows([columns, *rows])
 
 
-def find(path: str | Path, out: str | Path = "gen_imgs") -> Path:
-    """`path` as given if it exists, else `path` under `out`. Raises UserError if it is in neither place."""
-    for candidate in (Path(path), Path(out) / path):
+def find(path: str | Path) -> Path:
+    """`path` as given if it exists, else `path` under gen_imgs/. Raises UserError if it is in neither place."""
+    for candidate in (Path(path), Path("gen_imgs") / path):
         if candidate.exists():
             return candidate
-    raise UserError(f"{path}: no such file or folder, here or under {out}/")
+    raise UserError(f"{path}: no such file or folder, here or under gen_imgs/")
 
 
 def one_line(error: Exception) -> str:
