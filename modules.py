@@ -96,8 +96,7 @@ class _StraightThrough(torch.autograd.Function):
 class VectorQuantizer(nn.Module):
     """Replace each latent vector by the nearest vector of a learned codebook (arXiv 1711.00937, eq. 1 and 2).
 
-    The embeddings start uniform in ±1/n_embeddings. From that start most of them are never used, so training moves them
-    by explicit calls (`training.codebook.KMeans`).
+    The embeddings start uniform in ±1/n_embeddings. Most would then never be used: `training.codebook` moves them.
 
     `n_embeddings` is the size of the codebook, `embeddings_dim` the length D of an embedding, `beta` the weight β of
     the commitment term (eq. 3).
@@ -201,8 +200,9 @@ class VQVAE(nn.Module):
         if codes.ndim != 3 or codes.is_floating_point():
             raise ValueError(f"codes must be integers (B, 64, 64), not {codes.dtype} {tuple(codes.shape)}")
         codes = codes.long()  # uint16, as exported, supports few operations
-        if codes.numel() and not 0 <= codes.min() <= codes.max() < n:
-            raise ValueError(f"codes must be from 0 to {n - 1}, not from {codes.min()} to {codes.max()}")
+        low, high = torch.stack([codes.min(), codes.max()]).tolist() if codes.numel() else (0, 0)  # one wait for a GPU
+        if low < 0 or high >= n:
+            raise ValueError(f"codes must be from 0 to {n - 1}, not from {low} to {high}")
         return self.decoder(self.vector_quantizer.look_up(codes))
 
 

@@ -41,12 +41,12 @@ class EMAWithRevival(codebook.KMeans):
         super().__init__(quantizer, optimizer)
         self.ema = codebook.EMA(quantizer, optimizer)
 
-    def before_step(self, step, latents, n, rng):
-        super().before_step(step, latents, n, rng)
+    def before_lookup(self, step, z_e, n, rng):
+        super().before_lookup(step, z_e, n, rng)
         if step < self.kmeans_steps:
             self.ema.sums.copy_(self.embeddings)
         else:
-            self.ema.before_step(step, latents, n, rng)
+            self.ema.before_lookup(step, z_e, n, rng)
 
     def revive(self, dead, z_e, rng):
         codebook.move_dead(self.quantizer, dead, z_e, rng)

@@ -39,10 +39,10 @@ from dataset import OasisDataset, make_loader
 from evaluation import reconstruction
 from modules import VQVAE
 from preparation import phantoms
-from support.device import choose_device, choose_fast_path, keep_freed_memory
+from support.device import choose_device, keep_freed_memory
 from support.run import Run, environment
 from training.codebook import KMeans
-from training.config import Config
+from training.config import Config, choose_run_fast_path
 from training.dcgan import DCGANStage
 from training.fit import update_average
 from training.latents import Latents, LatentScale
@@ -82,13 +82,13 @@ def images(folder: Path, device, n: int = BATCH) -> torch.Tensor:
 def start_codebook(vqvae: VQVAE, x: torch.Tensor) -> None:
     """A codebook in use, as after the first steps."""
     with torch.no_grad():
-        KMeans(vqvae.vector_quantizer, None).before_step(0, lambda: vqvae.latents(x), len(x), torch.Generator())
+        KMeans(vqvae.vector_quantizer, None).before_lookup(0, vqvae.latents(x), len(x), torch.Generator())
 
 
 def new_run(device, **fast_path) -> Run:
     """A run with default options whose folder is never made."""
     run = Run(Config(), Path(), device=device)
-    run.fast_path = choose_fast_path(device, "auto", False, 3624)._replace(**fast_path)
+    run.fast_path = choose_run_fast_path(run, 9664)._replace(**fast_path)
     return run
 
 
@@ -437,7 +437,7 @@ def main() -> None:
     machine = environment(device) | {"processor": processor(), "cores": os.cpu_count(), "threads": o.threads}
     print(json.dumps(machine, indent=2))
     print(f"Batch {BATCH}, 256x256 phantoms, {o.rounds} rounds, fast path: ", end="")
-    print(choose_fast_path(device, "auto", False, 3624))
+    print(new_run(device).fast_path)
     with tempfile.TemporaryDirectory() as folder:
         first = o.subjects + 1  # of those that are not trained on
         cases = {"train": range(1, first), "validate": range(first, first + max(2, o.subjects // 4))}

@@ -5,7 +5,7 @@ import ctypes
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,23 +140,42 @@ class FastPath(NamedTuple):
             keep_freed_memory()
 
 
-def choose_fast_path(device: torch.device, precision: str, plain: bool, n_steps: int) -> FastPath:
-    """The fast path for a device and a run of `n_steps`. Precision "auto" is bfloat16 on GPUs that have it."""
+def choose_fast_path(
+    device: torch.device,
+    precision: str,
+    plain: bool,
+    n_steps: int,
+    compute_loss: Callable[[FastPath], Tensor],
+    kept: FastPath | None = None,
+) -> FastPath:
+    """The fast path for a device and a run of `n_steps`.
+
+    Precision "auto" is bfloat16 on GPUs that have it; before Ampere it is emulated, which is slow. Networks are
+    compiled on a GPU where that repays and where `compute_loss`, the loss of new networks on a fast path, can be
+    computed and differentiated. On resuming, `kept` is the fast path so far: a part that is missing now is given up,
+    none is added.
+    """
+    if plain:
+        return FastPath(device.type, plain=True)
     cuda = device.type == "cuda"
     if precision == "auto":
         precision = "bfloat16" if cuda and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    if plain:
-        return FastPath(device.type, plain=True)
-    compiled = cuda and n_steps >= COMPILING_REPAYS and can_compile(device)
-    return FastPath(device.type, bfloat16=precision == "bfloat16", compiled=compiled)
+    bfloat16 = precision == "bfloat16" and (kept is None or kept.bfloat16)
+    compiled = FastPath(device.type, bfloat16=bfloat16, compiled=True)
+    wanted = cuda and n_steps >= COMPILING_REPAYS if kept is None else kept.compiled
+    return compiled._replace(compiled=wanted and can_train(compiled, compute_loss))
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, found by trying: it needs a C++ compiler, and Triton on a GPU."""
+def can_train(fast_path: FastPath, compute_loss: Callable[[FastPath], Tensor]) -> bool:
+    """Whether a fast path's loss can be computed and differentiated here, found by trying.
+
+    Compiling needs a C++ compiler, and Triton on a GPU; and some versions of PyTorch fail at these networks alone
+    (pytorch issue 171622).
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.compile(nn.ReLU())(torch.zeros(8, device=device))
+            compute_loss(fast_path).backward()
         return True
     except Exception:  # each missing part has an error of its own
         return False

@@ -154,8 +154,10 @@ class _SynchronizedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         dims = (0, 2, 3)
-        n = _Sum.apply(x.new_full((), x.numel() / x.shape[1]))
-        mean = _Sum.apply(x.sum(dims)) / n
+        count = x.new_full((1,), x.numel() / x.shape[1])
+        sums = _Sum.apply(torch.cat([x.sum(dims), count]))  # one message
+        n = sums[-1].detach()
+        mean = sums[:-1] / n
         centred = x - mean[:, None, None]
         variance = _Sum.apply(centred.square().sum(dims)) / n
         with torch.no_grad():

@@ -134,7 +134,7 @@ def test_moving_averages_with_start_and_revival(rng):
                 quantizer.embedding.weight[3] = method.ema.sums[3] = 1e3
             method.usage[3] = 0
         z_e = torch.randn(2, 4, 8, 8, generator=rng)
-        method.before_step(step, lambda z_e=z_e: z_e, 2, rng)
+        method.before_lookup(step, z_e, 2, rng)
         method.after_step(quantizer.nearest(z_e))
     assert method.embeddings.abs().max() < 10 and (quantizer.nearest(z_e) == 3).any()
     torch.testing.assert_close(method.embeddings, method.ema.sums / method.ema.counts)

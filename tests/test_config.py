@@ -12,7 +12,8 @@ from training.config import Config
 
 
 def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "can_compile", lambda device: True)
+    works = {"compiled": True}
+    monkeypatch.setattr(device, "can_train", lambda fast_path, compute_loss: works["compiled"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def chosen(run, where, n_images):
@@ -20,10 +21,20 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
         return config.choose_run_fast_path(run, n_images)
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    run = Run(Config(), tmp_path, fast_path=FastPath("cpu", bfloat16=True))
+    run = Run(Config(precision="bfloat16"), tmp_path, fast_path=FastPath("cpu", bfloat16=True))
     assert chosen(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
+    run.config.precision = "auto"
     assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
     assert chosen(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 steps do not repay it
+    best = FastPath("cuda", bfloat16=True, compiled=True)
+    run.fast_path = best._replace(compiled=False)
+    assert chosen(run, cuda, 9664) == run.fast_path  # nothing is added to a run that has begun
+    run.fast_path = best
+    assert chosen(run, cuda, 640) == best
+    works["compiled"] = False  # as on a cluster's other machine
+    assert chosen(run, cuda, 9664) == best._replace(compiled=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert chosen(run, cuda, 9664) == FastPath("cuda")
     run.fast_path, run.config.only = None, "gan"
     assert chosen(run, cuda, 9664) == FastPath("cuda")
 

@@ -84,18 +84,37 @@ def test_adam_is_adam_fused_or_not_and_can_change_over_on_resuming():
 
 def test_what_is_chosen(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(module, "can_compile", lambda device: True)
-    assert module.choose_fast_path(cpu, "auto", False, 10**6) == FastPath("cpu")
-    assert module.choose_fast_path(cpu, "bfloat16", False, 10) == FastPath("cpu", bfloat16=True)
-    assert module.choose_fast_path(cpu, "auto", True, 10) == PLAIN
+    tried = []
+
+    def loss(fast_path):
+        tried.append(fast_path)
+        return torch.ones((), requires_grad=True)
+
+    assert module.choose_fast_path(cpu, "auto", False, 10**6, loss) == FastPath("cpu")
+    assert module.choose_fast_path(cpu, "bfloat16", False, 10, loss) == FastPath("cpu", bfloat16=True)
+    assert module.choose_fast_path(cpu, "auto", True, 10, loss) == PLAIN and not tried
     for capability, bfloat16 in (((7, 5), False), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         for n_steps, compiled in ((100, False), (3624, True)):
-            chosen = module.choose_fast_path(cuda, "auto", False, n_steps)
+            chosen = module.choose_fast_path(cuda, "auto", False, n_steps, loss)
             assert chosen == FastPath("cuda", bfloat16=bfloat16, compiled=compiled)
-    assert not module.choose_fast_path(cuda, "float32", False, 10).bfloat16
-    monkeypatch.setattr(module, "can_compile", lambda device: False)
-    assert not module.choose_fast_path(cuda, "auto", False, 10**6).compiled
+        assert tried.pop() == chosen and not tried
+    assert not module.choose_fast_path(cuda, "float32", False, 10, loss).bfloat16
+
+
+def test_what_fails_in_backward_alone_is_not_compiled():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise AssertionError("as Inductor's backward of transposed convolutions")
+
+    path = FastPath("cpu", compiled=True)
+    assert not module.can_train(path, lambda path: Fails.apply(torch.ones(2, requires_grad=True)))
+    assert module.can_train(path, lambda path: torch.ones((), requires_grad=True).sum())
 
 
 def python(code: str, **variables) -> str:
@@ -106,9 +125,16 @@ def python(code: str, **variables) -> str:
 
 
 def test_without_a_compiler_nothing_is_compiled(tmp_path):
-    code = "from support import device; import torch; print(device.can_compile(torch.device('cpu')))"
+    code = """
+        import functools, torch
+        from support import device
+        from training import config, vqvae
+        loss = functools.partial(vqvae.first_loss, config.Config(batch_size=1), torch.device("cpu"))
+        path = device.FastPath("cpu", compiled=True)
+        print(device.can_train(path._replace(compiled=False), loss), device.can_train(path, loss))
+    """
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    assert python(code, PATH="/nonexistent", CXX="/nonexistent/c++", **cache).split()[-1] == "False"
+    assert python(code, PATH="/nonexistent", CXX="/nonexistent/c++", **cache).split()[-2:] == ["True", "False"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")

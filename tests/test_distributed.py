@@ -194,7 +194,7 @@ def _codebook(rank):
                 if distributed.world_size() > 1 and rank == 0:
                     method.usage[5] = 0  # which the other process has counted
             part = distributed.part(z_e)
-            method.before_step(step, lambda part=part: part, 3, rng)
+            method.before_lookup(step, part, 3, rng)
             vq_loss, _, codes = model.vector_quantizer(z_e)  # the whole batch: gradients are not what is tested here
             if vq_loss.requires_grad:
                 optimizer.zero_grad()

@@ -1,17 +1,18 @@
 """How the embeddings of the codebook are kept in use: the three methods of `--codebook`.
 
-A method acts before each step of the networks, on the latents of the batch at hand. The loss and its optimizer move the
-embeddings as well (eq. 3 of arXiv 1711.00937), except with `ema`. What a method remembers from step to step is in its
-`state_dict`, which the run's resume file holds; none of it is in the network.
-"""
+A method acts in each step before embeddings are looked up, on the latents of the batch at hand. The loss and its
+optimizer move the embeddings as well (eq. 3 of arXiv 1711.00937), except with `ema`. What a method remembers from step
+to step is in its `state_dict`, which the run's resume file holds; none of it is in the network.
 
-from collections.abc import Callable
+Nothing here makes the host wait for a GPU. So nothing is chosen by an `if` on what a tensor holds, except on a CPU.
+"""
 
 import torch
 from torch import Tensor
 
 from modules import VectorQuantizer, rows
 from support import distributed
+from support.device import move
 
 
 class LossOnly:
@@ -29,11 +30,11 @@ class LossOnly:
         """(n_embeddings, D), to be read and written without a gradient."""
         return self.quantizer.embedding.weight.detach()
 
-    def before_step(self, step: int, latents: Callable[[], Tensor], n: int, rng: torch.Generator) -> None:
-        """Move embeddings before step 0, 1, … of the run, on a batch of n images of all processes.
+    def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
+        """Move embeddings in step 0, 1, … of the run, before those nearest to its latents are looked up.
 
-        `latents`, called only if needed, returns z_e (B, D, 64, 64) of this process's part. `rng` is on the CPU, so
-        that every device draws the same numbers.
+        z_e (B, D, 64, 64) float32 are the latents of this process's part of a batch of n images. `rng` is on the CPU,
+        so that every device draws the same numbers.
         """
 
     def after_step(self, codes: Tensor) -> None:
@@ -63,9 +64,9 @@ class KMeans(LossOnly):
         super().__init__(quantizer, optimizer)
         self.usage = torch.zeros(len(self.embeddings), dtype=torch.int64, device=self.embeddings.device)
 
-    def before_step(self, step: int, latents: Callable[[], Tensor], n: int, rng: torch.Generator) -> None:
+    def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
         if step < self.kmeans_steps:
-            z_e = distributed.gather(latents(), n)
+            z_e = distributed.gather(z_e, n)
             if step == 0:
                 start_from(self.quantizer, z_e, rng)
             for _ in range(self.start_steps if step == 0 else 1):
@@ -73,8 +74,8 @@ class KMeans(LossOnly):
             distributed.copy_first(self.embeddings)
         elif step % self.revive_every == 0:
             dead = distributed.total(self.usage) == 0
-            if dead.any():
-                self.revive(dead, distributed.gather(latents(), n), rng)
+            if dead.device.type != "cpu" or dead.any():
+                self.revive(dead, distributed.gather(z_e, n), rng)
             self.usage.zero_()
 
     def revive(self, dead: Tensor, z_e: Tensor, rng: torch.Generator) -> None:
@@ -82,12 +83,11 @@ class KMeans(LossOnly):
         move_dead(self.quantizer, dead, z_e, rng)
         distributed.copy_first(self.embeddings)
         moments = self.optimizer.state[self.quantizer.embedding.weight]
-        moments["exp_avg"][dead] = 0
-        moments["exp_avg_sq"][dead] = 0
+        for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+            moment.masked_fill_(dead[:, None], 0)
 
     def after_step(self, codes: Tensor) -> None:
-        codes = codes.flatten()
-        self.usage.scatter_add_(0, codes, torch.ones_like(codes))
+        self.usage += _count(codes.flatten(), len(self.usage))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"usage": distributed.total(self.usage).cpu()}
@@ -115,9 +115,9 @@ class EMA(LossOnly):
         self.counts = torch.ones(len(self.embeddings), 1, device=self.embeddings.device)
         self.sums = self.embeddings.clone()
 
-    def before_step(self, step: int, latents: Callable[[], Tensor], n: int, rng: torch.Generator) -> None:
+    def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
         mine = distributed.weight(n) > 0  # otherwise the part is an image that another process counts
-        _, counts, sums = cells(self.quantizer, latents())
+        _, counts, sums = cells(self.quantizer, z_e)
         self.counts.lerp_(distributed.total(counts * mine)[:, None].float(), 1 - self.decay)
         self.sums.lerp_(distributed.total(sums * mine), 1 - self.decay)
         alive = self.counts > 1e-20  # below, float32 loses the digits of both
@@ -143,9 +143,7 @@ def cells(quantizer: VectorQuantizer, z_e: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     codes = quantizer.nearest(z_e).flatten()
     weight = quantizer.embedding.weight.detach()
-    counts = torch.zeros(len(weight), dtype=torch.int64, device=codes.device)
-    counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would synchronize a GPU
-    return codes, counts, torch.zeros_like(weight).index_add_(0, codes, rows(z_e))
+    return codes, _count(codes, len(weight)), torch.zeros_like(weight).index_add_(0, codes, rows(z_e))
 
 
 @torch.no_grad()
@@ -153,15 +151,15 @@ def start_from(quantizer: VectorQuantizer, z_e: Tensor, rng: torch.Generator) ->
     """Put every embedding on a random latent of z_e (B, D, H, W)."""
     latents, weight = rows(z_e), quantizer.embedding.weight
     pick = torch.randint(len(latents), (len(weight),), generator=rng)
-    weight.copy_(latents[pick.to(latents.device)])
+    weight.copy_(latents[move(pick, latents.device)])
 
 
 @torch.no_grad()
 def k_means_step(quantizer: VectorQuantizer, z_e: Tensor, rng: torch.Generator) -> None:
     """Move each embedding to the mean of its latents in z_e (B, D, H, W), and unused ones as `move_dead` does."""
     codes, counts, sums = cells(quantizer, z_e)
-    used = counts > 0
-    quantizer.embedding.weight[used] = sums[used] / counts[used, None]
+    used, weight = counts > 0, quantizer.embedding.weight
+    weight.copy_(torch.where(used[:, None], sums / counts[:, None], weight))
     move_dead(quantizer, ~used, z_e, rng, codes)
 
 
@@ -176,19 +174,43 @@ def move_dead(
     does in the LBG algorithm (Linde, Buzo and Gray 1980); drawing the member uniformly does not favour single outliers,
     which unsettle the decoder.
     """
-    n_dead = int(dead.sum())
-    if n_dead == 0:
+    # A GPU would have to be waited for to say how many are dead. So there a draw is made for every embedding.
+    on_cpu = dead.device.type == "cpu"
+    n_draws = int(dead.sum()) if on_cpu else len(dead)
+    if n_draws == 0:
         return
     latents, weight = rows(z_e), quantizer.embedding.weight
     codes = quantizer.nearest(z_e).flatten() if codes is None else codes  # (B·H·W,)
-    n = len(weight)
-    errors = (latents - weight[codes]).square().sum(1)
-    costs = torch.zeros(n, device=latents.device).index_add_(0, codes, errors).cpu().double()
-    if not costs.sum() > 0:  # every latent lies on its embedding, or they are not finite: nothing to gain
+    counts, errors = _count(codes, len(weight)), (latents - weight[codes]).square().sum(1)
+    costs = torch.zeros(len(weight), device=weight.device).index_add_(0, codes, errors)
+    gain = costs.sum() > 0  # else every latent lies on its embedding, or they are not finite
+    if on_cpu and not gain:
         return
-    drawn = torch.multinomial(costs, n_dead, replacement=True, generator=rng)
-    order = codes.argsort(stable=True)
-    counts = torch.bincount(codes, minlength=n).cpu()
-    starts = counts.cumsum(0) - counts
-    members = (torch.rand(n_dead, generator=rng, dtype=torch.double) * counts[drawn]).long()
-    weight[dead] = latents[order[(starts[drawn] + members).to(latents.device)]]
+    cell = _draw_cells(costs, n_draws, rng)
+    rank = _uniform(n_draws, rng, costs.device) * counts[cell]
+    place = (counts.cumsum(0) - counts)[cell] + torch.minimum(rank.long(), counts[cell] - 1)
+    members = codes.argsort(stable=True)  # the positions of one code after those of another
+    drawn = latents[members[place.clamp(0, len(codes) - 1)]]  # (n_draws, D)
+    drawn = drawn[(dead.cumsum(0) - 1).clamp(min=0)]  # (n_embeddings, D): each that is dead has the next one
+    weight.copy_(torch.where((dead & gain)[:, None], drawn, weight))
+
+
+def _draw_cells(costs: Tensor, n_draws: int, rng: torch.Generator) -> Tensor:
+    """Draw n_draws cells, each with a probability proportional to its cost."""
+    if costs.device.type == "cpu":
+        return torch.multinomial(costs.double(), n_draws, replacement=True, generator=rng)
+    # On a GPU it would wait, and draw from another generator. So the distribution function is inverted here.
+    uniform = _uniform(n_draws, rng, costs.device)
+    up_to = costs.to(uniform.dtype).cumsum(0)
+    return torch.searchsorted(up_to / up_to[-1], uniform).clamp(max=len(costs) - 1)
+
+
+def _uniform(n: int, rng: torch.Generator, device: torch.device) -> Tensor:
+    """n numbers in [0, 1], drawn on the CPU, on a device; in float64 if it has that."""
+    numbers = torch.rand(n, generator=rng, dtype=torch.double)
+    return move(numbers.float() if device.type == "mps" else numbers, device)
+
+
+def _count(codes: Tensor, n: int) -> Tensor:
+    """How often each of n codes occurs, (n,) int64. `torch.bincount` would make the host wait for a GPU."""
+    return torch.zeros(n, dtype=torch.int64, device=codes.device).scatter_add_(0, codes, torch.ones_like(codes))

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from support.console import UserError
 from support.device import FastPath, choose_device, choose_fast_path
 from support.run import RESUME_FILE, Run, open_run
 from training import codebook, dcgan
-from training.vqvae import load_vqvae
+from training.vqvae import first_loss, load_vqvae
 
 STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_")}  # in order: the title and the prefix of its options
 
@@ -230,14 +231,14 @@ def _resumed_run(given: dict[str, Any]) -> Run:
 
 
 def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
-    """The run's fast path: kept when it is resumed, chosen anew if that is on another type of device."""
+    """The run's fast path: kept as far as it works when it is resumed, chosen anew on another type of device."""
     config = run.config
-    if run.fast_path and run.fast_path.device == run.device.type:
-        return run.fast_path
-    if config.only == "gan":  # which has neither compiled nor bfloat16 networks
-        return choose_fast_path(run.device, "float32", config.plain, 0)
-    n_steps = config.epochs * math.ceil(n_images / config.batch_size)
-    return choose_fast_path(run.device, config.precision, config.plain, n_steps)
+    kept = run.fast_path if run.fast_path and run.fast_path.device == run.device.type else None
+    only_gan = config.only == "gan"  # which has neither compiled nor bfloat16 networks
+    precision = "float32" if only_gan else config.precision
+    n_steps = 0 if only_gan else config.epochs * math.ceil(n_images / config.batch_size)
+    compute_loss = partial(first_loss, config, run.device)
+    return choose_fast_path(run.device, precision, config.plain, n_steps, compute_loss, kept)
 
 
 def print_plan(given: dict[str, Any]) -> None:

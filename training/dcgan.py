@@ -5,7 +5,6 @@ arXiv 1511.06434 does. Latents are (B, D, 64, 64) in [-1, 1].
 """
 
 import copy
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +169,7 @@ class DCGANStage(Stage):
 
     def start(self) -> None:
         fit_scale = self.update.fit_scale
-        self.set_scale(distributed.from_first(lambda: [x.cpu() for x in fit_scale(self.vqvae, self.train_set)]))
+        self.set_scale(distributed.from_first(lambda: fit_scale(self.vqvae, self.train_set).to("cpu")))
         if distributed.is_first():
             self._draw_samples(0, "before training")
             n = len(self.eval_noise)
@@ -178,9 +177,9 @@ class DCGANStage(Stage):
             picked = torch.randperm(len(self.train_set), generator=rng)[:n].tolist()
             self.reference = self._distances(reconstruct(self.vqvae, self.train_set, picked))
 
-    def set_scale(self, scale: Iterable[Tensor]) -> None:
+    def set_scale(self, scale: LatentScale) -> None:
         """Set the map between latents and the generator's range, and what depends on it."""
-        self.scale = LatentScale(*(part.to(self.run.device) for part in scale))
+        self.scale = scale.to(self.run.device)
         self.vqvae.eval().to(memory_format=torch.channels_last)
         self.prior = Prior(self.average, self.scale, self.vqvae, self.run.phantoms)
         self.shown = self._noise(64, "gan samples")
@@ -248,7 +247,7 @@ class DCGANStage(Stage):
             )
 
     def extra_state(self) -> dict:
-        scale, codebook = [part.cpu() for part in self.scale], codebook_hash(self.vqvae)
+        scale, codebook = [self.scale.shift.cpu(), self.scale.scale.cpu()], codebook_hash(self.vqvae)
         state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.reference}
         return state | {"update": self.update.state_dict()}
 
@@ -256,6 +255,6 @@ class DCGANStage(Stage):
         if state["codebook"] != codebook_hash(self.vqvae):
             vqvae = self.run.folder / "vqvae.pth"
             raise UserError(f"{vqvae}: has changed since the DCGAN began; start a new run with it")
-        self.set_scale(state["scale"])
+        self.set_scale(LatentScale(*state["scale"]))
         self.update.load_state_dict(state["update"])
         self.reference, self.stored = state["floor"], state["stored"]

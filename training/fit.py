@@ -4,6 +4,7 @@ import time
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from dataset import make_loader
@@ -164,11 +165,11 @@ def update_average(average: nn.Module, network: nn.Module, step: int, decay: flo
 
     The decay is warmed up: the mean age of what is averaged is a quarter of the steps, at most 1 / (1 - decay).
     """
-    weight = 1 - min(decay, (1 + step) / (4 + step))
-    for kept, new in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, weight)
-        else:
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    kept, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    get_ema_multi_avg_fn(min(decay, (1 + step) / (4 + step)))(kept, new, None)  # all in one operation of a GPU
+    for kept, new in pairs:
+        if not kept.is_floating_point():  # BatchNorm's count of batches
             kept.copy_(new)
 
 

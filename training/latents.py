@@ -6,9 +6,9 @@ latents. It is fitted on the training split and stored in generator.pth.
 
 import hashlib
 import math
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ RMS = 0.4
 FIT_IMAGES = 128  # that a scale is fitted on, spaced evenly over the split
 
 
-class LatentScale(NamedTuple):
+@dataclass(frozen=True)
+class LatentScale:
     """Latents z <-> tanh's range: t = clip(scale⁻¹ (z - shift), -1, 1) at each position, and z = scale t + shift.
 
     Attributes:
@@ -37,10 +38,21 @@ class LatentScale(NamedTuple):
     shift: Tensor
     scale: Tensor
 
+    def to(self, device: torch.device | str) -> "LatentScale":
+        """The same map on another device."""
+        return LatentScale(self.shift.to(device), self.scale.to(device))
+
+    def times(self, factor: float) -> "LatentScale":
+        """The map whose z - shift are `factor` times as long."""
+        return LatentScale(self.shift, self.scale * factor)
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return torch.linalg.inv(self.scale.cpu().double()).to(self.scale)
+
     def to_tanh(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, D, H, W) in [-1, 1]."""
-        inverse = torch.linalg.inv(self.scale.cpu().double()).to(self.scale)
-        return _multiply(inverse, z - self.shift[:, None, None]).clamp(-1, 1)
+        return _multiply(self._inverse, z - self.shift[:, None, None]).clamp(-1, 1)
 
     def from_tanh(self, t: Tensor) -> Tensor:
         """(B, D, H, W) in [-1, 1] -> latents (B, D, H, W)."""
@@ -182,10 +194,10 @@ class Prior:
         """
         factor = 1.0
         for _ in range(3):  # brightness is nearly proportional to the factor
-            self.scale = fitted._replace(scale=fitted.scale * factor)
+            self.scale = fitted.times(factor)
             found = max(brightness(self.sample_images(noise)), 1e-3)
             factor = min(max(factor * target / found, 0.25), 4.0)
-        self.scale = fitted._replace(scale=fitted.scale * factor)
+        self.scale = fitted.times(factor)
 
     def checkpoint(self) -> dict:
         """The contents of generator.pth."""
@@ -217,7 +229,7 @@ class Prior:
                 raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
             if not value.float().isfinite().all():
                 raise ValueError(f"its '{name}' has values that are not finite")
-        scale = LatentScale(*(contents[name].float().to(device) for name in LatentScale._fields))
+        scale = LatentScale(contents["shift"].float(), contents["scale"].float()).to(device)
         return cls(generator.to(device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
 
 

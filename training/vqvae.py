@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dataset import OasisDataset
 from evaluation import reconstruction
-from modules import VQVAE
+from modules import VQVAE, VectorQuantizer
 from report import page
 from report.plots import Figures
 from support import distributed, files, seeds
 from support.console import in_batches
-from support.device import exact_float32
+from support.device import FastPath, exact_float32
 from support.run import Run
 from training import codebook
 from training.fit import Stage, batch_sizes, check_finite
@@ -73,8 +73,11 @@ class VQVAEStage(Stage):
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss."""
         weight = distributed.weight(n)
-        self.codebook.before_step(step, lambda: self._latents(batch), n, rng)
-        with self.fast_path.autocast():
+
+        def before_lookup(quantizer: VectorQuantizer, inputs: tuple[Tensor]) -> None:
+            self.codebook.before_lookup(step, inputs[0].detach().float(), n, rng)
+
+        with self.fast_path.autocast(), self.vqvae.vector_quantizer.register_forward_pre_hook(before_lookup):
             vq_loss, x_hat, _, codes = self.parallel(batch)
         recon_loss = F.mse_loss(x_hat, batch)
         loss = recon_loss + vq_loss
@@ -84,12 +87,6 @@ class VQVAEStage(Stage):
         if weight:
             self.codebook.after_step(codes)
         return torch.stack([recon_loss, vq_loss]).detach()
-
-    @torch.no_grad()
-    def _latents(self, x: Tensor) -> Tensor:
-        """z_e (B, D, 64, 64) float32, computed as in training."""
-        with self.fast_path.autocast():
-            return self.vqvae.latents(x).float()
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Score the validation split with the averaged weights."""
@@ -157,6 +154,17 @@ class VQVAEStage(Stage):
         self.figures.code_map("codebook.png", codes[0], usage, "64×64 codes of the first validation image")
         decoded = vqvae.decode(codes)[0]
         self.figures.single_image("decoded.png", decoded, "First validation image, decoded from its codes")
+
+
+def first_loss(config, device: torch.device, fast_path: FastPath) -> Tensor:
+    """The loss of a new VQ-VAE on a batch of black images, computed as in training: shows whether a fast path works."""
+    vqvae = VQVAE(config.n_embeddings, config.embeddings_dim, config.beta)
+    vqvae.to(device, memory_format=fast_path.layout)
+    fast_path.compile(vqvae.encoder, vqvae.decoder)
+    x = torch.zeros(max(1, config.batch_size // distributed.world_size()), 1, 256, 256, device=device)
+    with fast_path.autocast():
+        vq_loss, x_hat, _, _ = vqvae(x)
+    return F.mse_loss(x_hat, x) + vq_loss
 
 
 def load_vqvae(path: str | Path) -> VQVAE:

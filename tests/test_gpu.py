@@ -1,0 +1,200 @@
+"""The paths for CUDA and MPS: on a pretended GPU everywhere, and on a real one where there is one."""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, new_run, rows, run_program
+
+from dataset import OasisDataset
+from evaluation import generation, reconstruction
+from modules import VQVAE
+from preparation import phantoms
+from report.plots import Figures
+from support import files
+from support.device import FastPath
+from support.run import Run
+from training import codebook, dcgan
+from training.config import Config
+from training.fit import update_average
+from training.latents import Latents, LatentScale
+from training.vqvae import VQVAEStage
+
+try:
+    from pretended_gpu import pretended
+except (ImportError, AttributeError):  # it is made of private parts of PyTorch
+    pretended = None
+
+REAL = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+
+
+class Gpu(NamedTuple):
+    name: str
+    waited: Callable[[Callable], list[str]]  # for what the host waits for the GPU in a call
+
+
+@pytest.fixture(params=["pretended cuda", "pretended mps", *REAL])
+def gpu(request):
+    name = request.param.split()[-1]
+    if request.param in REAL:
+
+        def waited(work: Callable) -> list[str]:
+            if name == "mps":  # which cannot tell
+                return work() and []
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                work()
+            torch.cuda.set_sync_debug_mode("default")
+            return [str(each.message) for each in caught if "synchroniz" in str(each.message)]
+
+        yield Gpu(name, waited)
+        return
+    if pretended is None:
+        pytest.skip(f"torch {torch.__version__} has other private parts than tests/pretended_gpu.py needs")
+    with pretended(name) as waits:
+
+        def waited(work: Callable) -> list[str]:
+            waits.clear()
+            work()
+            return list(waits)
+
+        yield Gpu(name, waited)
+
+
+def new_stage(make, data, name: str, tmp_path, **options):
+    """A stage on a device, with small networks, and its training images."""
+    config = Config(n_embeddings=16, embeddings_dim=8, batch_size=4, gan_batch_size=4, **options)
+    device = torch.device(name)
+    run = Run(config, tmp_path, device=device, fast_path=FastPath(device.type))
+    train_set, validate_set = (OasisDataset(data, split, device) for split in ("train", "validate"))
+    return make(run, train_set, validate_set)
+
+
+def new_gan(run, train_set, validate_set):
+    torch.manual_seed(0)
+    vqvae = VQVAE(16, 8).eval().to(run.device)
+    with torch.no_grad():
+        codebook.start_from(vqvae.vector_quantizer, vqvae.latents(train_set.batch(range(4))), torch.Generator())
+    return dcgan.DCGANStage(run, vqvae, train_set, validate_set)
+
+
+def update(stage, batch, step: int) -> torch.Tensor:
+    """One step as in `fit`."""
+    values = stage.step(batch, len(batch), step, torch.Generator().manual_seed(step))
+    for name, average in stage.averages.items():
+        update_average(average, stage.networks[name], step, stage.average_decay)
+    return values
+
+
+def through_a_file(stage, folder) -> dict:
+    """A stage's state, as a resumed run loads it."""
+    files.save(stage.state_dict(), folder / "state.pth")
+    return files.load(folder / "state.pth")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A folder of four images in each split."""
+    folder = tmp_path_factory.mktemp("few")
+    phantoms.write(folder, {"train": [1], "validate": [2], "test": [3]}, slices=4)
+    return folder
+
+
+@pytest.mark.parametrize("method", codebook.METHODS)
+def test_the_vqvae_never_waits_after_the_first_steps_and_learns_as_on_the_cpu(gpu, method, few, tmp_path):
+    stage, on_cpu = (new_stage(VQVAEStage, few, name, tmp_path, codebook=method) for name in (gpu.name, "cpu"))
+    for step in (0, 101, 110):  # k-means, nothing, revival
+        batch = stage.data().batch([0, 2])[..., 64:192, 64:192]
+        if step == 110 and method == "kmeans":
+            assert stage.codebook.usage.sum() == 2 * 2 * 32 * 32
+            stage.codebook.usage.copy_(torch.arange(16).div(3, rounding_mode="floor"))  # so that three are dead
+            before = stage.codebook.embeddings.cpu().clone()
+        if step:
+            assert gpu.waited(lambda step=step, batch=batch: update(stage, batch, step)) == []
+        else:
+            update(stage, batch, step)
+        update(on_cpu, batch.cpu(), step)
+    for key, found in stage.vqvae.state_dict().items():
+        assert found.device.type == gpu.name and found.isfinite().all()
+        if method != "kmeans":  # where a GPU draws other embeddings
+            torch.testing.assert_close(found.cpu(), on_cpu.vqvae.state_dict()[key], rtol=1e-2, atol=1e-3, msg=key)
+    if method == "kmeans":
+        moved = (stage.codebook.embeddings.cpu() - before).abs().amax(1) > 0.002  # a step of Adam is of 0.001
+        assert moved[:3].any() and not moved[3:].any()
+    back, there = (new_stage(VQVAEStage, few, name, tmp_path, codebook=method) for name in ("cpu", gpu.name))
+    back.load_state_dict(through_a_file(stage, tmp_path))
+    there.load_state_dict(through_a_file(back, tmp_path))
+    for each in (stage, back, there):
+        update(each, stage.data().batch([1, 3])[..., 64:192, 64:192].to(each.run.device), 111)
+    for key, value in there.vqvae.state_dict().items():
+        assert value.device.type == gpu.name
+        torch.testing.assert_close(value, stage.vqvae.state_dict()[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", dcgan.METHODS)
+def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
+    stage = new_stage(new_gan, few, gpu.name, tmp_path, gan_training=method)
+    stage.set_scale(stage.update.fit_scale(stage.vqvae, stage.train_set))
+    latents = stage.data()
+    assert latents.kept.device.type == gpu.name and stage.scale.shift.device.type == gpu.name
+    update(stage, latents.batch([0, 1, 2]), 0)
+    assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 1)) == []
+    monkeypatch.setattr("training.latents.fits", lambda n_bytes, device: device.type == "cpu")
+    beside = Latents(stage.vqvae, stage.train_set, stage.scale, stage.update.quantized)
+    monkeypatch.setattr("training.latents.fits", lambda n_bytes, device: False)
+    anew = Latents(stage.vqvae, stage.train_set, stage.scale, stage.update.quantized)
+    assert beside.kept.device.type == "cpu" and not anew.stored
+    assert gpu.waited(lambda: update(stage, beside.batch([3, 0, 1]), 2)) == []
+    assert gpu.waited(lambda: update(stage, anew.batch([3, 0, 1]), 3)) == []
+    for found in (latents, anew):
+        torch.testing.assert_close(found.batch([2]).cpu(), beside.batch([2]).cpu(), atol=2e-3, rtol=0)
+    back, there = (new_stage(new_gan, few, name, tmp_path, gan_training=method) for name in ("cpu", gpu.name))
+    back.load_state_dict(through_a_file(stage, tmp_path))
+    there.load_state_dict(through_a_file(back, tmp_path))
+    for each in (stage, back, there):
+        update(each, latents.batch([1, 2]).to(each.run.device), 4)
+    for key, value in stage.networks["generator"].state_dict().items():
+        torch.testing.assert_close(back.networks["generator"].state_dict()[key], value.cpu(), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(there.networks["generator"].state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_measures_are_those_of_the_cpu(gpu, few):
+    torch.manual_seed(0)
+    vqvae = VQVAE(16, 8).eval()
+    found, expected = [], []
+    for name, results in ((gpu.name, found), ("cpu", expected)):
+        train, held_out = (OasisDataset(few, split, name) for split in ("train", "validate"))
+        model = vqvae.to(name)
+        scores = reconstruction.score(model, held_out)
+        results += [*scores[:3], torch.tensor(list(reconstruction.codebook_usage(scores).values()))]
+        x = held_out.batch(range(4))
+        measured = generation.compare_generated(x.flip(3), model, held_out, train, seed=0, n_pairs=8)
+        results.append(torch.tensor([row[1:3] for row in measured]))
+        scale = LatentScale.fit(model, train)
+        results += [scale.shift, generation.ms_ssim(x, x.flip(3)), generation.nearest_distances(x, [x.flip(3)])]
+    for one, other in zip(found, expected, strict=True):
+        assert one.device.type in ("cpu", gpu.name)
+        torch.testing.assert_close(one.cpu().double(), other.double(), rtol=1e-2, atol=1e-4, equal_nan=True)
+
+
+def test_the_programs_use_the_gpu(gpu, few, tmp_path, monkeypatch):
+    # Figures are drawn but for their files, which take half of the time and know no device.
+    monkeypatch.setattr(Figures, "_save", lambda self, figure, name, mode="RGB": plt.close(figure))
+    words = ("--data", few, *SMALL[:-2], "--epochs", 1, "--gan-epochs", 1, "--device", gpu.name)
+    done = run_program("train.py", *words, cwd=tmp_path)
+    run = new_run(done, tmp_path / "gen_imgs")
+    assert f"Device: {gpu.name}. " in done.stdout and len(rows(run, "gan")) == 1
+    words, codes = ("predict.py", run / "vqvae.pth", "--split", "validate"), []
+    done = run_program(*words, "--device", gpu.name, cwd=tmp_path)
+    assert f"SSIM mean: {float(rows(run, 'vqvae')[0]['ssim_mean']):.4f}" in done.stdout, done.stderr
+    for device in (gpu.name, "cpu"):
+        assert not run_program(*words, "--export-codes", "codes.npz", "--device", device, cwd=tmp_path).returncode
+        codes.append(np.load(tmp_path / "codes.npz")["codes"])
+    assert (codes[0] == codes[1]).mean() > 0.99
+    words = ("predict.py", run / "vqvae.pth", "--generator", run / "generator.pth", "--samples", 2)
+    assert "Decoded 2 new brains" in run_program(*words, "--device", gpu.name, cwd=tmp_path).stdout
