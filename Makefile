@@ -24,6 +24,10 @@ fuzz: .venv/installed
 kills: .venv/installed
 	KILLS=100 .venv/bin/python -m pytest -s tests/test_interruption.py -k killed
 
+# what only a machine with a GPU can show
+gpu-check: .venv/installed
+	.venv/bin/python benchmarks/gpu_check.py
+
 # written last, so that an installation that was interrupted starts again
 .venv/installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 …" if sys.version_info < (3, 11) else 0)'
@@ -32,4 +36,4 @@ kills: .venv/installed
 	.venv/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-.PHONY: brains demo test fuzz kills
+.PHONY: brains demo test fuzz kills gpu-check

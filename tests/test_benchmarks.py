@@ -6,6 +6,7 @@ import sys
 
 import ablation
 import gan_ablation
+import gpu_check
 import limits
 import peers
 import pytest
@@ -15,6 +16,7 @@ from conftest import PRETRAINED, PROJECT, resume_file
 from skimage.metrics import structural_similarity
 
 from modules import VQVAE, VectorQuantizer
+from support.console import UserError
 
 
 def test_the_reports_style_equals_ours_in_losses_and_gradients(images):
@@ -139,3 +141,16 @@ def test_moving_averages_with_start_and_revival(rng):
     assert method.embeddings.abs().max() < 10 and (quantizer.nearest(z_e) == 3).any()
     torch.testing.assert_close(method.embeddings, method.ema.sums / method.ema.counts)
     assert not quantizer.embedding.weight.requires_grad
+
+
+def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(monkeypatch):
+    monkeypatch.setattr(gpu_check, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    with pytest.raises(UserError, match="no GPU here"):
+        gpu_check.main()
+    same = dict.fromkeys(gpu_check.BOUNDS, 0.5)
+    assert gpu_check.compare(same, same).count("within") == len(gpu_check.BOUNDS)
+    for name in gpu_check.BOUNDS:
+        for wrong in (1.5, float("nan")):
+            with pytest.raises(gpu_check.Failed, match=f"{name}: CPU 0.5000000, GPU .*BEYOND"):
+                gpu_check.compare(same, same | {name: wrong})

@@ -1,4 +1,4 @@
-"""The paths for CUDA and MPS: on a pretended GPU everywhere, and on a real one where there is one."""
+"""The paths for CUDA and MPS: on a pretended GPU everywhere, and on a real one where there is one (make gpu-check)."""
 
 import warnings
 from collections.abc import Callable
