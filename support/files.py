@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from support.console import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
@@ -33,6 +38,32 @@ def atomically(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in a folder. Raises UserError if one does; without locks, does nothing."""
+    handle = lock(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def lock(folder: Path) -> int | None:
+    """Lock a folder until the handle that is returned is closed, or the process ends."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{folder}: another process is at work there; wait for it or stop it") from None
+    except OSError:  # a file system without locks
+        pass
+    return handle
 
 
 def save(contents: Any, path: Path) -> None:

@@ -18,11 +18,6 @@ from support import files
 from support.console import UserError
 from support.device import FastPath
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 RESUME_FILE = "resume.pth"
 
 
@@ -75,16 +70,7 @@ class Run:
         files.write_json(self.folder / "run.json", record)
 
     def _lock(self) -> None:
-        """Keep other processes from writing to the folder. Raises UserError if another one is at work there."""
-        if fcntl is None:
-            return
-        self._handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is at work on this run; wait for it or stop it") from None
-        except OSError:  # a file system without locks
-            pass
+        self._handle = files.lock(self.folder)
 
     def release(self) -> None:
         """Let other processes write to the folder again."""

@@ -18,7 +18,7 @@ import torch
 
 import predict
 import train
-from preparation import phantoms
+from preparation import oasis, phantoms
 from support import console
 
 PROJECT = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ class Done(NamedTuple):
 
 def run_program(script: str, *words, cwd: Path) -> Done:
     """`python script words` in the folder cwd, but in this process, which has imported PyTorch already."""
-    main = {"train.py": train.main, "predict.py": predict.main}[script]
+    main = {"train.py": train.main, "predict.py": predict.main, "preparation.oasis": oasis.main}[script]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:

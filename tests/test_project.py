@@ -24,6 +24,7 @@ def test_environment_yml_installs_the_one_list_of_packages():
         "matplotlib",
         "scikit-image",
         "tqdm",
+        "nibabel",
         "pillow",
         "scipy",
         "jinja2",

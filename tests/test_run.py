@@ -65,7 +65,7 @@ def test_resuming_what_is_no_run(tmp_path):
 def test_two_processes_cannot_work_on_one_run(tmp_path):
     first, second = Run(Options(), tmp_path), Run(Options(), tmp_path)
     first._lock()
-    with pytest.raises(UserError, match="another process is at work on this run"):
+    with pytest.raises(UserError, match="another process is at work"):
         second._lock()
     first.release()
     second._lock()

@@ -1,0 +1,187 @@
+"""Where brain volumes lie in what their publishers hand out.
+
+Three sources are told apart by the names in them (`find`):
+
+- neurite-OASIS v1.0 (github.com/adalca/medical-datasets, neurite-oasis.md): folders OASIS_OAS1_<nnnn>_MR1 with
+  aligned_norm.nii.gz and norm.nii.gz, in a folder or in the tar as it is downloaded. The aligned volume is taken where
+  there is one: like the PNG set it is registered to an atlas.
+- OASIS-1's discs (oasis-brains.org): OAS1_<nnnn>_MR<k>/PROCESSED/MPRAGE/T88_111/…_t88_masked_gfc.hdr and .img.
+- Any folder of skull-stripped NIfTI volumes, named sub-<label>… as in BIDS, or by subject.
+"""
+
+import csv
+import itertools
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from preparation.volumes import Volume, digest
+from support.console import UserError
+from support.files import one_line
+
+NEURITE = re.compile(r"(?:.*/)?(?P<subject>OASIS_OAS1_(?P<case>\d{4})_MR(?P<session>\d))/(?:aligned_)?norm\.nii\.gz")
+DISCS = re.compile(
+    r"(?:.*/)?(?P<subject>OAS1_(?P<case>\d{4})_MR(?P<session>\d))/PROCESSED/MPRAGE/T88_111/"
+    r"(?P=subject)_mpr_n\d+_anon_111_t88_masked_gfc\.(?:hdr|img)"
+)
+ANY = re.compile(r"(?:.*/)?(?P<subject>[^/]+?)\.nii(?:\.gz)?")
+LABELS = re.compile(r"(?:^|[_.-])(?:mask|brainmask|d?seg\d*|aseg|aparc|probseg|labels?)(?=[_.-])")  # not scans
+KINDS = {  # how they are found, and what a file is called that should have been
+    "neurite-OASIS v1.0": (NEURITE, re.compile(r"(?:.*/)?(?:aligned_)?norm\.nii\.gz")),
+    "OASIS-1 discs": (DISCS, re.compile(r".*_t88_masked_gfc\.(?:hdr|img)")),
+}
+SHARES = {"train": 302, "validate": 35, "test": 17}  # subjects of the PNG set
+NIFTI = "NIfTI volumes"
+
+
+def find(source: Path) -> tuple[str, list[Volume], list[str]]:
+    """The volumes of a source in the order of their cases and sessions.
+
+    Returns:
+        The kind of source, its volumes, and the names of files that look like volumes of that kind but are elsewhere.
+
+    Raises:
+        UserError: the source cannot be read, or holds no volume.
+    """
+    files = sorted(_in_tar(source) if source.is_file() else _in_folder(source))
+    names = {name for name, *_ in files}
+    for kind, (pattern, file_name) in KINDS.items():
+        found = [(pattern.fullmatch(name), name, *place) for name, *place in files]
+        volumes = [
+            Volume(name, match["subject"], int(match["case"]), int(match["session"]), *place)
+            for match, name, *place in found
+            if match and not _is_second_choice(name, names)
+        ]
+        if volumes:
+            strange = [name for match, name, *_ in found if not match and file_name.fullmatch(name)]
+            return kind, sorted(volumes, key=_order), strange
+    volumes = _any_nifti(files)
+    if not volumes:
+        raise UserError(
+            f"{source}: holds no volumes; neurite-OASIS has OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have "
+            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other skull-stripped volumes end in .nii or .nii.gz"
+        )
+    label_maps = [name for name in sorted(names) if ANY.fullmatch(name) and LABELS.search(name)]
+    return NIFTI, sorted(volumes, key=_order), label_maps
+
+
+def _order(volume: Volume) -> tuple:
+    return volume.case, volume.session, volume.name
+
+
+def _is_second_choice(name: str, names: set[str]) -> bool:
+    """Whether a better file of the same scan is there: the aligned one, or the header, which names both of a pair."""
+    if name.endswith(".img"):
+        return name[:-4] + ".hdr" in names
+    return name.endswith("/norm.nii.gz") and name.removesuffix("norm.nii.gz") + "aligned_norm.nii.gz" in names
+
+
+def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder or tar; name the download")
+    for path in source.rglob("*"):
+        if path.suffix in (".gz", ".nii", ".hdr", ".img") and not path.name.startswith("."):
+            yield path.relative_to(source).as_posix(), path
+
+
+def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
+    """Nothing is ever unpacked: a volume is read from its place in the tar."""
+    try:
+        with tarfile.open(source, "r:") as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                if name.startswith("/") or ".." in Path(name).parts:
+                    raise UserError(f"{source}: its member {member.name!r} points outside; download it again")
+                if member.isreg():
+                    yield name, source, member.offset_data, member.size
+    except tarfile.ReadError as error:
+        if str(error) == "unexpected end of data":
+            raise UserError(f"{source}: ends early; download it again") from None
+        with open(source, "rb") as file:
+            start = file.read(64).lstrip()
+        if start.startswith(b"\x1f\x8b"):
+            raise UserError(f"{source}: is compressed; unpack it, and name the folder") from None
+        what = "a web page" if start.startswith(b"<") else "no tar archive"
+        raise UserError(f"{source}: is {what}; download it again, or name a folder") from None
+
+
+def _any_nifti(files: list[tuple]) -> list[Volume]:
+    """NIfTI files by subject: BIDS's label, else the file's name. Numeric labels are the cases, others are counted."""
+    found = []
+    for name, *place in files:
+        match = ANY.fullmatch(name)
+        if match and not LABELS.search(name):
+            label = re.findall(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", name)
+            session = re.findall(r"[/_](ses-[A-Za-z0-9]+)", name)
+            found.append((label[-1] if label else match["subject"], session[-1] if session else "", name, *place))
+
+    def natural(label: str) -> list:
+        return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", label))]
+
+    labels = sorted({label for label, *_ in found}, key=natural)
+    numbers = [int(digits[1]) if (digits := re.fullmatch(r"\D*(\d{1,6})", label)) else 0 for label in labels]
+    if len(set(numbers)) < len(labels) or 0 in numbers:
+        numbers = range(1, len(labels) + 1)
+    cases = dict(zip(labels, numbers, strict=True))
+    sessions = {label: sorted({each[1] for each in found if each[0] == label}, key=natural) for label in labels}
+    return [
+        Volume(name, label, cases[label], sessions[label].index(session) + 1, *place)
+        for label, session, name, *place in found
+    ]
+
+
+def without_copies(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
+    """Drop equal copies of a scan. Returns the rest, and an error for each scan of which two volumes differ."""
+    kept, errors = [], []
+    for _, same in itertools.groupby(volumes, key=lambda volume: volume[2:4]):
+        first, *others = same
+        different = [other for other in others if digest(other) != digest(first)] if others else []
+        if different:
+            names = f"{first.name} and {different[0].name}"
+            errors.append(f"{names}: differ, and both are scan {first.session} of {first.subject}; remove one")
+        else:
+            kept.append(first)
+    return kept, errors
+
+
+def split_subjects(volumes: list[Volume], seed: int, file: str | None = None) -> dict[int, str]:
+    """The split of each case: as the CSV file of --split says, else drawn in the proportions of the PNG set.
+
+    Raises UserError if there are too few subjects, or if the file does not name each of them.
+    """
+    subjects = {volume.case: volume.subject for volume in volumes}
+    if file:
+        return _read_split(Path(file), subjects)
+    if len(subjects) < len(SHARES):
+        raise UserError(f"{len(subjects)} subjects cannot be split in three; name their splits with --split FILE.csv")
+    total = sum(SHARES.values())
+    n_validate, n_test = (max(1, round(len(subjects) * SHARES[name] / total)) for name in ("validate", "test"))
+    order = np.random.default_rng(seed).permutation(sorted(subjects)).tolist()
+    names = ["validate"] * n_validate + ["test"] * n_test + ["train"] * len(order)
+    return dict(zip(order, names, strict=False))
+
+
+def _read_split(path: Path, subjects: dict[int, str]) -> dict[int, str]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); name a CSV file with --split") from None
+    if not rows or not {"subject", "split"} <= rows[0].keys():
+        raise UserError(f"{path}: has no columns named subject and split, or no rows")
+    cases = {str(key): case for case, name in subjects.items() for key in (case, f"{case:03d}", f"{case:04d}", name)}
+    cases |= {name.rpartition("_MR")[0]: case for case, name in subjects.items() if "_MR" in name}
+    found: dict[int, str] = {}
+    for row in rows:
+        if row["split"] not in SHARES:
+            raise UserError(f"{path}: {row['split']!r} of {row['subject']} is no split; there are {', '.join(SHARES)}")
+        case = cases.get(row["subject"])
+        if case is not None and found.setdefault(case, row["split"]) != row["split"]:
+            raise UserError(f"{path}: {row['subject']} is in two splits; remove one")
+    missing = [name for case, name in subjects.items() if case not in found]
+    if missing:
+        raise UserError(f"{path}: does not name {missing[0]} ({len(missing)} of {len(subjects)} subjects are missing)")
+    return found

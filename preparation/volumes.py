@@ -1,0 +1,216 @@
+"""One brain volume: read from NIfTI or Analyze, turned to RAS, at 1 mm, and cut into slices."""
+
+import gzip
+import hashlib
+import io
+import logging
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.fileholders import FileHolder
+from nibabel.processing import resample_to_output
+
+from support.console import UserError
+
+# An Analyze header does not tell left from right. OASIS-1's files in T88_111 are LAS by its fact sheet, at 1 mm: the
+# first axis runs to the patient's left, the second to the front, the third upwards.
+ANALYZE = np.diag([-1.0, 1.0, 1.0, 1.0])
+
+SIZE = 256  # of a slice, in pixels and mm
+WHITE = 0.995  # quantile
+EDGE = 0.02  # of the window: what is brighter is brain
+PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # axes: across slices, columns, rows
+
+MOST_VOXELS = 512**3
+MOST_BYTES = 2**30 * 2  # of a file
+
+# nibabel reports what it mends in headers; what cannot be used is said here.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+
+
+class VolumeError(UserError):
+    """A volume cannot be used. The message names it and says what to do."""
+
+
+class Volume(NamedTuple):
+    """Where a volume lies.
+
+    Attributes:
+        name: its path in the source.
+        subject: as the source names it.
+        case, session: number of the subject, and which of its scans it is, from 1.
+        file: the file itself, or the tar that holds it.
+        offset, size: where it is in the tar, in bytes; offset is None outside of one.
+    """
+
+    name: str
+    subject: str
+    case: int
+    session: int
+    file: Path
+    offset: int | None = None
+    size: int = 0
+
+
+class Scan(NamedTuple):
+    """A volume that was read: `voxels` (x, y, z) float32 at 1 mm, running right, to the front and up (RAS).
+
+    `shape` and `zooms` (in mm) are those of the file, `notes` what a user should know about it.
+    """
+
+    voxels: np.ndarray
+    shape: tuple[int, ...]
+    zooms: tuple[float, ...]
+    notes: list[str]
+
+
+def digest(volume: Volume) -> str:
+    """SHA-256 of a volume's files. Raises VolumeError if they cannot be read."""
+    return hashlib.sha256(b"".join(_contents(volume))).hexdigest()
+
+
+def _contents(volume: Volume) -> list[bytes]:
+    """The bytes of a NIfTI file, or of an Analyze header and its image."""
+    try:
+        pair = volume.file.suffix in (".hdr", ".img")
+        if volume.offset is not None:
+            if volume.name.endswith((".hdr", ".img")):
+                raise VolumeError(f"{volume.file}: unpack it; only .nii and .nii.gz are read from within a tar")
+            with open(volume.file, "rb") as file:
+                file.seek(volume.offset)
+                contents = file.read(volume.size)
+            if len(contents) < volume.size:
+                raise VolumeError(f"{volume.file}: ends within {volume.name}; download it again")
+            return [contents]
+        paths = [volume.file.with_suffix(suffix) for suffix in (".hdr", ".img")] if pair else [volume.file]
+        for path in paths:
+            if not path.is_file():
+                raise VolumeError(f"{volume.name}: {path.name} is missing beside it; an Analyze volume has both files")
+            if path.stat().st_size > MOST_BYTES:
+                raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB; remove it")
+        return [path.read_bytes() for path in paths]
+    except OSError as error:
+        raise VolumeError(f"{volume.name}: cannot be read ({error.strerror})") from None
+
+
+def read(volume: Volume) -> Scan:
+    """Read a volume, turn it to RAS, and resample it linearly where its voxels are not of 1 mm.
+
+    Raises VolumeError if it is damaged, is not one three-dimensional volume, or has values that are not finite.
+    """
+    try:
+        image, notes = _open(volume)
+        shape = tuple(image.shape)
+        if len(shape) < 3 or any(n != 1 for n in shape[3:]) or min(shape[:3]) < 16:
+            raise VolumeError(f"{volume.name}: is {'×'.join(map(str, shape))}, not one volume; remove it")
+        if image.get_data_dtype().kind not in "biuf":
+            raise VolumeError(f"{volume.name}: has voxels of type {image.get_data_dtype()}, not numbers; remove it")
+        zooms = tuple(round(float(zoom), 4) for zoom in image.header.get_zooms()[:3])
+        if not all(0.2 <= zoom <= 5 for zoom in zooms) or not np.isfinite(image.affine).all():
+            raise VolumeError(f"{volume.name}: has voxels of {zooms} mm; correct its header")
+        image = nib.as_closest_canonical(nib.squeeze_image(image))
+        if any(abs(zoom - 1) > 0.01 for zoom in zooms):
+            image = resample_to_output(image, (1, 1, 1), order=1)
+        voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except VolumeError:
+        raise
+    except MemoryError:
+        raise VolumeError(f"{volume.name}: does not fit into memory; give fewer --workers") from None
+    except Exception as error:  # nibabel has many; numpy and zlib have others
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise VolumeError(f"{volume.name}: cannot be read ({reason}); download it again, or remove it") from None
+    if not np.isfinite(voxels).all():
+        raise VolumeError(f"{volume.name}: has values that are not finite; remove it")
+    return Scan(voxels, shape, zooms, notes)
+
+
+def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
+    """The image, whose voxels are in memory but not yet decoded, and notes about it."""
+    contents = _contents(volume)
+    if len(contents) == 2:
+        names = ("header", "image")
+        holders = {name: FileHolder(fileobj=io.BytesIO(part)) for name, part in zip(names, contents, strict=True)}
+        found = nib.AnalyzeImage.from_file_map(holders)
+        notes = [] if found.header.get_zooms()[:3] == (1, 1, 1) else ["its header has other voxels than 1 mm; ignored"]
+        return nib.Nifti1Image(np.asanyarray(found.dataobj), ANALYZE), notes
+    data = _decompress(volume, contents[0]) if volume.name.endswith(".gz") else contents[0]
+    image = _format(volume, data).from_bytes(data)
+    codes = image.header["sform_code"], image.header["qform_code"]
+    return image, [] if any(codes) else ["its header gives no orientation; LAS was assumed"]
+
+
+def _format(volume: Volume, start: bytes) -> type[nib.Nifti1Image]:
+    """NIfTI 1 or 2, by the start of the file."""
+    for format in (nib.Nifti1Image, nib.Nifti2Image):
+        if format.header_class.may_contain_header(start):
+            return format
+    raise VolumeError(f"{volume.name}: is not NIfTI; download it again, or remove it")
+
+
+def _decompress(volume: Volume, contents: bytes) -> bytearray:
+    """What a .gz holds, with its checksum verified, and no more than its header announces."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(contents)) as file:
+            start = file.read(1024)
+            header = _format(volume, start).header_class.from_fileobj(io.BytesIO(start), check=False)
+            voxels = int(np.prod([int(n) for n in header.get_data_shape()], dtype=object))
+            if not 0 < voxels <= MOST_VOXELS:
+                raise VolumeError(f"{volume.name}: announces {voxels} voxels; remove it")
+            size = int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
+            file.seek(0)
+            data = bytearray(size)  # filled in place: a volume is in memory once
+            file.readinto(data)
+            if len(file.read(2**20)) == 2**20:
+                raise VolumeError(f"{volume.name}: holds more than its header announces; remove it")
+            return data
+    except (EOFError, OSError, zlib.error):
+        raise VolumeError(f"{volume.name}: is damaged or ends early; download it again") from None
+
+
+def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tuple[np.ndarray, list[int], dict]:
+    """Slices of a volume (x, y, z) in RAS at 1 mm, of any unit.
+
+    Black is the background, the median of the border; white is the 99.5 % quantile of what is brighter. Slices are
+    spaced evenly from the lowest to the highest one that has `least_brain` of the largest one's brain, and padded or
+    cropped about the brain's centre. Axial slices have the front up and the patient's left on the right.
+
+    Returns:
+        images: (n_slices, 256, 256) uint8.
+        positions: the index of each along the axis across.
+        facts: black and white, the window in the volume's unit, and litres, the brain's volume.
+
+    Raises:
+        ValueError: nothing stands out from the background, or too few slices have enough brain.
+    """
+    faces = [voxels.take(end, axis) for axis in range(3) for end in (0, -1)]
+    black = float(np.median(np.concatenate([face.ravel() for face in faces])))
+    above = voxels[voxels > black]
+    if above.size == 0:
+        raise ValueError("is empty: nothing is brighter than its border")
+    white = float(np.quantile(above, WHITE))
+    brain = voxels > black + EDGE * (white - black)
+    across, *inside = PLANES[plane]
+    area = brain.sum(tuple(inside))
+    enough = np.flatnonzero(area >= least_brain * area.max())
+    low, high = int(enough[0]), int(enough[-1])
+    if high - low + 1 < n_slices:
+        raise ValueError(f"has {high - low + 1} slices with enough brain, not {n_slices}; lower --least-brain")
+    positions = np.linspace(low, high, n_slices).round().astype(int).tolist()
+    between = brain.take(range(low, high + 1), across)
+    images = np.zeros((n_slices, SIZE, SIZE), np.float32)
+    target, source = [], []
+    for axis in inside:
+        filled = np.flatnonzero(between.any(tuple(other for other in range(3) if other != axis)))
+        start = (int(filled[0]) + int(filled[-1]) + 1) // 2 - SIZE // 2
+        stop = min(start + SIZE, voxels.shape[axis])
+        target.append(slice(max(-start, 0), stop - start))
+        source.append(slice(max(start, 0), stop))
+    chosen = np.moveaxis(voxels.take(positions, across), across, 0)
+    images[:, *target] = (chosen[:, *source] - black) / (white - black)
+    images = (images.clip(0, 1) * 255).round().astype(np.uint8)
+    # columns run to the patient's left (in sagittal slices to the back), rows downwards or to the back
+    images = images[:, ::-1, ::-1].swapaxes(1, 2)
+    return images, positions, {"black": black, "white": white, "litres": round(float(brain.sum()) / 1e6, 3)}

@@ -1,0 +1,409 @@
+"""Volumes as they are handed out -> slices: each source's layout, orientations, formats, damage, interruptions."""
+
+import csv
+import errno
+import gzip
+import io
+import itertools
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import PROJECT, new_run, refused, run_program
+from PIL import Image
+
+from preparation import phantoms, sources, volumes
+from support import console
+from support.console import UserError
+from support.files import read_json
+
+FEW = ("--slices", 4, "--least-brain", 0.8, "--workers", 2)
+RAS = np.eye(4)
+LAS = np.diag([-1.0, 1, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def heads() -> list[np.ndarray]:
+    """Three phantoms as volumes (x, y, z) in RAS, int16 of another unit than the slices."""
+    found = []
+    for case in (1, 2, 3):
+        slices = np.repeat([phantoms.make_slice(case, s) for s in range(0, 32, 4)], 3, axis=0)  # (z, row, column)
+        volume = slices[:, 24:232, 40:216].astype(np.int16).transpose(2, 1, 0)[::-1, ::-1] * 9
+        found.append(np.pad(volume, ((0, 0), (0, 0), (6, 6))))
+    return found
+
+
+def volume(path: Path, name: str = "") -> volumes.Volume:
+    return volumes.Volume(name or path.name, "sub-01", 1, 1, path)
+
+
+def slices_of(path: Path) -> np.ndarray:
+    return volumes.cut(volumes.read(volume(path)).voxels, "axial", 4, 0.8)[0]
+
+
+def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray = RAS, **header) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(voxels, affine)
+    for key, value in header.items():
+        image.header[key] = value
+    nib.save(image, path)
+    return path
+
+
+def write_analyze(path: Path, voxels: np.ndarray) -> Path:
+    """A pair as OASIS-1's discs have them: big-endian, LAS, a fourth axis."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = nib.AnalyzeHeader(endianness=">")
+    header.set_data_dtype(np.int16)
+    header.set_data_shape((*voxels.shape, 1))
+    path.with_suffix(".hdr").write_bytes(header.binaryblock)
+    path.with_suffix(".img").write_bytes(voxels[::-1].astype(">i2").tobytes(order="F"))
+    return path.with_suffix(".hdr")
+
+
+def disc(case: int, session: int = 1, n: int = 4) -> Path:
+    subject = f"OAS1_{case:04d}_MR{session}"
+    return Path(f"disc1/{subject}/PROCESSED/MPRAGE/T88_111/{subject}_mpr_n{n}_anon_111_t88_masked_gfc")
+
+
+def convert(source: Path, dest: Path, *words):
+    return run_program("preparation.oasis", source, dest, *FEW, *words, cwd=dest.parent)
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def nifti_source(heads, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nifti")
+    for i, head in enumerate(heads, 1):
+        write_nifti(folder / f"sub-{i:02d}.nii.gz", head)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(nifti_source, tmp_path_factory) -> Path:
+    dest = tmp_path_factory.mktemp("converted") / "slices"
+    done = convert(nifti_source, dest)
+    assert done.returncode == 0, done.stderr
+    return dest
+
+
+def test_all_orientations_and_formats_give_the_same_slices(heads, tmp_path):
+    head = heads[0]
+    expected = slices_of(write_nifti(tmp_path / "ras.nii", head))
+    turns = list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))
+    assert len(turns) == 48
+    for order, flips in turns:
+        affine = np.zeros((4, 4))
+        affine[3, 3] = 1
+        for axis, (old, flip) in enumerate(zip(order, flips, strict=True)):
+            affine[old, axis] = flip
+        turned = head.transpose(order)[tuple(slice(None, None, flip) for flip in flips)]
+        assert np.array_equal(slices_of(write_nifti(tmp_path / "turned.nii", turned, affine)), expected), (order, flips)
+    swapped = nib.Nifti1Image(head, RAS, nib.Nifti1Header(endianness=">"))
+    scaled = nib.Nifti1Image(head, RAS)
+    scaled.header.set_slope_inter(0.5, 8)
+    for name, image in (
+        ("big.nii", swapped),
+        ("float.nii", nib.Nifti1Image(head.astype(np.float64), RAS)),
+        ("fourth.nii.gz", nib.Nifti1Image(head[..., None], RAS)),
+        ("second.nii", nib.Nifti2Image(head, RAS)),
+    ):
+        nib.save(image, tmp_path / name)
+        assert np.array_equal(slices_of(tmp_path / name), expected), name
+    data = bytearray(nib.Nifti1Image(head, RAS).to_bytes())
+    data[112:120] = np.array([0.5, 8], "<f4").tobytes()  # scl_slope, scl_inter
+    (tmp_path / "scaled.nii").write_bytes(data)
+    assert volumes.read(volume(tmp_path / "scaled.nii")).voxels.min() == 8
+    assert np.array_equal(slices_of(tmp_path / "scaled.nii"), expected)
+    assert np.array_equal(slices_of(write_analyze(tmp_path / "analyze", head)), expected)
+
+
+def test_slices_are_cut_as_a_plain_loop_would(heads):
+    head = heads[1].astype(np.float32)
+    images, positions, facts = volumes.cut(head, "axial", 4, 0.8)
+    brain = head > 0.02 * np.quantile(head[head > 0], 0.995)
+    enough = [z for z in range(head.shape[2]) if brain[:, :, z].sum() >= 0.8 * brain.sum((0, 1)).max()]
+    assert positions == [round(enough[0] + i * (enough[-1] - enough[0]) / 3) for i in range(4)]
+    assert facts["litres"] == pytest.approx(brain.sum() / 1e6, abs=1e-3) and facts["black"] == 0
+    x, y = (np.flatnonzero(brain[:, :, enough[0] : enough[-1] + 1].any(axes)) for axes in ((1, 2), (0, 2)))
+    middle_x, middle_y = (x[0] + x[-1] + 1) // 2, (y[0] + y[-1] + 1) // 2
+    for row, column, i in itertools.product(range(0, 256, 5), range(0, 256, 5), range(4)):
+        at = middle_x + 127 - column, middle_y + 127 - row  # the patient's right is on the left, the front is up
+        inside = all(0 <= a < n for a, n in zip(at, head.shape, strict=False))
+        value = head[(*at, positions[i])] / facts["white"] if inside else 0
+        assert images[i, row, column] == pytest.approx(min(value, 1) * 255, abs=0.51)
+
+
+@pytest.mark.parametrize("plane, left", [("axial", 128), ("coronal", 128), ("sagittal", 0)])
+def test_front_and_top_are_up_and_the_patients_left_is_on_the_right(plane, left):
+    head = np.zeros((60, 60, 60), np.float32)
+    head[5:55, 5:55, 5:55] = 1
+    head[8:20, 40:52, 40:52] = 2  # left, front, top
+    images, _, _ = volumes.cut(head, plane, 50, 0.5)
+    bright = np.argwhere((images == 255).any(0))
+    assert len(bright) and all(y < 128 and left <= x < left + 128 for y, x in bright)
+
+
+def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
+    z, y, x = np.ogrid[-40:40, -40:40, -40:40]
+    ball = (1000 * np.clip(30 - np.sqrt(x * x + y * y + z * z), 0, 1)).astype(np.float32)
+    affine = np.diag([2.0, 1, 0.5, 1])
+    scan = volumes.read(volume(write_nifti(tmp_path / "a.nii", ball, affine)))
+    assert scan.zooms == (2, 1, 0.5) and scan.shape == (80, 80, 80)
+    widths = [len(np.flatnonzero((scan.voxels > 500).any(axes))) for axes in ((1, 2), (0, 2), (0, 1))]
+    assert widths == pytest.approx([118, 59, 29.5], abs=1.5)
+
+
+def touch(folder: Path, *names) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_sources_are_told_apart_by_their_names(tmp_path):
+    parts = ("norm", "orig", "aligned_norm", "aligned_orig", "seg4", "slice_norm")
+    names = [f"neurite/OASIS_OAS1_{n}_MR1/{part}.nii.gz" for n in ("0002", "0457") for part in parts]
+    neurite = touch(tmp_path / "a", *names, "OASIS_OAS1_0003_MR1/norm.nii.gz", "OAS1_4/norm.nii.gz")
+    kind, found, strange = sources.find(neurite)
+    assert kind == "neurite-OASIS v1.0" and strange == ["OAS1_4/norm.nii.gz"]
+    assert [(v.case, v.session, v.file.name) for v in found] == [
+        (2, 1, "aligned_norm.nii.gz"),
+        (3, 1, "norm.nii.gz"),
+        (457, 1, "aligned_norm.nii.gz"),
+    ]
+    tar = tmp_path / "neurite-oasis.v1.0.tar"
+    with tarfile.open(tar, "w") as file:
+        file.add(neurite, ".")
+    assert [v[:4] for v in sources.find(tar)[1]] == [v[:4] for v in found]
+
+    names = [f"{disc(case, session)}{end}" for case, session in ((9, 1), (9, 2), (10, 1)) for end in (".hdr", ".img")]
+    whole = str(disc(9)).replace("masked_gfc", "gfc")
+    kind, found, _ = sources.find(touch(tmp_path / "b", *names, f"{whole}.hdr", f"{whole}.img", f"{disc(9)}_fseg.img"))
+    assert kind == "OASIS-1 discs" and [(v.case, v.session) for v in found] == [(9, 1), (9, 2), (10, 1)]
+    assert all(v.name.endswith(".hdr") for v in found)
+
+    bids = [f"sub-{s}/ses-{k}/anat/sub-{s}_ses-{k}_T1w.nii.gz" for s, k in (("07", 1), ("07", 2), ("12", 1))]
+    kind, found, strange = sources.find(touch(tmp_path / "c", *bids, "sub-07/anat/sub-07_brain_mask.nii.gz"))
+    assert [(v.subject, v.case, v.session) for v in found] == [("sub-07", 7, 1), ("sub-07", 7, 2), ("sub-12", 12, 1)]
+    assert kind == "NIfTI volumes" and len(strange) == 1
+    _, found, _ = sources.find(touch(tmp_path / "d", "ann.nii", "bob.nii.gz", ".hidden.nii", "notes.txt"))
+    assert [(v.subject, v.case) for v in found] == [("ann", 1), ("bob", 2)]
+
+
+def test_from_oasis_to_scores(heads, tmp_path):
+    """Discs -> slices -> train.py -> predict.py, without an option; a repeated scan stays with its subject."""
+    for case, head in enumerate(heads, 8):
+        write_analyze(tmp_path / "discs" / disc(case), head)
+    write_analyze(tmp_path / "discs" / disc(9, session=2), heads[2])
+    done = convert(tmp_path / "discs", tmp_path / "slices", "--preview")
+    assert done.stdout.startswith("Source: OASIS-1 discs, 4 volumes of 3 subjects in "), done.stderr
+    with open(tmp_path / "slices" / "subjects.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["session"]) for row in rows] == [("8", "1"), ("9", "1"), ("9", "2"), ("10", "1")]
+    assert rows[1]["split"] == rows[2]["split"] and {row["split"] for row in rows} == set(sources.SHARES)
+    assert (
+        rows[0]["shape"] == "176x208x36x1" and rows[0]["zooms"] == "1.0x1.0x1.0" and len(rows[0]["slices"].split()) == 4
+    )
+    names = {f"keras_png_slices_{rows[1]['split']}/case_009_slice_{s}.nii.png" for s in range(8)}
+    assert names <= pixels(tmp_path / "slices").keys() and len(pixels(tmp_path / "slices")) == 16 + 1
+    with Image.open(tmp_path / "slices" / "preview.png") as image:
+        assert image.size == (5 * 256, 26 + 4 * 276)
+    words = ("--data", tmp_path / "slices", "--epochs", 1, "--only", "vqvae", "--batch-size", 4, "--device", "cpu")
+    run = new_run(run_program("train.py", *words, cwd=tmp_path), tmp_path / "gen_imgs")
+    assert "SSIM mean: " in run_program("predict.py", run / "vqvae.pth", cwd=tmp_path).stdout
+
+
+def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
+    found = [volumes.Volume("", f"OAS1_{i:04d}_MR1", i, 1, Path()) for i in range(1, 355)]
+    split = sources.split_subjects(found, 0)
+    counts = {name: list(split.values()).count(name) for name in sources.SHARES}
+    assert counts == {"train": 302, "validate": 35, "test": 17}
+    assert split == sources.split_subjects(found[::-1], 0) != sources.split_subjects(found, 1)
+    file = tmp_path / "split.csv"
+    file.write_text(
+        "\ufeffsubject,split\nOAS1_0001_MR1,test\nOAS1_0002,train\n0003,validate\n4,train\nOAS1_0999,test\n"
+    )
+    assert sources.split_subjects(found[:4], 0, file) == {1: "test", 2: "train", 3: "validate", 4: "train"}
+    for text, words in (
+        ("subject,split\n1,test\n", "does not name OAS1_0002_MR1 (3 of 4"),
+        ("subject,split\n1,test\n0001,train\n", "0001 is in two splits"),
+        ("subject,split\n1,tset\n", "'tset' of 1 is no split"),
+        ("name,split\n1,test\n", "no columns named subject and split"),
+        ("", "no columns"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            sources.split_subjects(found[:4], 0, file)
+        assert words in str(error.value) and str(file) in str(error.value)
+    with pytest.raises(UserError, match="2 subjects cannot be split in three"):
+        sources.split_subjects(found[:2], 0)
+
+
+def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
+    """Files that cannot be used, each with what is said of it."""
+    good = gzip.compress(nib.Nifti1Image(head, RAS).to_bytes(), 1)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 255
+    huge = bytearray(nib.Nifti1Image(head, RAS).to_bytes()[:1000])
+    huge[42:48] = np.array([30000] * 3, "<i2").tobytes()
+    nan = head.astype(np.float32)
+    nan[50, 50, 10] = np.nan
+    contents = {
+        "cut.nii.gz": (good[: len(good) // 2], "damaged or ends early"),
+        "tail.nii.gz": (good[:-4], "damaged or ends early"),
+        "flipped.nii.gz": (flipped, "damaged or ends early"),
+        "page.nii.gz": (b"<html>403</html>", "damaged or ends early"),
+        "empty.nii.gz": (b"", "not NIfTI"),
+        "other.nii": (b"x" * 5000, "not NIfTI"),
+        "huge.nii.gz": (gzip.compress(huge), "announces 27000000000000 voxels"),
+        "longer.nii.gz": (gzip.compress(nib.Nifti1Image(head, RAS).to_bytes() + bytes(2**21)), "more than its header"),
+        "short.nii": (nib.Nifti1Image(head, RAS).to_bytes()[:90000], "cannot be read"),
+        "flat.nii": (nib.Nifti1Image(head[:, :, 0], RAS).to_bytes(), "176×208, not one volume"),
+        "series.nii": (nib.Nifti1Image(np.stack([head] * 2, 3), RAS).to_bytes(), "176×208×36×2, not one volume"),
+        "zero.nii": (nib.Nifti1Image(head * 0, RAS).to_bytes(), "is empty"),
+        "nan.nii": (nib.Nifti1Image(nan, RAS).to_bytes(), "not finite"),
+        "thin.nii": (nib.Nifti1Image(np.pad(head[:, :, 10:12], ((0, 0), (0, 0), (9, 9))), RAS).to_bytes(), "not 4"),
+        "complex.nii": (nib.Nifti1Image(head.astype(np.complex64), RAS).to_bytes(), "of type complex64"),
+        "voxels.nii": (nib.Nifti1Image(head, np.diag([30.0, 30, 30, 1])).to_bytes(), "voxels of (30.0, 30.0, 30.0) mm"),
+    }
+    for name, (data, _) in contents.items():
+        (folder / name).write_bytes(data)
+    return {name: words for name, (_, words) in contents.items()}
+
+
+def test_bad_volumes_are_named_in_a_line_each_and_cost_nothing(nifti_source, heads, converted, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in nifti_source.iterdir():
+        (source / f"good{path.name[4:]}").symlink_to(path)
+    said = damaged(heads[0], source)
+    file = tmp_path / "split.csv"
+    names = dict.fromkeys([name.split(".")[0] for name in said], "train")
+    names |= {"good01": "test", "good02": "train", "good03": "validate"}
+    file.write_text("subject,split\n" + "".join(f"{name},{split}\n" for name, split in names.items()))
+    done = convert(source, tmp_path / "slices", "--split", file)
+    assert done.returncode == 1 and not (tmp_path / "slices").exists() and "Traceback" not in done.stderr
+    lines = {line.split(":")[0].strip(): line for line in done.stderr.splitlines() if line.startswith("  ")}
+    assert lines.keys() == said.keys()
+    for name, words in said.items():
+        assert words in lines[name]
+    done = convert(source, tmp_path / "slices", "--split", file, "--skip-bad")
+    assert done.returncode == 0 and f"Left out: {len(said)} volumes." in done.stdout
+    assert sorted(pixels(tmp_path / "slices").values()) == sorted(pixels(converted).values())
+
+
+def test_scans_that_contradict_each_other_and_incomplete_pairs_are_named(heads, tmp_path):
+    source = tmp_path / "discs"
+    for case, head in enumerate(heads, 1):
+        write_analyze(source / disc(case), head)
+    write_analyze(source / "copy" / disc(1), heads[0])  # the same again: no harm
+    assert len(sources.without_copies(sources.find(source)[1])[0]) == 3
+    write_analyze(source / disc(2, n=3), heads[0])
+    (source / disc(3)).with_suffix(".img").unlink()
+    done = convert(source, tmp_path / "slices")
+    assert "_mpr_n3_" in done.stderr and "differ, and both are scan 1 of OAS1_0002_MR1" in done.stderr
+    assert "OAS1_0003_MR1_mpr_n4_anon_111_t88_masked_gfc.img is missing" in done.stderr and done.returncode == 1
+    (source / disc(2, n=3)).with_suffix(".hdr").unlink()
+    (source / disc(2, n=3)).with_suffix(".img").unlink()
+    write_analyze(source / disc(3), heads[2])
+    done = convert(source, tmp_path / "slices")
+    assert done.returncode == 0 and len(pixels(tmp_path / "slices")) == 12, done.stderr
+
+
+def test_a_skull_is_noticed(tmp_path):
+    head = np.zeros((170, 170, 170), np.int16)
+    head[15:155, 15:155, 15:155] = 100  # 2.7 litres
+    for i in range(3):
+        write_nifti(tmp_path / "heads" / f"{i}.nii", head + np.int16(i) * (head > 0))
+    done = convert(tmp_path / "heads", tmp_path / "slices")
+    assert done.returncode == 0 and done.stderr.count("is the skull on?") == 3
+
+
+def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "page.tar").write_bytes(b"<html>403 Forbidden</html>" * 60)
+    (tmp_path / "packed.tar").write_bytes(gzip.compress(b"x" * 2000))
+    with tarfile.open(tmp_path / "outside.tar", "w") as file:
+        file.addfile(tarfile.TarInfo("../OASIS_OAS1_0001_MR1/norm.nii.gz"), io.BytesIO())
+    with tarfile.open(tmp_path / "whole.tar", "w") as file:
+        for i, path in enumerate(sorted(nifti_source.iterdir())):
+            file.add(path, f"OASIS_OAS1_000{i}_MR1/norm.nii.gz")
+    whole = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    for name, words in (
+        ("none", "no such folder or tar"),
+        ("empty", "holds no volumes"),
+        ("page.tar", "is a web page"),
+        ("packed.tar", "is compressed; unpack it"),
+        ("outside.tar", "points outside"),
+        ("cut.tar", "ends"),
+    ):
+        refused(convert(tmp_path / name, tmp_path / "slices"), name, words)
+    refused(convert(nifti_source, tmp_path / "page.tar"), "page.tar", "was not made by this program")
+    assert not list(tmp_path.glob("slices*"))
+    done = convert(tmp_path / "whole.tar", tmp_path / "slices", "--dry-run")
+    assert "12 slices would be written" in done.stdout and not list(tmp_path.glob("slices*"))
+
+
+def test_a_complete_folder_stays_and_another_source_or_option_is_refused(nifti_source, converted):
+    before = pixels(converted)
+    done = convert(nifti_source, converted)
+    assert done.returncode == 0 and "is complete" in done.stdout and pixels(converted) == before
+    refused(convert(nifti_source, converted, "--seed", 1), "slices", "was made with other options or volumes")
+    refused(convert(nifti_source, converted, "--plane", "coronal"), "slices", "was made with other options or volumes")
+    assert pixels(converted) == before and not converted.with_name("slices.unfinished").exists()
+
+
+def test_a_full_disk_and_a_signal_cost_nothing(nifti_source, converted, tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def full(image, path, **settings):
+        if "case_002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(image, path, **settings)
+
+    with monkeypatch.context() as patch:  # workers are forks, which have it as well
+        patch.setattr(Image.Image, "save", full)
+        refused(convert(nifti_source, tmp_path / "slices"), "case_002_slice_0.nii.png", "No space left on device")
+
+    def stop() -> None:
+        raise console.Stopped(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "stop_if_signalled", stop)
+        done = convert(nifti_source, tmp_path / "slices")
+        assert done.returncode == 143 and "The same command goes on." in done.stderr
+    assert not (tmp_path / "slices").exists()
+    assert convert(nifti_source, tmp_path / "slices").returncode == 0
+    assert pixels(tmp_path / "slices") == pixels(converted)
+    assert not (tmp_path / "slices" / "records").exists()
+
+
+def test_killed_and_called_again_it_gives_what_an_uninterrupted_call_gives(nifti_source, converted, tmp_path):
+    command = [sys.executable, "-m", "preparation.oasis", nifti_source, tmp_path / "slices", *FEW]
+    process = subprocess.Popen([*map(str, command)], cwd=PROJECT, stdout=subprocess.DEVNULL)
+    unfinished = tmp_path / "slices.unfinished"
+    while not list(unfinished.glob("*/case_*")) and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "slices").exists() and unfinished.is_dir()
+    for _ in range(100):  # its workers end by themselves
+        done = convert(nifti_source, tmp_path / "slices")
+        if "another process is at work" not in done.stderr:
+            break
+        time.sleep(0.1)
+    assert done.returncode == 0, done.stderr
+    assert pixels(tmp_path / "slices") == pixels(converted) and not unfinished.exists()
+    assert {path.name for path in (tmp_path / "slices").iterdir()} == {path.name for path in converted.iterdir()}
+    assert not list((tmp_path / "slices").rglob(".*"))
+    assert read_json(tmp_path / "slices" / "conversion.json") == read_json(converted / "conversion.json")
