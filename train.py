@@ -61,7 +61,7 @@ def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
         dataset.print_skipped()
         counts[dataset.split] = len(dataset)
     run.phantoms = train_set.phantoms
-    run.fast_path = distributed.from_first(lambda: config.choose_run_fast_path(run, len(train_set)))
+    run.fast_path = config.choose_run_fast_path(run, len(train_set))
     run.fast_path.set_up()
     if distributed.is_first():
         run.begin({"folder": options.data, "phantoms": run.phantoms, "images": counts})

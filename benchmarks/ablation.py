@@ -19,6 +19,8 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
 
+import torch
+
 import train  # noqa: E402
 from dataset import OasisDataset  # noqa: E402
 from support import console, files  # noqa: E402
@@ -50,8 +52,8 @@ class EMAWithRevival(codebook.KMeans):
 
     def revive(self, dead, z_e, rng):
         codebook.move_dead(self.quantizer, dead, z_e, rng)
-        self.ema.counts[dead] = 1
-        self.ema.sums[dead] = self.embeddings[dead]
+        self.ema.counts.masked_fill_(dead[:, None], 1)
+        self.ema.sums.copy_(torch.where(dead[:, None], self.embeddings, self.ema.sums))
 
 
 class Frozen(codebook.LossOnly):

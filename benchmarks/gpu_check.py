@@ -21,9 +21,10 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
+import torch
+
 from preparation import phantoms
 from support.console import UserError, run_program
-from support.device import choose_device
 from support.run import environment
 
 # By how much the GPU's values after an epoch of 32 steps may differ from the CPU's. On a CPU, bfloat16 and --plain
@@ -103,22 +104,22 @@ PARTS = {part.__name__: part for part in (tests, epochs, full_size, speed)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--device", default="auto", help="(default: auto)")
+    parser.add_argument("--device", help="(default: the GPU)")
     o = parser.parse_args()
     unknown = set(o.parts) - set(PARTS)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: no such part; there are {', '.join(PARTS)}")
-    device = choose_device(o.device)
-    if device.type == "cpu" and o.device == "auto":
+    device = o.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "")
+    if not device:
         raise UserError("no GPU here; make test shows what a machine without one can show")
     results = []
     for name in o.parts or PARTS:
         try:
-            results.append(f"{name}: good\n{PARTS[name](device.type)}")
-        except Failed as error:
-            results.append(f"{name}: FAILED\n{error}")
+            results.append(f"{name}: good\n{PARTS[name](device)}")
+        except Exception as error:  # the other parts are worth having
+            results.append(f"{name}: FAILED\n{error if isinstance(error, Failed) else repr(error)}")
     print("\n----- paste from here into an issue -----")
-    print(json.dumps(environment(device), indent=2), *results, sep="\n\n")
+    print(json.dumps(environment(torch.device(device)), indent=2), *results, sep="\n\n")
     print("----- to here -----")
     if any(": FAILED\n" in result for result in results):
         sys.exit(1)

@@ -89,6 +89,10 @@ def new_run(device, **fast_path) -> Run:
     """A run with default options whose folder is never made."""
     run = Run(Config(), Path(), device=device)
     run.fast_path = choose_run_fast_path(run, 9664)._replace(**fast_path)
+    if device.type == "cuda":  # whether compiling works was tried, which is not to be measured
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return run
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from support import distributed
 from support.console import UserError
 
 # Compiling takes about half a minute. On a CPU it saves nothing once freed memory is kept (benchmarks/speed.py).
@@ -148,7 +149,7 @@ def choose_fast_path(
     compute_loss: Callable[[FastPath], Tensor],
     kept: FastPath | None = None,
 ) -> FastPath:
-    """The fast path for a device and a run of `n_steps`.
+    """The fast path for a device and a run of `n_steps`, the same in all processes.
 
     Precision "auto" is bfloat16 on GPUs that have it; before Ampere it is emulated, which is slow. Networks are
     compiled on a GPU where that repays and where `compute_loss`, the loss of new networks on a fast path, can be
@@ -159,11 +160,12 @@ def choose_fast_path(
         return FastPath(device.type, plain=True)
     cuda = device.type == "cuda"
     if precision == "auto":
-        precision = "bfloat16" if cuda and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+        has_it = cuda and distributed.everywhere(torch.cuda.get_device_capability(device) >= (8, 0))
+        precision = "bfloat16" if has_it else "float32"
     bfloat16 = precision == "bfloat16" and (kept is None or kept.bfloat16)
     compiled = FastPath(device.type, bfloat16=bfloat16, compiled=True)
     wanted = cuda and n_steps >= COMPILING_REPAYS if kept is None else kept.compiled
-    return compiled._replace(compiled=wanted and can_train(compiled, compute_loss))
+    return compiled._replace(compiled=wanted and distributed.everywhere(can_train(compiled, compute_loss)))
 
 
 def can_train(fast_path: FastPath, compute_loss: Callable[[FastPath], Tensor]) -> bool:

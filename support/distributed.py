@@ -97,6 +97,11 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def everywhere(fact: bool) -> bool:
+    """Whether something holds in all processes."""
+    return int(total(torch.tensor(int(fact)))) == world_size()
+
+
 def gather(part: Tensor, n: int) -> Tensor:
     """A batch (n, …) from the parts that `share` gave to each process."""
     if world_size() == 1:

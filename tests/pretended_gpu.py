@@ -115,7 +115,7 @@ def _refuse_mistakes(func, args: tuple, kwargs: dict, there: list, here: list, o
 def _waits(func, args: tuple, kwargs: dict, there: list, here: list, on_gpu: bool) -> bool:
     if func in (aten.copy_.default, aten._to_copy.default) and here and on_gpu:
         blocking = not (kwargs.get("non_blocking") or True in args[2:])
-        return blocking and _Gpu.name == "cuda" and not (func is aten.copy_.default and here[0].dim() == 0)
+        return blocking and _Gpu.name == "cuda"
     if not there:
         return False
     if func in BY_INDEX:

@@ -144,7 +144,8 @@ def test_moving_averages_with_start_and_revival(rng):
 
 
 def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(monkeypatch):
-    monkeypatch.setattr(gpu_check, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     with pytest.raises(UserError, match="no GPU here"):
         gpu_check.main()

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ from modules import VQVAE
 from preparation import phantoms
 from report.plots import Figures
 from support import files
-from support.device import FastPath
+from support.device import FastPath, exact_float32
 from support.run import Run
 from training import codebook, dcgan
 from training.config import Config
@@ -45,14 +46,17 @@ def gpu(request):
         def waited(work: Callable) -> list[str]:
             if name == "mps":  # which cannot tell
                 return work() and []
-            torch.cuda.set_sync_debug_mode("warn")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                work()
-            torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    work()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             return [str(each.message) for each in caught if "synchroniz" in str(each.message)]
 
-        yield Gpu(name, waited)
+        with exact_float32():  # what is compared with the CPU must not be TF32's
+            yield Gpu(name, waited)
         return
     if pretended is None:
         pytest.skip(f"torch {torch.__version__} has other private parts than tests/pretended_gpu.py needs")
@@ -91,6 +95,31 @@ def update(stage, batch, step: int) -> torch.Tensor:
     return values
 
 
+def part(images: torch.Tensor) -> torch.Tensor:
+    """The middle of images where they are computed on a CPU, all of them on a real GPU."""
+    return images if REAL else images[..., 64:192, 64:192]
+
+
+def assert_a_run_can_move(stage, new: Callable, folder, batch: torch.Tensor) -> None:
+    """A stage's state goes to the CPU and back to its device: nothing is lost, the next step's losses are the same."""
+    state, back, there = through_a_file(stage, folder), new("cpu"), new(batch.device.type)
+    back.load_state_dict(state)
+    there.load_state_dict(through_a_file(back, folder))
+    assert equal(through_a_file(there, folder), through_a_file(stage, folder))
+    losses = [update(each, batch.detach().to(each.run.device), 111).cpu() for each in (stage, back, there)]
+    for found in losses[1:]:  # the fourth, of the generator, follows an update that amplifies rounding
+        torch.testing.assert_close(found[:3], losses[0][:3], rtol=0.01, atol=0)
+
+
+def equal(one, other) -> bool:
+    """Whether two states have the same keys and values."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
 def through_a_file(stage, folder) -> dict:
     """A stage's state, as a resumed run loads it."""
     files.save(stage.state_dict(), folder / "state.pth")
@@ -106,34 +135,30 @@ def few(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", codebook.METHODS)
-def test_the_vqvae_never_waits_after_the_first_steps_and_learns_as_on_the_cpu(gpu, method, few, tmp_path):
+def test_the_vqvae_never_waits_after_the_first_step_and_has_the_losses_of_the_cpu(gpu, method, few, tmp_path):
     stage, on_cpu = (new_stage(VQVAEStage, few, name, tmp_path, codebook=method) for name in (gpu.name, "cpu"))
-    for step in (0, 101, 110):  # k-means, nothing, revival
-        batch = stage.data().batch([0, 2])[..., 64:192, 64:192]
+    losses = []
+    for step in (0, 1, 101, 110):  # k-means twice, nothing, revival
+        batch = part(stage.data().batch([0, 2]))
         if step == 110 and method == "kmeans":
-            assert stage.codebook.usage.sum() == 2 * 2 * 32 * 32
+            assert stage.codebook.usage.sum() == 3 * batch[:, :, ::4, ::4].numel()
             stage.codebook.usage.copy_(torch.arange(16).div(3, rounding_mode="floor"))  # so that three are dead
             before = stage.codebook.embeddings.cpu().clone()
-        if step:
-            assert gpu.waited(lambda step=step, batch=batch: update(stage, batch, step)) == []
-        else:
-            update(stage, batch, step)
-        update(on_cpu, batch.cpu(), step)
-    for key, found in stage.vqvae.state_dict().items():
-        assert found.device.type == gpu.name and found.isfinite().all()
+        waits = gpu.waited(lambda step=step, batch=batch: losses.append(update(stage, batch, step)))
+        assert step == 0 or waits == []
+        expected = update(on_cpu, batch.cpu(), step)
         if method != "kmeans":  # where a GPU draws other embeddings
-            torch.testing.assert_close(found.cpu(), on_cpu.vqvae.state_dict()[key], rtol=1e-2, atol=1e-3, msg=key)
+            torch.testing.assert_close(losses[-1].cpu(), expected, rtol=0.01, atol=0)
+    for found in stage.vqvae.state_dict().values():
+        assert found.device.type == gpu.name and found.isfinite().all()
     if method == "kmeans":
         moved = (stage.codebook.embeddings.cpu() - before).abs().amax(1) > 0.002  # a step of Adam is of 0.001
         assert moved[:3].any() and not moved[3:].any()
-    back, there = (new_stage(VQVAEStage, few, name, tmp_path, codebook=method) for name in ("cpu", gpu.name))
-    back.load_state_dict(through_a_file(stage, tmp_path))
-    there.load_state_dict(through_a_file(back, tmp_path))
-    for each in (stage, back, there):
-        update(each, stage.data().batch([1, 3])[..., 64:192, 64:192].to(each.run.device), 111)
-    for key, value in there.vqvae.state_dict().items():
-        assert value.device.type == gpu.name
-        torch.testing.assert_close(value, stage.vqvae.state_dict()[key], rtol=1e-4, atol=1e-6)
+    new = partial(new_stage, VQVAEStage, few, tmp_path=tmp_path, codebook=method)
+    assert_a_run_can_move(stage, new, tmp_path, batch)
+    if gpu.name == "cuda" and "cuda" in REAL and torch.cuda.get_device_capability() >= (8, 0):
+        stage.fast_path = stage.fast_path._replace(bfloat16=True)
+        assert gpu.waited(lambda: update(stage, batch, 120)) == []
 
 
 @pytest.mark.parametrize("method", dcgan.METHODS)
@@ -153,14 +178,8 @@ def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     assert gpu.waited(lambda: update(stage, anew.batch([3, 0, 1]), 3)) == []
     for found in (latents, anew):
         torch.testing.assert_close(found.batch([2]).cpu(), beside.batch([2]).cpu(), atol=2e-3, rtol=0)
-    back, there = (new_stage(new_gan, few, name, tmp_path, gan_training=method) for name in ("cpu", gpu.name))
-    back.load_state_dict(through_a_file(stage, tmp_path))
-    there.load_state_dict(through_a_file(back, tmp_path))
-    for each in (stage, back, there):
-        update(each, latents.batch([1, 2]).to(each.run.device), 4)
-    for key, value in stage.networks["generator"].state_dict().items():
-        torch.testing.assert_close(back.networks["generator"].state_dict()[key], value.cpu(), rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(there.networks["generator"].state_dict()[key], value, rtol=1e-4, atol=1e-5)
+    new = partial(new_stage, new_gan, few, tmp_path=tmp_path, gan_training=method)
+    assert_a_run_can_move(stage, new, tmp_path, latents.batch([1, 2]))
 
 
 def test_measures_are_those_of_the_cpu(gpu, few):

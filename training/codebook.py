@@ -34,7 +34,7 @@ class LossOnly:
         """Move embeddings in step 0, 1, … of the run, before those nearest to its latents are looked up.
 
         z_e (B, D, 64, 64) float32 are the latents of this process's part of a batch of n images. `rng` is on the CPU,
-        so that every device draws the same numbers.
+        so that every process draws the same numbers.
         """
 
     def after_step(self, codes: Tensor) -> None:

@@ -234,6 +234,8 @@ def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
     """The run's fast path: kept as far as it works when it is resumed, chosen anew on another type of device."""
     config = run.config
     kept = run.fast_path if run.fast_path and run.fast_path.device == run.device.type else None
+    if kept and run.state.get("vqvae", {"epoch": 0})["epoch"] >= config.epochs:  # only the DCGAN is left
+        return kept
     only_gan = config.only == "gan"  # which has neither compiled nor bfloat16 networks
     precision = "float32" if only_gan else config.precision
     n_steps = 0 if only_gan else config.epochs * math.ceil(n_images / config.batch_size)

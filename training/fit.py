@@ -167,7 +167,7 @@ def update_average(average: nn.Module, network: nn.Module, step: int, decay: flo
     """
     pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
     kept, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    get_ema_multi_avg_fn(min(decay, (1 + step) / (4 + step)))(kept, new, None)  # all in one operation of a GPU
+    get_ema_multi_avg_fn(min(decay, (1 + step) / (4 + step)))(kept, new, None)  # on CUDA all in one operation
     for kept, new in pairs:
         if not kept.is_floating_point():  # BatchNorm's count of batches
             kept.copy_(new)

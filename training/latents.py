@@ -26,7 +26,7 @@ RMS = 0.4
 FIT_IMAGES = 128  # that a scale is fitted on, spaced evenly over the split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LatentScale:
     """Latents z <-> tanh's range: t = clip(scale⁻¹ (z - shift), -1, 1) at each position, and z = scale t + shift.
 

@@ -75,7 +75,8 @@ class VQVAEStage(Stage):
         weight = distributed.weight(n)
 
         def before_lookup(quantizer: VectorQuantizer, inputs: tuple[Tensor]) -> None:
-            self.codebook.before_lookup(step, inputs[0].detach().float(), n, rng)
+            with torch.autocast(self.fast_path.device, enabled=False):
+                self.codebook.before_lookup(step, inputs[0].detach().float(), n, rng)
 
         with self.fast_path.autocast(), self.vqvae.vector_quantizer.register_forward_pre_hook(before_lookup):
             vq_loss, x_hat, _, codes = self.parallel(batch)
