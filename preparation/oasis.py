@@ -6,19 +6,17 @@ SOURCE is neurite-OASIS v1.0 (its tar, or unpacked), the folder of OASIS-1's dis
 NIfTI volumes; `preparation.sources` says how they are recognised. Interrupted and called again, it goes on where it
 was: until all is done, everything is in DEST.unfinished.
 
-A volume is turned to RAS and, where its voxels are not of 1 mm, resampled linearly. Each has one intensity window:
-black is the background, white the 99.5 % quantile of the brain. Its slices are spaced evenly from the lowest to the
-highest one that has enough brain, and padded or cropped to 256x256 about the brain's centre. Axial slices have the
-front up and the patient's left on the right, as the files of OASIS-1 have them in which columns and rows are the first
-two axes.
+Each volume is turned to RAS, resampled linearly where its voxels are not of 1 mm, and cut into slices of 256x256 pixels
+with one intensity window (`preparation.volumes`).
 """
 
 import argparse
+import contextlib
 import csv
-import dataclasses
 import os
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -36,97 +34,93 @@ from support.console import UserError
 
 MOST_LITRES = 2.5  # of brain; a head with its skull has four or more
 PLAN = "conversion.json"
-COLUMNS = (
-    "case",
-    "subject",
-    "session",
-    "split",
-    "source",
-    "shape",
-    "zooms",
-    "black",
-    "white",
-    "litres",
-    "slices",
-    "notes",
-)
+OPTIONS = ("slices", "least_brain", "plane", "seed")  # which decide what is written, beside the split
+FACTS = ("shape", "zooms", "black", "white", "litres", "slices", "notes")
+COLUMNS = ("case", "subject", "session", "split", "source", *FACTS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What decides how slices look, and which split they are in.
-
-    `least_brain` is a share of the brain in the volume's largest slice: with a share of the image, small brains would
-    have few slices or none.
-    """
-
-    slices: int = 32
-    least_brain: float = 0.92
-    plane: str = "axial"
-    seed: int = 0
-    split: str | None = None
-
-
-def convert(volume: Volume, split: str, folder: Path, options: Options) -> dict:
-    """Write the slices of a volume and its record, which marks it as done. Returns the record.
+def convert(volume: Volume, split: str, folder: Path, o: argparse.Namespace) -> None:
+    """Write the slices of a volume, then its record, which marks it as done.
 
     Raises VolumeError if the volume cannot be used.
     """
     scan = read(volume)
     try:
-        images, positions, facts = cut(scan.voxels, options.plane, options.slices, options.least_brain)
+        images, positions, facts = cut(scan.voxels, o.plane, o.slices, o.least_brain)
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from None
-    notes = list(scan.notes)
-    if facts["litres"] > MOST_LITRES:
-        notes.append(f"{facts['litres']} litres are brighter than the background: is the skull on?")
-    for i, image in enumerate(images):
-        number = (volume.session - 1) * options.slices + i
-        path = folder / f"keras_png_slices_{split}" / f"case_{volume.case:03d}_slice_{number}.nii.png"
-        with files.atomically(path) as temporary:
+    skull = f"{facts['litres']} litres are brighter than the background: is the skull on?"
+    notes = [*scan.notes, skull] if facts["litres"] > MOST_LITRES else scan.notes
+    for path, image in zip(paths(volume, split, o.slices), images, strict=True):
+        with files.atomically(folder / path) as temporary:
             Image.fromarray(image).save(temporary, format="PNG")
-    record = {"case": volume.case, "subject": volume.subject, "session": volume.session, "split": split}
-    record |= {"source": volume.name, "shape": "x".join(map(str, scan.shape)), "zooms": "x".join(map(str, scan.zooms))}
-    record |= facts | {"slices": " ".join(map(str, positions)), "notes": "; ".join(notes)}
-    files.write_json(record_of(volume, folder), record)
-    return record
+    record = {"file": identity(volume), "case": volume.case, "subject": volume.subject, "session": volume.session}
+    record |= {"split": split, "source": volume.name, "notes": "; ".join(notes)}
+    record |= {"shape": "x".join(map(str, scan.shape)), "zooms": "x".join(map(str, scan.zooms))}
+    files.write_json(record_of(volume, folder), record | facts | {"slices": " ".join(map(str, positions))})
+
+
+def paths(volume: Volume, split: str, n: int) -> list[str]:
+    """The files of a volume's slices, in the folder. A second scan's numbers follow those of the first."""
+    start = (volume.session - 1) * n
+    return [f"keras_png_slices_{split}/case_{volume.case:03d}_slice_{start + i}.nii.png" for i in range(n)]
+
+
+def identity(volume: Volume) -> list:
+    """What tells that a volume is the one that was converted: its name, its size and when it was written."""
+    if not volume.file.exists():  # said when it is read
+        return [volume.name]
+    return [volume.name, volume.size or volume.file.stat().st_size, volume.file.stat().st_mtime_ns]
 
 
 def record_of(volume: Volume, folder: Path) -> Path:
     return folder / "records" / f"{volume.case:03d}_{volume.session}.json"
 
 
-def begin(dest: Path, plan: dict) -> Path | None:
-    """The folder to work in, new or left by an interrupted call; None if DEST is complete.
+def is_done(volume: Volume, folder: Path) -> bool:
+    return files.read_json(record_of(volume, folder)).get("file") == identity(volume)
 
-    Raises UserError if DEST, or what is left, was made otherwise.
-    """
-    folder = dest.with_name(dest.name + ".unfinished")
-    for path in (dest, folder):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            before = files.read_json(path / PLAN) if (path / PLAN).exists() else {}
-            # removing one of two volumes that contradict each other must not cost what is done
-            differs = {key for key, value in plan.items() if before.get(key) != value}
-            if differs - (set() if path == dest else {"volumes"}) and (before or path == dest):
-                what = "was made with other options or volumes" if before else "was not made by this program"
-                raise UserError(f"{path}: {what}; name another DEST, or remove it")
-            if before and path == dest:
-                shutil.rmtree(dest / "records", ignore_errors=True)  # if the last call was killed at its very end
-                return None
-    for split in sources.SHARES:
-        (folder / f"keras_png_slices_{split}").mkdir(parents=True, exist_ok=True)
-    (folder / "records").mkdir(exist_ok=True)
+
+def is_complete(dest: Path, plan: dict) -> bool:
+    """Whether DEST is there, made from these volumes with these options. Raises UserError if it is something else."""
+    if not dest.exists() or dest.is_dir() and not any(dest.iterdir()):
+        return False
+    before = files.read_json(dest / PLAN)
+    if before != plan:
+        how = "with other options or volumes" if before else "by another program"
+        raise UserError(f"{dest}: was made {how}; name another DEST")
+    shutil.rmtree(dest / "records", ignore_errors=True)  # if the last call was killed at its very end
+    with open(dest / "subjects.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    wanted, found = sum(len(row["slices"].split()) for row in rows), len(list(dest.glob("*/case_*.png")))
+    if wanted != found:
+        raise UserError(f"{dest}: has {found} slices, and had {wanted}; name another DEST")
+    missing = sorted({name for name, *_ in plan["volumes"]} - {row["source"] for row in rows})
+    if missing:
+        print(f"{dest} is complete, but for {len(missing)} volumes that were left out, such as {missing[0]}")
+    return True
+
+
+def begin(folder: Path, plan: dict) -> None:
+    """Prepare a folder to work in, new or left by an interrupted call. Raises UserError if it was begun otherwise."""
+    before = files.read_json(folder / PLAN)
+    if not before and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder}: was not made by this program; remove it, or name another DEST")
+    # removing one of two volumes that contradict each other must not cost what is done
+    if before and any(before.get(key) != value for key, value in plan.items() if key != "volumes"):
+        raise UserError(f"{folder}: was begun with other options or subjects; remove it, or name another DEST")
     files.write_json(folder / PLAN, plan)
-    return folder
+    for name in (*(f"keras_png_slices_{split}" for split in sources.SHARES), "records"):
+        (folder / name).mkdir(exist_ok=True)
 
 
-def convert_all(volumes: list[Volume], splits: dict, folder: Path, options: Options, workers: int) -> list[str]:
-    """Convert what has no record yet, in worker processes. Returns an error for each volume that cannot be used."""
-    errors, todo = [], [volume for volume in volumes if not record_of(volume, folder).exists()]
-    context = get_context("fork" if sys.platform == "linux" else "spawn")  # a fork has all imported already
-    with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
+def convert_all(volumes: list[Volume], splits: dict[int, str], folder: Path, o: argparse.Namespace) -> list[str]:
+    """Convert what is not done, in worker processes. Returns an error for each volume that cannot be used."""
+    errors, todo = [], [volume for volume in volumes if not is_done(volume, folder)]
+    kind = "fork" if sys.platform == "linux" else "spawn"  # a fork has all imported already
+    with ProcessPoolExecutor(o.workers, get_context(kind), _start_worker, (os.getpid(),)) as pool:
         try:
-            futures = [pool.submit(convert, volume, splits[volume.case], folder, options) for volume in todo]
+            futures = [pool.submit(convert, volume, splits[volume.case], folder, o) for volume in todo]
             with console.progress(total=len(volumes), initial=len(volumes) - len(todo), unit=" volumes") as bar:
                 for future in as_completed(futures):
                     try:
@@ -139,30 +133,33 @@ def convert_all(volumes: list[Volume], splits: dict, folder: Path, options: Opti
             raise UserError("a worker process was killed, perhaps for its memory; give fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
-    return errors
+    return sorted(errors)
 
 
-def _end_with_parent(parent: int) -> None:
-    """Let a worker end when the program has been killed: nothing else would tell it."""
+def _start_worker(parent: int) -> None:
+    """Leave Ctrl-C to the program, and end when that has been killed: nothing else would tell a worker."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def finish(volumes: list[Volume], folder: Path, dest: Path) -> list[dict]:
+def finish(volumes: list[Volume], folder: Path, dest: Path, o: argparse.Namespace) -> list[dict]:
     """Write subjects.csv and give the folder its name. Returns the records of the volumes that are in it."""
-    found = [record_of(volume, folder) for volume in volumes if record_of(volume, folder).exists()]
-    records = [files.read_json(path) for path in found]
+    done = [volume for volume in volumes if is_done(volume, folder)]
+    records = [files.read_json(record_of(volume, folder)) for volume in done]
     for split in sources.SHARES:
         if split not in {record["split"] for record in records}:
             raise UserError(f"{folder}: no subject is left for {split}; train.py needs all three splits")
     files.write_csv(folder / "subjects.csv", COLUMNS, [[record[key] for key in COLUMNS] for record in records])
-    for path in folder.rglob(".*.tmp"):  # of a call that was killed
-        path.unlink()
+    pairs = zip(done, records, strict=True)
+    wanted = {folder / path for volume, record in pairs for path in paths(volume, record["split"], o.slices)}
+    for path in {*folder.glob("keras_png_slices_*/*"), *folder.glob(".*.tmp")} - wanted:
+        path.unlink()  # of a call that was killed, or of a volume that is no longer there
     os.rename(folder, dest)
     shutil.rmtree(dest / "records")
     return records
@@ -170,7 +167,7 @@ def finish(volumes: list[Volume], folder: Path, dest: Path) -> list[dict]:
 
 def draw_preview(dest: Path) -> None:
     """Write preview.png: five slices each of eight volumes, spread over subjects.csv."""
-    with open(dest / "subjects.csv", newline="") as file:
+    with open(dest / "subjects.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rows = [rows[i] for i in sorted({i * len(rows) // 8 for i in range(8)})]
     line, text = SIZE + 20, {"fill": 255, "font_size": 14}  # pixels
@@ -195,7 +192,8 @@ def draw_preview(dest: Path) -> None:
 def main(words: list[str] | None = None) -> None:
     o = parse(words)
     console.install_signal_handlers()
-    source, dest, options = Path(o.source), Path(o.dest), Options(o.slices, o.least_brain, o.plane, o.seed, o.split)
+    source, dest = Path(o.source), Path(o.dest).resolve()
+    folder = dest.parent / f"{dest.name}.unfinished"
     kind, found, strange = sources.find(source)
     volumes, errors = sources.without_copies(found)
     splits = sources.split_subjects(found, o.seed, o.split)
@@ -204,33 +202,41 @@ def main(words: list[str] | None = None) -> None:
     print("Split by subject: " + ", ".join(f"{n} {split}" for split, n in counts.items()))
     if strange:
         print(f"Passed over: {len(strange)} files, such as {strange[0]}")
+    if not all(counts.values()):
+        raise UserError(f"{o.split}: gives no subject to a split; train.py needs all three")
     if o.dry_run:
         print("\n".join([*errors, f"{len(volumes) * o.slices} slices would be written to {dest} (--dry-run)."]))
         return
-    kept = dataclasses.asdict(options) | {"split": {str(case): split for case, split in sorted(splits.items())}}
-    plan = {"source": str(source.resolve()), "kind": kind, "options": kept, "volumes": [v.name for v in volumes]}
-    folder = begin(dest, plan)
-    if folder:
+    plan = {name: getattr(o, name) for name in OPTIONS}
+    plan |= {"kind": kind, "splits": {str(case): split for case, split in sorted(splits.items())}}
+    plan["volumes"] = [identity(volume)[:2] for volume in found]
+    if not is_complete(dest, plan):
+        folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder):
-            try:
-                errors += convert_all(volumes, splits, folder, options, o.workers)
-            except console.Stopped:
-                done = sum(record_of(volume, folder).exists() for volume in volumes)
-                print(f"Stopped after {done} of {len(volumes)} volumes. The same command goes on.", file=sys.stderr)
-                raise
-            if errors and not o.skip_bad:
-                advice = "Mend them, or leave them out with --skip-bad; what is done is kept."
-                raise UserError("\n  ".join([f"{len(errors)} volumes cannot be used:", *errors]) + f"\n{advice}")
-            records = finish(volumes, folder, dest)
-        for record in records:
-            if record["notes"]:
-                print(f"warning: {record['source']}: {record['notes']}", file=sys.stderr)
-        print("\n  ".join([f"Left out: {len(errors)} volumes.", *errors]) if errors else "All volumes were used.")
+            begin(folder, plan)
+            convert_and_finish(volumes, splits, folder, dest, errors, o)
     if o.preview:
         draw_preview(dest)
         print(f"Look at {dest / 'preview.png'}")
-    print(f"{dest} is complete. Look at some slices: the same command with --preview draws a sheet.")
+    print(f"{dest} is complete. The same command with --preview draws a sheet of some slices.")
     print(f"Train: python train.py --data {shlex.quote(str(dest))}")
+
+
+def convert_and_finish(volumes, splits, folder: Path, dest: Path, errors: list[str], o: argparse.Namespace) -> None:
+    """Convert, and complete DEST. Raises UserError if there are `errors`, or further volumes that cannot be used."""
+    try:
+        errors = errors + convert_all(volumes, splits, folder, o)
+    except console.Stopped:
+        done = sum(is_done(volume, folder) for volume in volumes)
+        print(f"Stopped after {done} of {len(volumes)} volumes. The same command goes on.", file=sys.stderr)
+        raise
+    if errors and not o.skip_bad:
+        advice = "Replace them, or leave them out with --skip-bad; what is done is kept."
+        raise UserError("\n  ".join([f"{len(errors)} volumes cannot be used:", *errors]) + f"\n{advice}")
+    for record in finish(volumes, folder, dest, o):
+        if record["notes"]:
+            print(f"warning: {record['source']}: {record['notes']}", file=sys.stderr)
+    print("\n  ".join([f"Left out: {len(errors)} volumes.", *errors]) if errors else "All volumes were used.")
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
@@ -240,7 +246,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="the download: a folder, or the tar of neurite-OASIS")
     add("dest", metavar="DEST", help="folder to make")
-    add("--slices", metavar="N", type=_number(int, 1, 256), default=32, help="of a volume (default: 32)")
+    add("--slices", metavar="N", type=_number(int, 2, 256), default=32, help="of a volume (default: 32)")
     text = "the lowest and the highest slice have this share of the largest slice's brain (default: 0.92)"
     add("--least-brain", metavar="F", type=_number(float, 0.01, 1), default=0.92, help=text)
     add("--plane", choices=PLANES, default="axial", help="(default: axial)")
@@ -262,12 +268,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 def _number(kind: type, low: float, high: float):
     def number(word: str):
-        value = kind(word)
-        if not low <= value <= high:
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(word) <= high:
+                return kind(word)
+        raise argparse.ArgumentTypeError(f"{word} is not a number from {low} to {high}")
 
-    number.__name__ = f"number from {low} to {high}"  # argparse names it
     return number
 
 

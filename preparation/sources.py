@@ -9,8 +9,10 @@ Three sources are told apart by the names in them (`find`):
 - Any folder of skull-stripped NIfTI volumes, named sub-<label>… as in BIDS, or by subject.
 """
 
+import collections
 import csv
 import itertools
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preparation.volumes import Volume, digest
+from preparation.volumes import Volume, VolumeError, digest
 from support.console import UserError
 from support.files import one_line
 
@@ -82,9 +84,21 @@ def _is_second_choice(name: str, names: set[str]) -> bool:
 def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
     if not source.is_dir():
         raise UserError(f"{source}: no such folder or tar; name the download")
-    for path in source.rglob("*"):
-        if path.suffix in (".gz", ".nii", ".hdr", ".img") and not path.name.startswith("."):
-            yield path.relative_to(source).as_posix(), path
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    seen = set()
+    for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix in (".gz", ".nii", ".hdr", ".img"):
+                name = path.relative_to(source).as_posix()
+                yield name.encode("utf-8", "backslashreplace").decode(), path
 
 
 def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
@@ -97,11 +111,18 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
                     raise UserError(f"{source}: its member {member.name!r} points outside; download it again")
                 if member.isreg():
                     yield name, source, member.offset_data, member.size
+            end = tar.offset
+        with open(source, "rb") as file:  # tarfile stops at a damaged header as if it were the end
+            file.seek(end)
+            if file.read(512) != bytes(512):
+                raise UserError(f"{source}: ends early, or is damaged; download it again")
     except tarfile.ReadError as error:
         if str(error) == "unexpected end of data":
             raise UserError(f"{source}: ends early; download it again") from None
         with open(source, "rb") as file:
             start = file.read(64).lstrip()
+        if source.suffix in (".gz", ".nii", ".hdr", ".img") and not source.name.endswith((".tar.gz", ".tgz")):
+            raise UserError(f"{source}: is one volume; name the folder that holds it") from None
         if start.startswith(b"\x1f\x8b"):
             raise UserError(f"{source}: is compressed; unpack it, and name the folder") from None
         what = "a web page" if start.startswith(b"<") else "no tar archive"
@@ -110,13 +131,15 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
 
 def _any_nifti(files: list[tuple]) -> list[Volume]:
     """NIfTI files by subject: BIDS's label, else the file's name. Numeric labels are the cases, others are counted."""
+    matches = [(ANY.fullmatch(name), name, *place) for name, *place in files if not LABELS.search(name)]
+    stems = collections.Counter(match["subject"] for match, *_ in matches if match)
     found = []
-    for name, *place in files:
-        match = ANY.fullmatch(name)
-        if match and not LABELS.search(name):
+    for match, name, *place in matches:
+        if match:
+            stem = match["subject"] if stems[match["subject"]] == 1 else re.sub(r"\.nii(\.gz)?$", "", name)
             label = re.findall(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", name)
             session = re.findall(r"[/_](ses-[A-Za-z0-9]+)", name)
-            found.append((label[-1] if label else match["subject"], session[-1] if session else "", name, *place))
+            found.append((label[-1] if label else stem, session[-1] if session else "", name, *place))
 
     def natural(label: str) -> list:
         return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", label))]
@@ -138,7 +161,11 @@ def without_copies(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
     kept, errors = [], []
     for _, same in itertools.groupby(volumes, key=lambda volume: volume[2:4]):
         first, *others = same
-        different = [other for other in others if digest(other) != digest(first)] if others else []
+        try:
+            different = [other for other in others if digest(other) != digest(first)]
+        except VolumeError as error:
+            errors.append(str(error))
+            continue
         if different:
             names = f"{first.name} and {different[0].name}"
             errors.append(f"{names}: differ, and both are scan {first.session} of {first.subject}; remove one")
@@ -153,8 +180,8 @@ def split_subjects(volumes: list[Volume], seed: int, file: str | None = None) ->
     Raises UserError if there are too few subjects, or if the file does not name each of them.
     """
     subjects = {volume.case: volume.subject for volume in volumes}
-    if file:
-        return _read_split(Path(file), subjects)
+    if file is not None:
+        return _read_split(Path(file), volumes)
     if len(subjects) < len(SHARES):
         raise UserError(f"{len(subjects)} subjects cannot be split in three; name their splits with --split FILE.csv")
     total = sum(SHARES.values())
@@ -164,7 +191,7 @@ def split_subjects(volumes: list[Volume], seed: int, file: str | None = None) ->
     return dict(zip(order, names, strict=False))
 
 
-def _read_split(path: Path, subjects: dict[int, str]) -> dict[int, str]:
+def _read_split(path: Path, volumes: list[Volume]) -> dict[int, str]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -172,8 +199,11 @@ def _read_split(path: Path, subjects: dict[int, str]) -> dict[int, str]:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); name a CSV file with --split") from None
     if not rows or not {"subject", "split"} <= rows[0].keys():
         raise UserError(f"{path}: has no columns named subject and split, or no rows")
-    cases = {str(key): case for case, name in subjects.items() for key in (case, f"{case:03d}", f"{case:04d}", name)}
-    cases |= {name.rpartition("_MR")[0]: case for case, name in subjects.items() if "_MR" in name}
+    subjects = {volume.case: volume.subject for volume in volumes}
+    cases = {str(key): case for case in subjects for key in (case, f"{case:03d}", f"{case:04d}")}
+    for volume in volumes:  # a name counts before a number
+        names = {volume.subject, volume.subject.removeprefix("OASIS_")}
+        cases |= dict.fromkeys(names | {re.sub(r"_MR\d$", "", name) for name in names}, volume.case)
     found: dict[int, str] = {}
     for row in rows:
         if row["split"] not in SHARES:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.fileholders import FileHolder
 from nibabel.processing import resample_to_output
 
@@ -21,7 +22,7 @@ ANALYZE = np.diag([-1.0, 1.0, 1.0, 1.0])
 
 SIZE = 256  # of a slice, in pixels and mm
 WHITE = 0.995  # quantile
-EDGE = 0.02  # of the window: what is brighter is brain
+EDGE = 0.02  # share of the window: what is brighter than that counts as brain
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # axes: across slices, columns, rows
 
 MOST_VOXELS = 512**3
@@ -87,10 +88,10 @@ def _contents(volume: Volume) -> list[bytes]:
             return [contents]
         paths = [volume.file.with_suffix(suffix) for suffix in (".hdr", ".img")] if pair else [volume.file]
         for path in paths:
-            if not path.is_file():
+            if pair and not path.is_file():
                 raise VolumeError(f"{volume.name}: {path.name} is missing beside it; an Analyze volume has both files")
             if path.stat().st_size > MOST_BYTES:
-                raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB; remove it")
+                raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB")
         return [path.read_bytes() for path in paths]
     except OSError as error:
         raise VolumeError(f"{volume.name}: cannot be read ({error.strerror})") from None
@@ -105,11 +106,11 @@ def read(volume: Volume) -> Scan:
         image, notes = _open(volume)
         shape = tuple(image.shape)
         if len(shape) < 3 or any(n != 1 for n in shape[3:]) or min(shape[:3]) < 16:
-            raise VolumeError(f"{volume.name}: is {'×'.join(map(str, shape))}, not one volume; remove it")
+            raise VolumeError(f"{volume.name}: is {'×'.join(map(str, shape))}, not one volume")
         if image.get_data_dtype().kind not in "biuf":
-            raise VolumeError(f"{volume.name}: has voxels of type {image.get_data_dtype()}, not numbers; remove it")
-        zooms = tuple(round(float(zoom), 4) for zoom in image.header.get_zooms()[:3])
-        if not all(0.2 <= zoom <= 5 for zoom in zooms) or not np.isfinite(image.affine).all():
+            raise VolumeError(f"{volume.name}: has voxels of type {image.get_data_dtype()}, not numbers")
+        zooms = tuple(round(float(zoom), 4) for zoom in voxel_sizes(image.affine))  # a header may hold others beside
+        if not all(0.2 <= zoom <= 5 for zoom in zooms):
             raise VolumeError(f"{volume.name}: has voxels of {zooms} mm; correct its header")
         image = nib.as_closest_canonical(nib.squeeze_image(image))
         if any(abs(zoom - 1) > 0.01 for zoom in zooms):
@@ -121,9 +122,9 @@ def read(volume: Volume) -> Scan:
         raise VolumeError(f"{volume.name}: does not fit into memory; give fewer --workers") from None
     except Exception as error:  # nibabel has many; numpy and zlib have others
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise VolumeError(f"{volume.name}: cannot be read ({reason}); download it again, or remove it") from None
+        raise VolumeError(f"{volume.name}: cannot be read ({reason}); download it again") from None
     if not np.isfinite(voxels).all():
-        raise VolumeError(f"{volume.name}: has values that are not finite; remove it")
+        raise VolumeError(f"{volume.name}: has values that are not finite")
     return Scan(voxels, shape, zooms, notes)
 
 
@@ -147,7 +148,7 @@ def _format(volume: Volume, start: bytes) -> type[nib.Nifti1Image]:
     for format in (nib.Nifti1Image, nib.Nifti2Image):
         if format.header_class.may_contain_header(start):
             return format
-    raise VolumeError(f"{volume.name}: is not NIfTI; download it again, or remove it")
+    raise VolumeError(f"{volume.name}: is not NIfTI; download it again")
 
 
 def _decompress(volume: Volume, contents: bytes) -> bytearray:
@@ -158,13 +159,16 @@ def _decompress(volume: Volume, contents: bytes) -> bytearray:
             header = _format(volume, start).header_class.from_fileobj(io.BytesIO(start), check=False)
             voxels = int(np.prod([int(n) for n in header.get_data_shape()], dtype=object))
             if not 0 < voxels <= MOST_VOXELS:
-                raise VolumeError(f"{volume.name}: announces {voxels} voxels; remove it")
+                raise VolumeError(f"{volume.name}: announces {voxels} voxels")
             size = int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
-            file.seek(0)
-            data = bytearray(size)  # filled in place: a volume is in memory once
-            file.readinto(data)
+            data = bytearray(start)  # grows in place: a volume is in memory once
+            while len(data) < size:
+                part = file.read(min(2**22, size - len(data)))
+                if not part:
+                    raise EOFError
+                data += part
             if len(file.read(2**20)) == 2**20:
-                raise VolumeError(f"{volume.name}: holds more than its header announces; remove it")
+                raise VolumeError(f"{volume.name}: holds more than its header announces")
             return data
     except (EOFError, OSError, zlib.error):
         raise VolumeError(f"{volume.name}: is damaged or ends early; download it again") from None
@@ -175,7 +179,8 @@ def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tu
 
     Black is the background, the median of the border; white is the 99.5 % quantile of what is brighter. Slices are
     spaced evenly from the lowest to the highest one that has `least_brain` of the largest one's brain, and padded or
-    cropped about the brain's centre. Axial slices have the front up and the patient's left on the right.
+    cropped about the brain's centre. Axial slices have the front up and the patient's left on the right, as the files
+    of OASIS-1 have them in which columns and rows are the first two axes.
 
     Returns:
         images: (n_slices, 256, 256) uint8.
@@ -183,7 +188,7 @@ def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tu
         facts: black and white, the window in the volume's unit, and litres, the brain's volume.
 
     Raises:
-        ValueError: nothing stands out from the background, or too few slices have enough brain.
+        ValueError: nothing is brighter than the background, much is darker, or too few slices have enough brain.
     """
     faces = [voxels.take(end, axis) for axis in range(3) for end in (0, -1)]
     black = float(np.median(np.concatenate([face.ravel() for face in faces])))
@@ -191,6 +196,10 @@ def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tu
     if above.size == 0:
         raise ValueError("is empty: nothing is brighter than its border")
     white = float(np.quantile(above, WHITE))
+    if (voxels < black - EDGE * (white - black)).mean() > 0.005:
+        raise ValueError(
+            "has many voxels that are darker than its border; shift them so that the background is darkest"
+        )
     brain = voxels > black + EDGE * (white - black)
     across, *inside = PLANES[plane]
     area = brain.sum(tuple(inside))

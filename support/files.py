@@ -156,7 +156,7 @@ def read_json(path: Path) -> dict:
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Sequence]) -> None:
     """Write rows as CSV with a header; None is left empty."""
-    with atomically(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
 
 

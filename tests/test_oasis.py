@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import itertools
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ from conftest import PROJECT, new_run, refused, run_program
 from PIL import Image
 
 from preparation import phantoms, sources, volumes
-from support import console
+from support import console, files
 from support.console import UserError
 from support.files import read_json
 
@@ -160,6 +161,13 @@ def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
     assert scan.zooms == (2, 1, 0.5) and scan.shape == (80, 80, 80)
     widths = [len(np.flatnonzero((scan.voxels > 500).any(axes))) for axes in ((1, 2), (0, 2), (0, 1))]
     assert widths == pytest.approx([118, 59, 29.5], abs=1.5)
+    ramp = np.broadcast_to(100 + 10 * np.arange(40, dtype=np.float32)[:, None, None], (40, 40, 40))
+    image = nib.Nifti1Image(ramp, np.diag([2.0, 2, 2, 1]))
+    image.header["pixdim"][1:4] = 1  # which the affine contradicts
+    nib.save(image, tmp_path / "ramp.nii")
+    scan = volumes.read(volume(tmp_path / "ramp.nii"))
+    assert scan.zooms == (2, 2, 2)
+    assert np.allclose(scan.voxels[:78, 40, 40], 100 + 5 * np.arange(78), atol=1e-3)  # linear between voxels
 
 
 def touch(folder: Path, *names) -> Path:
@@ -197,6 +205,8 @@ def test_sources_are_told_apart_by_their_names(tmp_path):
     assert kind == "NIfTI volumes" and len(strange) == 1
     _, found, _ = sources.find(touch(tmp_path / "d", "ann.nii", "bob.nii.gz", ".hidden.nii", "notes.txt"))
     assert [(v.subject, v.case) for v in found] == [("ann", 1), ("bob", 2)]
+    _, found, _ = sources.find(touch(tmp_path / "e", "p1/T1.nii", "p2/T1.nii.gz", ".git/x.nii", "b\udcff.nii"))
+    assert [(v.subject, v.case) for v in found] == [("b\\udcff", 1), ("p1/T1", 2), ("p2/T1", 3)]
 
 
 def test_from_oasis_to_scores(heads, tmp_path):
@@ -269,6 +279,8 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
         "short.nii": (nib.Nifti1Image(head, RAS).to_bytes()[:90000], "cannot be read"),
         "flat.nii": (nib.Nifti1Image(head[:, :, 0], RAS).to_bytes(), "176×208, not one volume"),
         "series.nii": (nib.Nifti1Image(np.stack([head] * 2, 3), RAS).to_bytes(), "176×208×36×2, not one volume"),
+        "inside.nii.gz": (gzip.compress(nib.Nifti1Image(head, RAS).to_bytes()[:90000]), "damaged or ends early"),
+        "scores.nii": (nib.Nifti1Image(np.where(head, head - 500, 0), RAS).to_bytes(), "darker than its border"),
         "zero.nii": (nib.Nifti1Image(head * 0, RAS).to_bytes(), "is empty"),
         "nan.nii": (nib.Nifti1Image(nan, RAS).to_bytes(), "not finite"),
         "thin.nii": (nib.Nifti1Image(np.pad(head[:, :, 10:12], ((0, 0), (0, 0), (9, 9))), RAS).to_bytes(), "not 4"),
@@ -338,7 +350,13 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
         for i, path in enumerate(sorted(nifti_source.iterdir())):
             file.add(path, f"OASIS_OAS1_000{i}_MR1/norm.nii.gz")
     whole = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as file:
+        last = max(member.offset for member in file)
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut2.tar").write_bytes(whole[:last])
+    (tmp_path / "cut3.tar").write_bytes(whole[: last + 200])
+    (tmp_path / "flipped.tar").write_bytes(whole[: last + 20] + b"~" + whole[last + 21 :])
+    (tmp_path / "one.nii.gz").write_bytes(b"x" * 2000)
     for name, words in (
         ("none", "no such folder or tar"),
         ("empty", "holds no volumes"),
@@ -346,9 +364,23 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
         ("packed.tar", "is compressed; unpack it"),
         ("outside.tar", "points outside"),
         ("cut.tar", "ends"),
+        ("cut2.tar", "ends early, or is damaged"),
+        ("cut3.tar", "ends early, or is damaged"),
+        ("flipped.tar", "ends early, or is damaged"),
+        ("one.nii.gz", "is one volume; name the folder"),
     ):
         refused(convert(tmp_path / name, tmp_path / "slices"), name, words)
-    refused(convert(nifti_source, tmp_path / "page.tar"), "page.tar", "was not made by this program")
+    for dest in ("empty/..", "foreign"):
+        (tmp_path / "foreign.unfinished").mkdir(exist_ok=True)
+        (tmp_path / "foreign.unfinished" / "thesis.tex").touch()
+        refused(
+            convert(nifti_source, tmp_path / dest), "by this program" if dest == "foreign" else "by another program"
+        )
+    assert (tmp_path / "foreign.unfinished" / "thesis.tex").exists()
+    (tmp_path / "page.tar.csv").write_text("subject,split\n1,train\n2,train\n3,train\n")
+    refused(
+        convert(nifti_source, tmp_path / "slices", "--split", tmp_path / "page.tar.csv"), "gives no subject to a split"
+    )
     assert not list(tmp_path.glob("slices*"))
     done = convert(tmp_path / "whole.tar", tmp_path / "slices", "--dry-run")
     assert "12 slices would be written" in done.stdout and not list(tmp_path.glob("slices*"))
@@ -361,6 +393,46 @@ def test_a_complete_folder_stays_and_another_source_or_option_is_refused(nifti_s
     refused(convert(nifti_source, converted, "--seed", 1), "slices", "was made with other options or volumes")
     refused(convert(nifti_source, converted, "--plane", "coronal"), "slices", "was made with other options or volumes")
     assert pixels(converted) == before and not converted.with_name("slices.unfinished").exists()
+    copy = converted.with_name("copy")
+    shutil.copytree(converted, copy)
+    next(copy.glob("*/case_002_slice_3.nii.png")).unlink()
+    refused(convert(nifti_source, copy), "copy", "has 11 slices, and had 12")
+
+
+def test_a_resumed_call_keeps_what_is_done_and_nothing_of_what_has_changed(nifti_source, heads, tmp_path):
+    source = tmp_path / "a link leads here"
+    (tmp_path / "elsewhere").mkdir()
+    source.mkdir()
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    for session, head in enumerate(heads, 1):
+        write_nifti(tmp_path / "elsewhere" / f"sub-01_ses-{session}_T1w.nii", head)
+    for case in (2, 3):
+        (source / f"sub-0{case}.nii.gz").symlink_to(nifti_source / f"sub-0{case}.nii.gz")
+    (source / "sub-04.nii.gz").write_bytes(b"broken")
+    (source / "folder.nii").mkdir()
+    done = convert(source, tmp_path / "slices")
+    assert done.returncode == 1 and "1 volumes cannot be used" in done.stderr and "6 volumes of 4" in done.stdout
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("slices.unfinished/*/*_slice_*.png")}
+    assert len(before) == 20
+    (tmp_path / "elsewhere" / "sub-01_ses-1_T1w.nii").unlink()  # the others become scans 1 and 2
+    (source / "sub-03.nii.gz").unlink()
+    write_nifti(source / "sub-03.nii.gz", heads[0])  # under the same name
+    plan = (tmp_path / "slices.unfinished" / "conversion.json").read_text()
+    with files.locked(tmp_path / "slices.unfinished"):
+        refused(convert(source, tmp_path / "slices"), "another process is at work there")
+    assert (tmp_path / "slices.unfinished" / "conversion.json").read_text() == plan
+    (tmp_path / "named").symlink_to(tmp_path / "slices")
+    done = convert(source, tmp_path / "named", "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("slices/*/*_slice_*.png")}
+    kept = {name for name in after if before.get(name) == after[name]}
+    assert kept == {f"case_002_slice_{i}.nii.png" for i in range(4)}
+    first = volumes.cut(heads[1].astype(np.float32), "axial", 4, 0.8)[0]
+    with Image.open(next(tmp_path.glob("slices/*/case_001_slice_2.nii.png"))) as image:
+        assert np.array_equal(image, first[2])
+    assert len(after) == 16 and not list(tmp_path.glob("slices/*/case_001_slice_8.nii.png"))
+    assert "but for 1 volumes that were left out, such as sub-04.nii.gz" in convert(source, tmp_path / "slices").stdout
 
 
 def test_a_full_disk_and_a_signal_cost_nothing(nifti_source, converted, tmp_path, monkeypatch):
