@@ -16,8 +16,8 @@ from nibabel.processing import resample_to_output
 
 from support.console import UserError
 
-# An Analyze header does not tell left from right. OASIS-1's files in T88_111 are LAS by its fact sheet, at 1 mm: the
-# first axis runs to the patient's left, the second to the front, the third upwards.
+# An Analyze header does not tell left from right. OASIS-1's files in T88_111 are taken for LAS at 1 mm, as nibabel and
+# braindataprep take them: the first axis runs to the patient's left, the second to the front, the third upwards.
 ANALYZE = np.diag([-1.0, 1.0, 1.0, 1.0])
 
 SIZE = 256  # of a slice, in pixels and mm
