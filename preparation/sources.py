@@ -106,7 +106,7 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
     try:
         with tarfile.open(source, "r:") as tar:
             for member in tar:
-                name = member.name.removeprefix("./")
+                name = member.name.removeprefix("./").encode("utf-8", "backslashreplace").decode()
                 if name.startswith("/") or ".." in Path(name).parts:
                     raise UserError(f"{source}: its member {member.name!r} points outside; download it again")
                 if member.isreg():
