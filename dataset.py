@@ -21,6 +21,7 @@ from preparation import phantoms
 from support import console, distributed
 from support.console import UserError
 from support.device import fits, move
+from support.files import natural
 
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
@@ -194,12 +195,7 @@ def list_scans(root: Path, split: str) -> list[Path]:
         raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
     if not files:
         raise DataError(f"{printable(folder)}: holds no .png files; put the split's scans there, as 256x256 grey PNGs")
-
-    def natural(path: Path) -> tuple:
-        parts = re.split(r"([0-9]+)", path.name)  # text and digits in turn
-        return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
-
-    return sorted(files, key=natural)
+    return sorted(files, key=lambda path: (natural(path.name), path.name))
 
 
 def read_png(path: Path) -> np.ndarray:

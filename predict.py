@@ -22,10 +22,9 @@ from modules import VQVAE
 from report import page
 from report.plots import NOTE, Figures
 from support import console, files, seeds
-from support.console import in_batches
+from support.console import SEED, Number, in_batches
 from support.device import choose_device, exact_float32, keep_freed_memory
 from support.run import environment, mark, new_folder, read_record
-from training.config import SEED, Number
 from training.latents import Prior, load_prior, walk
 from training.vqvae import load_vqvae
 

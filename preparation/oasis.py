@@ -11,8 +11,8 @@ with one intensity window (`preparation.volumes`).
 """
 
 import argparse
-import contextlib
 import csv
+import math
 import os
 import shlex
 import shutil
@@ -30,9 +30,12 @@ from PIL import Image, ImageDraw
 from preparation import sources
 from preparation.volumes import PLANES, SIZE, Volume, VolumeError, cut, read
 from support import console, files
-from support.console import UserError
+from support.console import SEED, Number, UserError
 
 MOST_LITRES = 2.5  # of brain; a head with its skull has four or more
+SLICES = Number(int, 2, "a whole number from 2 to 256", below=257)
+SHARE = Number(float, 0.01, "a number from 0.01 to 1", below=math.nextafter(1, 2))
+WORKERS = Number(int, 1, "a whole number from 1 to 256", below=257)
 PLAN = "conversion.json"
 OPTIONS = ("slices", "least_brain", "plane", "seed")  # which decide what is written, beside the split
 FACTS = ("shape", "zooms", "black", "white", "litres", "slices", "notes")
@@ -51,19 +54,18 @@ def convert(volume: Volume, split: str, folder: Path, o: argparse.Namespace) -> 
         raise VolumeError(f"{volume.name}: {error}") from None
     skull = f"{facts['litres']} litres are brighter than the background: is the skull on?"
     notes = [*scan.notes, skull] if facts["litres"] > MOST_LITRES else scan.notes
-    for path, image in zip(paths(volume, split, o.slices), images, strict=True):
+    for path, image in zip(paths(volume.case, volume.session, split, o.slices), images, strict=True):
         with files.atomically(folder / path) as temporary:
             Image.fromarray(image).save(temporary, format="PNG")
-    record = {"file": identity(volume), "case": volume.case, "subject": volume.subject, "session": volume.session}
-    record |= {"split": split, "source": volume.name, "notes": "; ".join(notes)}
-    record |= {"shape": "x".join(map(str, scan.shape)), "zooms": "x".join(map(str, scan.zooms))}
-    files.write_json(record_of(volume, folder), record | facts | {"slices": " ".join(map(str, positions))})
+    row = {"file": identity(volume), "case": volume.case, "subject": volume.subject, "session": volume.session}
+    row |= {"split": split, "source": volume.name, "notes": "; ".join(notes)}
+    row |= {"shape": "x".join(map(str, scan.shape)), "zooms": "x".join(map(str, scan.zooms))}
+    files.write_json(record_path(volume, folder), row | facts | {"slices": " ".join(map(str, positions))})
 
 
-def paths(volume: Volume, split: str, n: int) -> list[str]:
-    """The files of a volume's slices, in the folder. A second scan's numbers follow those of the first."""
-    start = (volume.session - 1) * n
-    return [f"keras_png_slices_{split}/case_{volume.case:03d}_slice_{start + i}.nii.png" for i in range(n)]
+def paths(case: int, session: int, split: str, n: int) -> list[str]:
+    """The files of a volume's n slices, in the folder. A second scan's numbers follow those of the first."""
+    return [f"keras_png_slices_{split}/case_{case:03d}_slice_{(session - 1) * n + i}.nii.png" for i in range(n)]
 
 
 def identity(volume: Volume) -> list:
@@ -73,12 +75,20 @@ def identity(volume: Volume) -> list:
     return [volume.name, volume.size or volume.file.stat().st_size, volume.file.stat().st_mtime_ns]
 
 
-def record_of(volume: Volume, folder: Path) -> Path:
+def record_path(volume: Volume, folder: Path) -> Path:
     return folder / "records" / f"{volume.case:03d}_{volume.session}.json"
 
 
-def is_done(volume: Volume, folder: Path) -> bool:
-    return files.read_json(record_of(volume, folder)).get("file") == identity(volume)
+def record(volume: Volume, folder: Path) -> dict:
+    """The record of a volume that is done, else {}."""
+    found = files.read_json(record_path(volume, folder))
+    return found if found.get("file") == identity(volume) else {}
+
+
+def read_subjects(dest: Path) -> list[dict[str, str]]:
+    """The rows of subjects.csv."""
+    with open(dest / "subjects.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def is_complete(dest: Path, plan: dict) -> bool:
@@ -90,8 +100,7 @@ def is_complete(dest: Path, plan: dict) -> bool:
         how = "with other options or volumes" if before else "by another program"
         raise UserError(f"{dest}: was made {how}; name another DEST")
     shutil.rmtree(dest / "records", ignore_errors=True)  # if the last call was killed at its very end
-    with open(dest / "subjects.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_subjects(dest)
     wanted, found = sum(len(row["slices"].split()) for row in rows), len(list(dest.glob("*/case_*.png")))
     if wanted != found:
         raise UserError(f"{dest}: has {found} slices, and had {wanted}; name another DEST")
@@ -116,7 +125,7 @@ def begin(folder: Path, plan: dict) -> None:
 
 def convert_all(volumes: list[Volume], splits: dict[int, str], folder: Path, o: argparse.Namespace) -> list[str]:
     """Convert what is not done, in worker processes. Returns an error for each volume that cannot be used."""
-    errors, todo = [], [volume for volume in volumes if not is_done(volume, folder)]
+    errors, todo = [], [volume for volume in volumes if not record(volume, folder)]
     kind = "fork" if sys.platform == "linux" else "spawn"  # a fork has all imported already
     with ProcessPoolExecutor(o.workers, get_context(kind), _start_worker, (os.getpid(),)) as pool:
         try:
@@ -150,14 +159,13 @@ def _start_worker(parent: int) -> None:
 
 def finish(volumes: list[Volume], folder: Path, dest: Path, o: argparse.Namespace) -> list[dict]:
     """Write subjects.csv and give the folder its name. Returns the records of the volumes that are in it."""
-    done = [volume for volume in volumes if is_done(volume, folder)]
-    records = [files.read_json(record_of(volume, folder)) for volume in done]
+    records = [found for volume in volumes if (found := record(volume, folder))]
     for split in sources.SHARES:
-        if split not in {record["split"] for record in records}:
+        if split not in {row["split"] for row in records}:
             raise UserError(f"{folder}: no subject is left for {split}; train.py needs all three splits")
-    files.write_csv(folder / "subjects.csv", COLUMNS, [[record[key] for key in COLUMNS] for record in records])
-    pairs = zip(done, records, strict=True)
-    wanted = {folder / path for volume, record in pairs for path in paths(volume, record["split"], o.slices)}
+    files.write_csv(folder / "subjects.csv", COLUMNS, [[row[key] for key in COLUMNS] for row in records])
+    slices = [paths(row["case"], row["session"], row["split"], o.slices) for row in records]
+    wanted = {folder / path for names in slices for path in names}
     for path in {*folder.glob("keras_png_slices_*/*"), *folder.glob(".*.tmp")} - wanted:
         path.unlink()  # of a call that was killed, or of a volume that is no longer there
     os.rename(folder, dest)
@@ -167,8 +175,7 @@ def finish(volumes: list[Volume], folder: Path, dest: Path, o: argparse.Namespac
 
 def draw_preview(dest: Path) -> None:
     """Write preview.png: five slices each of eight volumes, spread over subjects.csv."""
-    with open(dest / "subjects.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_subjects(dest)
     rows = [rows[i] for i in sorted({i * len(rows) // 8 for i in range(8)})]
     line, text = SIZE + 20, {"fill": 255, "font_size": 14}  # pixels
     sheet = Image.new("L", (5 * SIZE, 26 + len(rows) * line))
@@ -178,10 +185,10 @@ def draw_preview(dest: Path) -> None:
     )
     for n, row in enumerate(rows):
         positions = row["slices"].split()
+        names = paths(int(row["case"]), int(row["session"]), row["split"], len(positions))
         for column in range(5):
             i = column * (len(positions) - 1) // 4
-            name = f"case_{int(row['case']):03d}_slice_{(int(row['session']) - 1) * len(positions) + i}.nii.png"
-            with Image.open(dest / f"keras_png_slices_{row['split']}" / name) as image:
+            with Image.open(dest / names[i]) as image:
                 sheet.paste(image, (column * SIZE, 26 + n * line))
             label = f"case {row['case']} ({row['split']}), {positions[i]} mm"
             draw.text((column * SIZE + 6, 26 + n * line + SIZE), label, **text)
@@ -227,15 +234,15 @@ def convert_and_finish(volumes, splits, folder: Path, dest: Path, errors: list[s
     try:
         errors = errors + convert_all(volumes, splits, folder, o)
     except console.Stopped:
-        done = sum(is_done(volume, folder) for volume in volumes)
+        done = sum(bool(record(volume, folder)) for volume in volumes)
         print(f"Stopped after {done} of {len(volumes)} volumes. The same command goes on.", file=sys.stderr)
         raise
     if errors and not o.skip_bad:
         advice = "Replace them, or leave them out with --skip-bad; what is done is kept."
         raise UserError("\n  ".join([f"{len(errors)} volumes cannot be used:", *errors]) + f"\n{advice}")
-    for record in finish(volumes, folder, dest, o):
-        if record["notes"]:
-            print(f"warning: {record['source']}: {record['notes']}", file=sys.stderr)
+    for row in finish(volumes, folder, dest, o):
+        if row["notes"]:
+            print(f"warning: {row['source']}: {row['notes']}", file=sys.stderr)
     print("\n  ".join([f"Left out: {len(errors)} volumes.", *errors]) if errors else "All volumes were used.")
 
 
@@ -246,34 +253,24 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="the download: a folder, or the tar of neurite-OASIS")
     add("dest", metavar="DEST", help="folder to make")
-    add("--slices", metavar="N", type=_number(int, 2, 256), default=32, help="of a volume (default: 32)")
+    add("--slices", metavar="N", type=SLICES, default=32, help="of a volume (default: 32)")
     text = "the lowest and the highest slice have this share of the largest slice's brain (default: 0.92)"
-    add("--least-brain", metavar="F", type=_number(float, 0.01, 1), default=0.92, help=text)
+    add("--least-brain", metavar="F", type=SHARE, default=0.92, help=text)
     add("--plane", choices=PLANES, default="axial", help="(default: axial)")
-    add("--seed", metavar="S", type=_number(int, 0, 2**31 - 1), default=0, help="draws the split (default: 0)")
+    add("--seed", metavar="S", type=SEED, default=0, help="draws the split (default: 0)")
     add("--split", metavar="FILE", help="CSV file with columns subject and split, instead of drawing")
     add("--skip-bad", action="store_true", help="leave out volumes that cannot be used, and list them")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add(
         "--workers",
         metavar="N",
-        type=_number(int, 1, 256),
+        type=WORKERS,
         default=cores,
         help=f"processes (default: {cores}, the cores)",
     )
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     add("--preview", action="store_true", help="also draw some slices, as DEST/preview.png")
     return parser.parse_args(words)
-
-
-def _number(kind: type, low: float, high: float):
-    def number(word: str):
-        with contextlib.suppress(ValueError):
-            if low <= kind(word) <= high:
-                return kind(word)
-        raise argparse.ArgumentTypeError(f"{word} is not a number from {low} to {high}")
-
-    return number
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 
 from preparation.volumes import Volume, VolumeError, digest
 from support.console import UserError
-from support.files import one_line
+from support.files import natural, one_line
 
 NEURITE = re.compile(r"(?:.*/)?(?P<subject>OASIS_OAS1_(?P<case>\d{4})_MR(?P<session>\d))/(?:aligned_)?norm\.nii\.gz")
 DISCS = re.compile(
@@ -140,9 +140,6 @@ def _any_nifti(files: list[tuple]) -> list[Volume]:
             label = re.findall(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", name)
             session = re.findall(r"[/_](ses-[A-Za-z0-9]+)", name)
             found.append((label[-1] if label else stem, session[-1] if session else "", name, *place))
-
-    def natural(label: str) -> list:
-        return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", label))]
 
     labels = sorted({label for label, *_ in found}, key=natural)
     numbers = [int(digits[1]) if (digits := re.fullmatch(r"\D*(\d{1,6})", label)) else 0 for label in labels]

@@ -1,12 +1,16 @@
 """What a program says and hears: progress, signals, and errors as one line."""
 
+import argparse
 import contextlib
+import math
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +27,30 @@ class UserError(Exception):
 class Stopped(SystemExit):
     """A signal ends the program. The exit status is 128 plus the signal's number: 130 for SIGINT, 143 for SIGTERM."""
 
+
+@dataclass(frozen=True)
+class Number:
+    """A number in [low, below), as the `type` of an argparse option; `text` describes it."""
+
+    kind: type
+    low: float
+    text: str
+    below: float = math.inf
+
+    def __call__(self, word: str) -> int | float:
+        try:
+            value = self.kind(word)
+        except ValueError:
+            value = math.nan
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"{word} is not {self.text}")
+        return value
+
+    def __contains__(self, value: Any) -> bool:
+        return type(value) in (int, self.kind) and self.low <= value < self.below
+
+
+SEED = Number(int, 0, "a whole number from 0 to 2147483647", below=2**31)
 
 _received: list[int] = []  # numbers of the signals that have arrived
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,6 +159,11 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Sequence]) -> N
     """Write rows as CSV with a header; None is left empty."""
     with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
+
+
+def natural(name: str) -> list[str | int]:
+    """A key that sorts names by the numbers in them: text and digits in turn."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def find(path: str | Path) -> Path:

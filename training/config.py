@@ -15,7 +15,7 @@ from typing import Any
 from dataset import SPLITS, find_data, list_scans
 from preparation import phantoms
 from support import distributed, files
-from support.console import UserError
+from support.console import SEED, Number, UserError
 from support.device import FastPath, choose_device, choose_fast_path
 from support.run import RESUME_FILE, Run, open_run
 from training import codebook, dcgan
@@ -24,30 +24,7 @@ from training.vqvae import first_loss, load_vqvae
 STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_")}  # in order: the title and the prefix of its options
 
 
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """A number in [low, below), as the `type` of an argparse option; `text` describes it."""
-
-    kind: type
-    low: float
-    text: str
-    below: float = math.inf
-
-    def __call__(self, word: str) -> int | float:
-        try:
-            value = self.kind(word)
-        except ValueError:
-            value = math.nan
-        if value not in self:
-            raise argparse.ArgumentTypeError(f"{word} is not {self.text}")
-        return value
-
-    def __contains__(self, value: Any) -> bool:
-        return type(value) in (int, self.kind) and self.low <= value < self.below
-
-
 COUNT = Number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
-SEED = Number(int, 0, "a whole number from 0 to 2147483647", below=2**31)
 SIZE = Number(int, 1, "a whole number from 1 to 65536", below=65537)
 RATE = Number(float, sys.float_info.min, "a number above 0")
 WEIGHT = Number(float, 0, "a number of 0 or more")
