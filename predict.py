@@ -105,10 +105,7 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         facts["Measured against"] = f"{o.split} split of {held_out.root}"
         noise = prior.noise(min(len(held_out), len(train)), seeds.generator(seed, "measures"))
         rows = generation.compare_generated(prior.sample_images(noise), vqvae, held_out, train, seed)
-        columns = ("measure", "generated", "beside", "independent codes", "what stands beside")
-        files.write_csv(folder / "measures.csv", columns, rows)
-        for name, value, beside, independent, what in rows:
-            print(f"{name}: {value:.4f} ({what}: {beside:.4f}; independent codes: {independent:.4f}){mark(phantoms)}")
+        write_measures(folder, rows, mark(phantoms))
     write_page(folder, "New brains", facts, vqvae, phantoms)
 
 
@@ -129,6 +126,19 @@ def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
             Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
     print(f"Decoded {n} new brains.{mark(prior.phantoms)}")
     return folder
+
+
+def write_measures(folder: Path, rows: list[generation.Row], end: str) -> None:
+    """Write measures.csv, and print a line for each measure with `end` after it."""
+    sides = ("generated", "beside", "independent codes")
+    columns = ["measure", *(side + limit for side in sides for limit in ("", ", low", ", high")), "what stands beside"]
+    files.write_csv(
+        folder / "measures.csv",
+        columns,
+        [(row.name, *row.generated, *row.beside, *row.independent, row.what) for row in rows],
+    )
+    for row in rows:
+        print(f"{row.name}: {row.generated} ({row.what}: {row.beside}; independent codes: {row.independent}){end}")
 
 
 @torch.no_grad()

@@ -2,19 +2,52 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.reconstruction import FOREGROUND, reconstruct
+from evaluation.texture import features, laplacian_pyramid
+from evaluation.two_sample import Interval, compare, indices
 from support import seeds
 from support.console import in_batches
 from support.device import exact_float32
 
-PYRAMID_LEVELS = 5  # 256, 128, 64, 32 and 16 pixels
 PATCH, PATCHES_PER_IMAGE, PROJECTIONS = 7, 128, 512
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+HELD_OUT, TRAINED = "reconstructed held-out images", "reconstructed training images"
+DISTANCES = {f"swd_{256 >> level}": f"sliced Wasserstein distance, {256 >> level} pixels" for level in range(5)} | {
+    "swd_mean": "sliced Wasserstein distance, mean",
+    "grey_values": "distance of grey values",
+}
+INDICES = {
+    "coherence": "coherence of the structure tensor in the head",
+    "kurtosis_256": "kurtosis of detail in the head, 256 pixels",
+    "kurtosis_128": "kurtosis of detail in the head, 128 pixels",
+    **{f"power_{2 * n}_{n}": f"log10 of power, periods of {2 * n} to {n} pixels" for n in (32, 16, 8, 4, 2)},
+    "outside": "energy outside the head, times 10⁶",
+    "dimmest": "brightness, 5th percentile",
+}
+COMPARISONS = {
+    "texture_auc": "AUC of texture, windows of 64 pixels",
+    "anatomy_auc": "AUC of anatomy, images four times smaller",
+    "kernel_distance": "kernel distance of the encoder's moments",
+    "density": "density",
+    "coverage": "coverage",
+}
+
+
+class Row(NamedTuple):
+    """A measure of generated images, what to compare it with and what that is of, and that of independent codes."""
+
+    name: str
+    generated: Interval
+    beside: Interval
+    independent: Interval
+    what: str
 
 
 @exact_float32()
@@ -55,27 +88,6 @@ def _patches(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
     image = torch.arange(len(images), device=images.device)[:, None, None, None]
     rows, columns = top[:, :, None, None] + inside[:, None], left[:, :, None, None] + inside
     return images[:, 0][image, rows, columns].reshape(-1, PATCH * PATCH)
-
-
-def laplacian_pyramid(images: Tensor) -> list[Tensor]:
-    """Differences of images (N, 1, H, W) to their blurred halves, finest first; last what remains (Burt, Adelson 1983).
-
-    The filter is (1, 4, 6, 4, 1) / 16 along both axes, images are mirrored at their borders.
-    """
-    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device) / 16
-    kernel = (kernel[:, None] * kernel)[None, None]
-
-    def blur(x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel)
-
-    levels = []
-    for _ in range(PYRAMID_LEVELS - 1):
-        half = blur(images)[:, :, ::2, ::2]
-        spread = torch.zeros_like(images)
-        spread[:, :, ::2, ::2] = 4 * half
-        levels.append(images - blur(spread))
-        images = half
-    return [*levels, images]
 
 
 @exact_float32()
@@ -169,35 +181,61 @@ def decode_independent_codes(vqvae, dataset, indices: Sequence[int], rng: torch.
     return torch.cat([vqvae.decode(part).clamp(0, 1) for part in codes.gather(0, drawn).split(32)])
 
 
+class HeldOut:
+    """The first n images of a held-out split, which generated images are measured against.
+
+    Args:
+        vqvae: the network that generated images are decoded with.
+        held_out, train: data sets of at least n images.
+        seed: draws what is random in a measure; the same seed gives the same values.
+    """
+
+    def __init__(self, vqvae, held_out, train, n: int, seed: int):
+        self.vqvae, self.train, self.seed = vqvae, train, seed
+        self.images = held_out.batch(range(n))
+        self.cases = [held_out.case_and_slice(i)[0] for i in range(n)]
+        self.reconstructed = reconstruct(vqvae, held_out, range(n))
+        self.features = features(vqvae, self.reconstructed, self.cases)
+        self.picked = torch.randperm(len(train), generator=seeds.generator(seed, "measured images"))[:n].tolist()
+
+    def measure(self, images: Tensor, subjects: Sequence | None = None) -> dict[str, Interval]:
+        """`distances`, `two_sample.indices` and `two_sample.compare` of images (n, 1, 256, 256) by name.
+
+        Without `subjects`, each image is a subject of its own.
+        """
+        side, rng = features(self.vqvae, images, subjects), seeds.generator(self.seed, "measures")
+        found = distances(self.images, images, seeds.derived_seed(self.seed, "measures"))
+        found = {name: Interval(value) for name, value in found.items()}
+        return found | indices(side, rng) | compare(self.features, side, rng)
+
+    def floor(self) -> dict[str, Interval]:
+        """What a perfect generator would have: measures of reconstructed training images, indices of held-out ones."""
+        subjects = [self.train.case_and_slice(i)[0] for i in self.picked]
+        trained = self.measure(reconstruct(self.vqvae, self.train, self.picked), subjects)
+        return trained | indices(self.features, seeds.generator(self.seed, "measures"))
+
+
 @torch.no_grad()
-def compare_generated(generated: Tensor, vqvae, held_out, train, seed: int, n_pairs: int = 1000) -> list[tuple]:
+def compare_generated(generated: Tensor, vqvae, held_out, train, seed: int, n_pairs: int = 1000) -> list[Row]:
     """Measures of generated images beside those of reconstructions and of independent codes.
 
     `generated` is (N, 1, 256, 256), decoded by `vqvae`; `held_out` and `train` are data sets of at least N
-    images, the first N held-out ones the real side. With the seed of a run, distances are those that train.py gives.
-
-    Returns:
-        Rows for measures.csv: name, value of generated images, value to compare it with, value of independent codes,
-        and what the second value is of.
+    images, the first N held-out ones the real side. With the seed of a run, measures are those that train.py gives.
     """
     n = len(generated)
-    real, first = held_out.batch(range(n)), range(n)
-    rng = seeds.generator(seed, "measured images")
-    picked = torch.randperm(len(train), generator=rng)[:n].tolist()
-    independent = decode_independent_codes(vqvae, train, picked, seeds.generator(seed, "independent codes"))
-    sides = (generated, reconstruct(vqvae, train, picked), independent)
-    measured = [distances(real, side, seeds.derived_seed(seed, "measures")) for side in sides]
-    names = {f"swd_{256 >> level}": f"sliced Wasserstein distance, {256 >> level} pixels" for level in range(5)}
-    names |= {"swd_mean": "sliced Wasserstein distance, mean", "grey_values": "distance of grey values"}
-    rows = [(text, *(side[name] for side in measured), "reconstructed training images") for name, text in names.items()]
+    real, rng = HeldOut(vqvae, held_out, train, n, seed), seeds.generator(seed, "measured images")
+    independent = decode_independent_codes(vqvae, train, real.picked, seeds.generator(seed, "independent codes"))
+    measured, floor, unstructured = real.measure(generated), real.floor(), real.measure(independent)
+    rows = [
+        Row(text, measured[name], floor[name], unstructured[name], HELD_OUT if name in INDICES else TRAINED)
+        for name, text in (DISTANCES | INDICES | COMPARISONS).items()
+    ]
+    groups = ((generated, range(n)), (real.images, real.cases), (independent, range(n)))
+    similar = [Interval(similarity_of_pairs(side, group, rng, n_pairs)) for side, group in groups]
+    rows.append(Row("MS-SSIM of pairs", *similar, "held-out pairs of different cases"))
 
-    cases = [held_out.case_and_slice(i)[0] for i in first]
-    groups = ((generated, first), (real, cases), (independent, first))
-    similar = [similarity_of_pairs(side, group, rng, n_pairs) for side, group in groups]
-    rows.append(("MS-SSIM of pairs", *similar, "held-out pairs of different cases"))
-
-    images = torch.cat([generated, reconstruct(vqvae, held_out, first), independent])
+    images = torch.cat([generated, real.reconstructed, independent])
     nearest = nearest_distances(images, in_batches(train, size=512, desc="Comparing")).split(n)
-    near = [part.quantile(0.05).item() for part in nearest]
-    rows.append(("distance to the nearest training image, 5th percentile", *near, "reconstructed held-out images"))
+    near = [Interval(part.quantile(0.05).item()) for part in nearest]
+    rows.append(Row("distance to the nearest training image, 5th percentile", *near, HELD_OUT))
     return rows

@@ -198,6 +198,35 @@ class Figures:
         self._save(figure, name)
 
     @_figure
+    def gan_texture(self, name: str, rows: list[dict], floor: dict) -> None:
+        """Indices of texture, and how generated brains are told from real ones, by epoch, beside reconstructions.
+
+        `rows` of metrics.csv that have measures; `floor`, the same of reconstructions, as `HeldOut.floor` has it.
+        """
+        figure, axes = _subplots(2, 4, 14, 6.4, sharex=True)
+        figure.suptitle(self._with_note("Texture of generated brains beside reconstructed validation images"))
+        labels = {
+            "coherence": "coherence of texture",
+            "kurtosis_256": "kurtosis of detail",
+            "outside": "energy outside the head × 10⁶",
+            "dimmest": "brightness, 5th percentile",
+            "texture_auc": "AUC, windows of 64 pixels",
+            "anatomy_auc": "AUC, images at 64×64",
+            "kernel_distance": "kernel distance",
+            "coverage": "coverage",
+        }
+        for each, (key, label) in zip(axes.flat, labels.items(), strict=True):
+            each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
+            each.axhline(floor[key], color=ORANGE, linestyle="--")
+            each.set(ylabel=label)
+        axes[0, 2].set(yscale="log")
+        for each in axes[1]:
+            each.set(xlabel="epoch")
+            each.xaxis.get_major_locator().set_params(integer=True)
+        axes[0, 0].legend(axes[0, 0].lines, ["generated", "reconstructions"])
+        self._save(figure, name)
+
+    @_figure
     def scores(self, name: str, ssim, cases: list, threshold: float, title: str) -> None:
         """SSIM of each image in the data set's order, with the threshold and the mean, and their histogram.
 

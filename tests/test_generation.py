@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from dataset import OasisDataset
-from evaluation import generation
+from evaluation import generation, texture
 from modules import VQVAE
 from training import codebook
 
@@ -30,7 +30,7 @@ def scipys_pyramid(image: np.ndarray) -> list[np.ndarray]:
 
 
 def test_laplacian_pyramid_is_scipys(images):
-    pyramid = generation.laplacian_pyramid(images)
+    pyramid = texture.laplacian_pyramid(images)
     assert [level.shape[-1] for level in pyramid] == [256, 128, 64, 32, 16]
     for i in range(2):
         for level, expected in zip(pyramid, scipys_pyramid(images[i, 0].double().numpy()), strict=True):
@@ -136,7 +136,7 @@ def test_copies_of_one_training_image_are_seen_through(data):
     train, held_out = OasisDataset(data, "train"), OasisDataset(data, "validate")
     copies = train.batch([3] * len(held_out))
     rows = generation.compare_generated(copies, VQVAE().eval(), held_out, train, seed=0, n_pairs=20)
-    measures = {name: (generated, beside) for name, generated, beside, _, _ in rows}
+    measures = {row.name: (row.generated.value, row.beside.value) for row in rows}
     similar, similar_real = measures["MS-SSIM of pairs"]
     near, near_real = measures["distance to the nearest training image, 5th percentile"]
     assert similar == pytest.approx(1) and similar_real < 0.9

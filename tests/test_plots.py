@@ -13,6 +13,16 @@ from report import plots
 from report.plots import Figures
 
 FIGURES = Figures(Path())
+TEXTURE = (
+    "coherence",
+    "kurtosis_256",
+    "outside",
+    "dimmest",
+    "texture_auc",
+    "anatomy_auc",
+    "kernel_distance",
+    "coverage",
+)
 
 
 @pytest.fixture
@@ -58,11 +68,12 @@ def test_every_title_says_that_the_data_are_phantoms(figures, tmp_path):
     drawn.scores(name, [0.5], [1], 0.6, "T")
     measures = {"swd_mean": 50.0, "grey_values": 0.1} | {f"swd_{256 >> level}": 60.0 - level for level in range(5)}
     drawn.gan_measures(name, [measures | {"epoch": 1}], measures)
+    drawn.gan_texture(name, [dict.fromkeys(TEXTURE, 0.5) | {"epoch": 1}], dict.fromkeys(TEXTURE, 0.4))
     row = dict(epoch=1, psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
     drawn.rate_distortion(name, [row])
-    assert len(figures) == 9
+    assert len(figures) == 10
     for figure in figures:
-        first, second = figure.axes[0].get_title().split("\n")
+        first, second = (figure.get_suptitle() or figure.axes[0].get_title()).split("\n")
         assert first and second == "data: phantoms (synthetic)"
     for figure in figures[1:]:
         assert all(axes.get_ylabel() for axes in figure.axes) and figure.axes[-1].get_xlabel() or len(figure.axes) == 2
@@ -125,6 +136,14 @@ def test_gan_measures_show_each_level_and_the_floor(figures):
     assert [list(line.get_ydata()) for line in upper.lines[:5]] == [[1 + level, 2 + level] for level in range(5)]
     assert list(upper.lines[5].get_ydata()) == [89, 88] and upper.lines[6].get_ydata()[0] == 20
     assert list(lower.lines[0].get_ydata()) == [0.1, 0.05] and lower.lines[1].get_ydata()[0] == 0.02
+
+
+def test_gan_texture_shows_each_measure_and_the_floor(figures):
+    rows = [{key: n + i for i, key in enumerate(TEXTURE)} | {"epoch": n} for n in (1, 2)]
+    FIGURES.gan_texture("x.png", rows, {key: 10 + i for i, key in enumerate(TEXTURE)})
+    for i, axes in enumerate(figures[0].axes):
+        values, floor = axes.lines
+        assert list(values.get_ydata()) == [1 + i, 2 + i] and floor.get_ydata()[0] == 10 + i
 
 
 def test_epoch_means_stand_in_the_middle_of_their_updates(figures):

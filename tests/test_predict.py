@@ -12,6 +12,7 @@ from PIL import Image
 
 import predict
 from dataset import OasisDataset
+from evaluation import generation
 from modules import VQVAE
 from training.vqvae import load_vqvae
 
@@ -102,6 +103,12 @@ def test_exported_codes_there_and_back(trained, data, tmp_path):
     torch.testing.assert_close(vqvae.decoder(z_q), vqvae.decode(codes), rtol=0, atol=1e-5)
 
 
+def shown(row: dict, column: str) -> str:
+    """A measure as it is printed, with the limits that a row of measures.csv has."""
+    limits = [f"{float(row[column + limit]):.4f}" for limit in (", low", ", high") if row[column + limit]]
+    return f"{float(row[column]):.4f}" + (f" [{', '.join(limits)}]" if limits else "")
+
+
 def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
     _, run = trained
     words = (run / "vqvae.pth", "--generator", run / "generator.pth", "--samples", 2, "--data", data)
@@ -112,14 +119,15 @@ def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
         with open(next((tmp_path / out).glob("*/measures.csv")), newline="") as file:
             tables.append(list(csv.DictReader(file)))
     table = tables[0]
-    assert table == tables[1] and len(table) == 9
+    assert table == tables[1] and len(table) == 24
     for row in table:
-        value, beside, worst = (f"{float(row[column]):.4f}" for column in ("generated", "beside", "independent codes"))
+        value, beside, worst = (shown(row, column) for column in ("generated", "beside", "independent codes"))
         line = f"{row['measure']}: {value} ({row['what stands beside']}: {beside}; independent codes: {worst})"
         assert f"{line} (phantoms)\n" in done.stdout
     last = rows(run, "gan")[1]  # as train.py printed it
-    for row, name in zip(table, (f"swd_{256 >> level}" for level in range(5)), strict=False):
-        assert float(row["generated"]) == pytest.approx(float(last[name]), rel=1e-5)
+    for key, name in (generation.DISTANCES | generation.INDICES | generation.COMPARISONS).items():
+        (value,) = [float(row["generated"]) for row in table if row["measure"] == name]
+        assert value == pytest.approx(float(last[key]), rel=1e-5, nan_ok=True)
     mean = table[5]
     assert mean["measure"].endswith("mean")
     for column in ("generated", "beside"):

@@ -5,6 +5,7 @@ arXiv 1511.06434 does. Latents are (B, D, 64, 64) in [-1, 1].
 """
 
 import copy
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -165,17 +166,14 @@ class DCGANStage(Stage):
         self.averages = {"generator": self.average}
         self.update = (method or METHODS[config.gan_training])(generator, discriminator, self.optimizers.values())
         self.average_decay = self.update.average_decay
-        self.figures, self.reference, self.stored = Figures(run.folder, run.phantoms), None, None
+        self.figures, self.floor, self.stored = Figures(run.folder, run.phantoms), None, None
 
     def start(self) -> None:
         fit_scale = self.update.fit_scale
         self.set_scale(distributed.from_first(lambda: fit_scale(self.vqvae, self.train_set).to("cpu")))
         if distributed.is_first():
             self._draw_samples(0, "before training")
-            n = len(self.eval_noise)
-            rng = seeds.generator(self.run.config.seed, "measured images")
-            picked = torch.randperm(len(self.train_set), generator=rng)[:n].tolist()
-            self.reference = self._distances(reconstruct(self.vqvae, self.train_set, picked))
+            self.floor = {name: found.value for name, found in self.held_out.floor().items()}
 
     def set_scale(self, scale: LatentScale) -> None:
         """Set the map between latents and the generator's range, and what depends on it."""
@@ -211,12 +209,14 @@ class DCGANStage(Stage):
             self.prior.calibrate(self.target, self.scale, self._noise(32, "calibration"))
         now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
         if now > before and distributed.is_first():
-            measures |= self._distances(self.prior.sample_images(self.eval_noise))
+            found = self.held_out.measure(self.prior.sample_images(self.eval_noise))
+            measures |= {name: measure.value for name, measure in found.items()}
         return measures
 
-    def _distances(self, images: Tensor) -> dict[str, float]:
-        real = self.validate_set.batch(range(len(images)))
-        return generation.distances(real, images, seeds.derived_seed(self.run.config.seed, "measures"))
+    @cached_property
+    def held_out(self) -> generation.HeldOut:
+        n, seed = len(self.eval_noise), self.run.config.seed
+        return generation.HeldOut(self.vqvae, self.validate_set, self.train_set, n, seed)
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
         self._draw_samples(row["epoch"], f"after epoch {row['epoch']}")  # a signal may end the program here
@@ -224,7 +224,8 @@ class DCGANStage(Stage):
         self.figures.gan_losses("gan_losses.png", history)
         measured = [row for row in self.run.rows_of(self.name) if "swd_mean" in row]
         if measured:
-            self.figures.gan_measures("gan_measures.png", measured, self.reference)
+            self.figures.gan_measures("gan_measures.png", measured, self.floor)
+            self.figures.gan_texture("gan_texture.png", measured, self.floor)
 
     def save_weights(self, row: dict) -> None:
         files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
@@ -242,13 +243,19 @@ class DCGANStage(Stage):
         if "swd_mean" in row:
             self.run.say(
                 "Distance of generated brains to the validation split: "
-                f"sliced Wasserstein {row['swd_mean']:.1f} (reconstructions: {self.reference['swd_mean']:.1f}), "
-                f"grey values {row['grey_values']:.3f} ({self.reference['grey_values']:.3f})"
+                f"sliced Wasserstein {row['swd_mean']:.1f} (reconstructions: {self.floor['swd_mean']:.1f}), "
+                f"grey values {row['grey_values']:.3f} ({self.floor['grey_values']:.3f})"
+            )
+            self.run.say(
+                "Texture: "
+                f"coherence {row['coherence']:.3f} (reconstructions: {self.floor['coherence']:.3f}), "
+                f"AUC {row['texture_auc']:.2f} ({self.floor['texture_auc']:.2f}), "
+                f"coverage {row['coverage']:.2f} ({self.floor['coverage']:.2f})"
             )
 
     def extra_state(self) -> dict:
         scale, codebook = [self.scale.shift.cpu(), self.scale.scale.cpu()], codebook_hash(self.vqvae)
-        state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.reference}
+        state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.floor}
         return state | {"update": self.update.state_dict()}
 
     def load_extra_state(self, state: dict) -> None:
@@ -257,4 +264,4 @@ class DCGANStage(Stage):
             raise UserError(f"{vqvae}: has changed since the DCGAN began; start a new run with it")
         self.set_scale(LatentScale(*state["scale"]))
         self.update.load_state_dict(state["update"])
-        self.reference, self.stored = state["floor"], state["stored"]
+        self.floor, self.stored = state["floor"], state["stored"]

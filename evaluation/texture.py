@@ -1,0 +1,158 @@
+"""What describes an image's texture, and the features by which `evaluation.two_sample` compares sets of images."""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from support.console import stop_if_signalled
+from support.device import exact_float32
+
+HEAD = 0.15  # grey level above which an image, blurred by a Gaussian of 4 pixels, shows the head
+MARGIN = 8  # pixels between the head and what counts as outside
+BANDS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # cycles per pixel: the limits of five octaves
+PYRAMID_LEVELS = 5  # 256, 128, 64, 32 and 16 pixels
+WINDOW, SQUARES = 64, 4  # size of a window of texture in pixels; an image is 4x4 of them
+
+
+class Features(NamedTuple):
+    """What the measures need of N images.
+
+    Attributes:
+        subjects: the subject of each image; a generated image is a subject of its own.
+        grain: what `grain` returns.
+        moments: what `encoder_moments` returns.
+        anatomy: (N, 4096), the images four times smaller.
+        windows, of: features (M, F) of the texture of windows inside heads, and the image (M,) that each is of.
+    """
+
+    subjects: list[Hashable]
+    grain: dict[str, Tensor]
+    moments: Tensor
+    anatomy: Tensor
+    windows: Tensor
+    of: Tensor
+
+
+@torch.no_grad()
+@exact_float32()
+def features(vqvae, images: Tensor, subjects: Sequence[Hashable] | None = None) -> Features:
+    """The features of images (N, 1, 256, 256) in [0, 1], float64 on the CPU. Without `subjects`, each has its own."""
+    names = [("generated", i) for i in range(len(images))] if subjects is None else list(subjects)
+    parts = []
+    for part in images.split(32):
+        inside, direction, moments = head(part), coherence(part), encoder_moments(vqvae, part)
+        cut = [_windows(each) for each in (part, inside, direction)]  # (B, 4, 4, 64, 64) each
+        chosen = cut[1].mean((3, 4)) >= 0.9
+        texture = [log_band_powers(cut[0][chosen][:, None]), cut[2][chosen].mean((1, 2))[:, None]]
+        windows = torch.cat([*texture, moments[chosen]], 1)
+        small, counts = F.avg_pool2d(part, 4).flatten(1), chosen.sum((1, 2))
+        columns = grain(part, inside, direction)
+        parts.append((columns, *(each.cpu().double() for each in (moments, small, windows)), counts.cpu()))
+        stop_if_signalled()
+    columns, moments, small, windows, counts = zip(*parts, strict=True)
+    columns = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+    of = torch.arange(len(images)).repeat_interleave(torch.cat(counts))
+    return Features(names, columns, torch.cat(moments), torch.cat(small), torch.cat(windows), of)
+
+
+def _windows(images: Tensor) -> Tensor:
+    """Images (N, 1, 256, 256) cut into windows: (N, 4, 4, 64, 64)."""
+    return images[:, 0].unfold(1, WINDOW, WINDOW).unfold(2, WINDOW, WINDOW)
+
+
+def head(images: Tensor) -> Tensor:
+    """1 at each pixel of images (N, 1, H, W) that is near the head, else 0."""
+    return (blur(images, 4) > HEAD).float()
+
+
+def blur(images: Tensor, sigma: float) -> Tensor:
+    """Images (N, 1, H, W) after a Gaussian of `sigma` pixels, cut at 3 sigma; images are mirrored at their borders."""
+    reach = math.ceil(3 * sigma)
+    kernel = torch.exp(-torch.arange(-reach, reach + 1, device=images.device).square() / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    images = F.conv2d(F.pad(images, (reach, reach, 0, 0), mode="reflect"), kernel.view(1, 1, 1, -1))
+    return F.conv2d(F.pad(images, (0, 0, reach, reach), mode="reflect"), kernel.view(1, 1, -1, 1))
+
+
+def coherence(images: Tensor) -> Tensor:
+    """Coherence of the structure tensor at each pixel of images (N, 1, H, W), in [0, 1].
+
+    (λ1 - λ2) / (λ1 + λ2) of the tensor's eigenvalues, with a Gaussian window of 4 pixels and central differences
+    (Jähne, Digital Image Processing, section 13.3): 1 where all edges near a pixel run in one direction, as along the
+    folds of the cortex, and near 0 in noise.
+    """
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    x = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
+    y = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
+    xx, yy, xy = blur(x * x, 4), blur(y * y, 4), blur(x * y, 4)
+    return torch.hypot(xx - yy, 2 * xy) / (xx + yy + 1e-8)
+
+
+def log_band_powers(images: Tensor) -> Tensor:
+    """log10 of the mean power of images (N, 1, S, S) in each octave of BANDS, by radial frequency: (N, 5)."""
+    size, device = images.shape[-1], images.device
+    window = torch.hann_window(size, periodic=False, device=device)
+    power = torch.fft.rfft2(images[:, 0] * window[:, None] * window).abs().square() / size**2
+    frequency = torch.hypot(torch.fft.fftfreq(size, device=device)[:, None], torch.fft.rfftfreq(size, device=device))
+    octaves = [(frequency >= low) & (frequency < high) for low, high in zip(BANDS, BANDS[1:], strict=False)]
+    return torch.stack([power[:, octave].mean(1) for octave in octaves], 1).clamp(min=1e-12).log10()
+
+
+def laplacian_pyramid(images: Tensor) -> list[Tensor]:
+    """Differences of images (N, 1, H, W) to their blurred halves, finest first; last what remains (Burt, Adelson 1983).
+
+    The filter is (1, 4, 6, 4, 1) / 16 along both axes, images are mirrored at their borders.
+    """
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device) / 16
+    kernel = (kernel[:, None] * kernel)[None, None]
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel)
+
+    levels = []
+    for _ in range(PYRAMID_LEVELS - 1):
+        half = blur(images)[:, :, ::2, ::2]
+        spread = torch.zeros_like(images)
+        spread[:, :, ::2, ::2] = 4 * half
+        levels.append(images - blur(spread))
+        images = half
+    return [*levels, images]
+
+
+def grain(images: Tensor, inside: Tensor, direction: Tensor) -> dict[str, Tensor]:
+    """Indices of texture of each image (N, 1, 256, 256), given its `head` and `coherence`: (N,) float64 on the CPU.
+
+    coherence: its mean inside the head.
+    kurtosis_256, kurtosis_128: of the two finest levels of the Laplacian pyramid inside the head, 3 for Gaussian noise.
+    power_64_32 … power_4_2: log10 of the power in an octave, named by its periods in pixels.
+    brightness: root mean square after averaging over 16x16 pixels, which removes grain.
+    outside: mean square more than 8 pixels away from the head, times 10⁶.
+    """
+    columns = {"coherence": _mean(direction, inside)}
+    for level, size in zip(laplacian_pyramid(images)[:2], (256, 128), strict=True):
+        weight = F.avg_pool2d(inside, 256 // size)
+        columns[f"kurtosis_{size}"] = _mean(level**4, weight) / _mean(level**2, weight).square().clamp(min=1e-12)
+    periods = [f"power_{1 / low:.0f}_{1 / high:.0f}" for low, high in zip(BANDS, BANDS[1:], strict=False)]
+    columns |= zip(periods, log_band_powers(images).unbind(1), strict=True)
+    columns["brightness"] = F.avg_pool2d(images, 16).square().mean((1, 2, 3)).sqrt()
+    outside = 1 - F.max_pool2d(inside, 2 * MARGIN + 1, 1, MARGIN)
+    columns["outside"] = 1e6 * _mean(images.square(), outside)
+    return {name: value.cpu().double() for name, value in columns.items()}
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    """The weighted mean over each image: (N,)."""
+    return (values * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1)
+
+
+def encoder_moments(vqvae, images: Tensor) -> Tensor:
+    """Mean and standard deviation of the encoder's D channels in 4x4 squares of images: (N, 4, 4, 2·D)."""
+    z = vqvae.latents(images)
+    size = z.shape[-1] // SQUARES
+    mean, square = F.avg_pool2d(z, size), F.avg_pool2d(z.square(), size)
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return torch.cat([mean, std], 1).permute(0, 2, 3, 1)

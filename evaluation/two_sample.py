@@ -1,0 +1,190 @@
+"""How far apart two sets of images are: indices of texture, classifier two-sample tests, kernel distance, coverage.
+
+The slices of a subject are alike. So folds and confidence intervals are over subjects, and neighbours are of other
+subjects. Measures are functions of weights (R, N): how often each of N rows counts in each of R samples.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.texture import Features
+
+FOLDS, RIDGE, NEWTON_STEPS = 5, 1.0, 30  # of logistic regression
+NEIGHBOURS = 5  # of density and coverage
+RESAMPLES = 1000  # for confidence intervals
+
+
+class Rows(NamedTuple):
+    """One side of a comparison; float64 on the CPU.
+
+    Attributes:
+        values: features (N, F).
+        subjects: the number (N,) of the subject that each row is of.
+        weights: (R, N).
+    """
+
+    values: Tensor
+    subjects: Tensor
+    weights: Tensor
+
+
+class Interval(NamedTuple):
+    """A measure, and its 95 % confidence interval over samples of as many subjects, drawn with replacement."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + ("" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]")
+
+
+def indices(side: Features, rng: torch.Generator) -> dict[str, Interval]:
+    """Means of the indices of `texture.grain`, but of brightness the 5th percentile, as `dimmest`; by name."""
+    weights = resample(numbered(side.subjects), rng)
+    values = {name: weights @ column / weights.sum(1) for name, column in side.grain.items() if name != "brightness"}
+    brightness, order = side.grain["brightness"].sort()
+    share = weights[:, order].cumsum(1) / weights.sum(1, keepdim=True)
+    values["dimmest"] = brightness[(share >= 0.05).int().argmax(1)]
+    return {name: interval(value) for name, value in values.items()}
+
+
+def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, Interval]:
+    """Measures of how far apart two sets of images are, by name.
+
+    - texture_auc, anatomy_auc: `two_sample_auc` of windows, and of the images four times smaller.
+    - kernel_distance, density, coverage: of `texture.encoder_moments`, each divided by its standard deviation over the
+      real images, or by its channel's mean one if that is more. The limits of density and coverage are over samples of
+      the real side alone, for coverage falls where fake images are repeated.
+    """
+    both = [(side, number, resample(number, rng)) for side in (real, fake) for number in (numbered(side.subjects),)]
+    windows = torch.cat([real.windows, fake.windows])
+    mean, std = windows.mean(0), windows.std(0, correction=0).clamp(min=1e-6)
+    sides = [Rows((side.windows - mean) / std, number[side.of], weight[:, side.of]) for side, number, weight in both]
+    values = {"texture_auc": two_sample_auc(*sides)}
+
+    std = torch.cat([real.anatomy, fake.anatomy]).var(0, correction=0).mean().sqrt().clamp(min=1e-6)
+    values["anatomy_auc"] = two_sample_auc(*(Rows(side.anatomy / std, *rest) for side, *rest in both))
+
+    mean, std = real.moments.mean(0), real.moments.std(0, correction=0)
+    std = std.maximum(std.mean((0, 1))).clamp(min=1e-6)  # in squares of background alone it is near 0
+    x, y = (Rows(((side.moments - mean) / std).flatten(1), *rest) for side, *rest in both)
+    values["kernel_distance"] = kernel_distance(x, y)
+    values["density"], values["coverage"] = density_and_coverage(x, y.values)
+    return {name: interval(value) for name, value in values.items()}
+
+
+def interval(values: Tensor) -> Interval:
+    """The first of values (1 + R,), and the 2.5th and 97.5th percentile of the others."""
+    low, high = values[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return Interval(values[0].item(), low, high)
+
+
+def numbered(subjects: Sequence[Hashable]) -> Tensor:
+    """Subjects as 0, 1, … in the order in which they first come: (N,)."""
+    number = {subject: i for i, subject in enumerate(dict.fromkeys(subjects))}
+    return torch.tensor([number[subject] for subject in subjects])
+
+
+def resample(subjects: Tensor, rng: torch.Generator) -> Tensor:
+    """Weights (1 + RESAMPLES, N) of rows whose subjects have numbers (N,): all 1, then samples of as many subjects."""
+    n = int(subjects.max()) + 1
+    drawn = torch.randint(n, (RESAMPLES, n), generator=rng)
+    times = torch.zeros(RESAMPLES, n).scatter_add_(1, drawn, torch.ones(RESAMPLES, n))
+    return torch.cat([torch.ones(1, len(subjects)), times[:, subjects]]).double()
+
+
+def two_sample_auc(real: Rows, fake: Rows) -> Tensor:
+    """How well logistic regression tells real rows from fake ones, on subjects that it was not fitted on: (R,).
+
+    The classifier two-sample test (Lopez-Paz and Oquab 2017, arXiv 1610.06545) with the area under the ROC curve: 0.5
+    where the sides cannot be told apart. Each of FOLDS parts of the subjects is scored by a regression fitted on the
+    others. Only rows of one part are compared. NaN if no two can be.
+    """
+    won, compared = 0.0, 0.0
+    folds = [side.subjects % FOLDS for side in (real, fake)]
+    for part in range(FOLDS):
+        x = torch.cat([side.values[fold != part] for side, fold in zip((real, fake), folds, strict=True)])
+        label = torch.cat([torch.full((int((fold != part).sum()),), float(i)) for i, fold in enumerate(folds)]).double()
+        weight = fit_logistic(x, label)
+        a, b = (side.values[fold == part] @ weight[:-1] for side, fold in zip((real, fake), folds, strict=True))
+        u, v = (side.weights[:, fold == part] for side, fold in zip((real, fake), folds, strict=True))
+        won += _bilinear(u, (b > a[:, None]).double() + (b == a[:, None]).double() / 2, v)
+        compared += u.sum(1) * v.sum(1)
+    return won / compared
+
+
+def fit_logistic(x: Tensor, label: Tensor) -> Tensor:
+    """Coefficients (F + 1,), the constant last, of logistic regression of labels (N,) in {0, 1} on x (N, F).
+
+    They minimise the sum of the cross entropies plus RIDGE / 2 times the squared coefficients without the constant, by
+    Newton's method. The solution lies in the span of the rows of x, so it is found in no more than N dimensions.
+    """
+    if len(x) < x.shape[1]:
+        variance, directions = torch.linalg.eigh(x @ x.T)
+        kept = variance > 1e-10 * variance.sum()
+        basis = (directions[:, kept] / variance[kept].sqrt()).T @ x
+    else:
+        basis = torch.eye(x.shape[1]).to(x)
+    inner = F.pad(x @ basis.T, (0, 1), value=1.0)
+    ridge = torch.full((inner.shape[1],), RIDGE).to(inner)
+    ridge[-1] = 1e-9  # only for labels that are all equal
+
+    def loss(weight: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(inner @ weight, label, reduction="sum") + ridge @ weight.square() / 2
+
+    weight = torch.zeros_like(ridge)
+    for _ in range(NEWTON_STEPS):
+        p = (inner @ weight).sigmoid()
+        gradient = inner.T @ (p - label) + ridge * weight
+        step = torch.linalg.solve((inner * (p * (1 - p))[:, None]).T @ inner + torch.diag(ridge), gradient)
+        size = 1.0
+        while loss(weight - size * step) > loss(weight) and size > 1e-6:
+            size /= 2
+        weight = weight - size * step
+        if gradient.abs().max() < 1e-8 * len(x):
+            break
+    return torch.cat([basis.T @ weight[:-1], weight[-1:]])
+
+
+def kernel_distance(real: Rows, fake: Rows) -> Tensor:
+    """Unbiased squared maximum mean discrepancy of two sides with the kernel (a·b / F + 1)³: (R,).
+
+    That of the kernel inception distance (Binkowski et al. 2018, arXiv 1801.01401, section 4): 0 on average for equal
+    distributions, and negative at times. Within a side only rows of different subjects are paired, for those of one
+    are alike.
+    """
+
+    def mean(a: Rows, b: Rows) -> Tensor:
+        kernel = (a.values @ b.values.T / a.values.shape[1] + 1) ** 3
+        paired = a.subjects[:, None] != b.subjects if a is b else torch.ones_like(kernel)
+        return _bilinear(a.weights, kernel * paired, b.weights) / _bilinear(a.weights, paired.double(), b.weights)
+
+    return mean(real, real) + mean(fake, fake) - 2 * mean(real, fake)
+
+
+def density_and_coverage(real: Rows, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Density and coverage of fake values (M, F) (Naeem et al. 2020, arXiv 2002.09797, eqs. 4 and 6): (R,) each.
+
+    The ball around a real row reaches to its NEIGHBOURS-th nearest row of another subject. Density is the mean number
+    of balls that a fake row is in, divided by NEIGHBOURS; coverage is the share of balls with a fake row inside. For
+    rows that are distributed as the real ones both are near 1.
+    """
+    apart = torch.cdist(real.values, real.values)
+    apart[real.subjects[:, None] == real.subjects] = torch.inf
+    k = min(NEIGHBOURS, len(apart))
+    radius = apart.kthvalue(k, 1).values
+    inside = torch.cdist(real.values, fake) < radius[:, None]
+    share = real.weights * radius.isfinite()  # without another subject there is no ball
+    share = share / share.sum(1, keepdim=True)
+    density = share @ inside.double().mean(1) * (len(apart) / k)
+    return density, share @ inside.any(1).double()
+
+
+def _bilinear(a: Tensor, matrix: Tensor, b: Tensor) -> Tensor:
+    """a · matrix · b for each row of a (R, N) and b (R, M): (R,)."""
+    return ((a @ matrix) * b).sum(1)

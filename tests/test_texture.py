@@ -1,0 +1,91 @@
+"""What describes an image's texture: against SciPy, NumPy and patterns whose answer is known."""
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+
+from evaluation import texture
+from modules import VQVAE
+
+TEXTURED = torch.rand(2, 1, 256, 256, generator=torch.Generator().manual_seed(0))
+
+
+def stripes(period: float, angle: float = 0.0) -> torch.Tensor:
+    """An image (1, 1, 256, 256) in [0, 1] of stripes with a period in pixels."""
+    y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    across = x * np.cos(angle) + y * np.sin(angle)
+    return (0.5 + 0.5 * torch.sin(2 * torch.pi * across / period))[None, None]
+
+
+def test_blur_is_scipys_gaussian(images):
+    for sigma in (1.0, 4.0):
+        expected = scipy.ndimage.gaussian_filter(images[0, 0].double().numpy(), sigma, mode="mirror", truncate=3)
+        np.testing.assert_allclose(texture.blur(images[:1], sigma)[0, 0].numpy(), expected, atol=1e-6)
+
+
+def test_coherence_is_that_of_numpys_eigenvalues(images):
+    image = images[0, 0].double().numpy()
+    slopes = np.gradient(image)
+    tensor = np.empty((256, 256, 2, 2))
+    for i in range(2):
+        for j in range(2):
+            tensor[..., i, j] = scipy.ndimage.gaussian_filter(slopes[i] * slopes[j], 4, mode="mirror", truncate=3)
+    low, high = np.moveaxis(np.linalg.eigvalsh(tensor), -1, 0)
+    inside = (slice(16, -16), slice(16, -16))  # NumPy's slopes at the border are one-sided
+    expected, found = ((high - low) / (high + low + 1e-8))[inside], texture.coherence(images[:1])[0, 0][inside]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.7, 1.57])
+def test_stripes_are_coherent_and_noise_is_not(angle):
+    assert texture.coherence(stripes(12, angle))[:, :, 16:-16, 16:-16].min() > 0.95
+    assert texture.coherence(TEXTURED).mean() < 0.25
+
+
+@pytest.mark.parametrize(("period", "octave"), [(45, 0), (22, 1), (11, 2), (5.5, 3), (2.7, 4)])
+def test_the_power_of_stripes_is_in_their_octave(period, octave):
+    powers = texture.log_band_powers(stripes(period, 0.4) - 0.5)[0]
+    assert powers.argmax() == octave and powers.sort().values[-1] > powers.sort().values[-2] + 1
+
+
+def test_band_powers_of_noise_are_its_variance(images):
+    noise = torch.randn(4, 1, 256, 256, generator=torch.Generator().manual_seed(1)) * 0.1
+    window = np.hanning(256)  # which keeps (3 / 8)² of the energy
+    expected = np.log10(0.01 * np.mean(np.outer(window, window) ** 2))
+    np.testing.assert_allclose(texture.log_band_powers(noise).mean(0)[1:].numpy(), expected, atol=0.05)
+
+
+def test_grain_is_a_plain_mean_inside_and_outside_the_head(images):
+    inside, direction = texture.head(images), texture.coherence(images)
+    found = texture.grain(images, inside, direction)
+    for i in range(len(images)):
+        head = scipy.ndimage.gaussian_filter(images[i, 0].double().numpy(), 4, mode="mirror", truncate=3) > 0.15
+        assert found["coherence"][i] == pytest.approx(direction[i, 0].numpy()[head].mean(), rel=1e-3)
+        detail = texture.laplacian_pyramid(images)[0][i, 0].double().numpy()[head]
+        assert found["kurtosis_256"][i] == pytest.approx((detail**4).mean() / (detail**2).mean() ** 2, rel=1e-2)
+        away = ~scipy.ndimage.binary_dilation(head, np.ones((17, 17)))
+        assert found["outside"][i] == pytest.approx(1e6 * (images[i, 0].numpy()[away] ** 2).mean(), rel=1e-2)
+        blocks = images[i, 0].double().numpy().reshape(16, 16, 16, 16).mean((1, 3))
+        assert found["brightness"][i] == pytest.approx(np.sqrt((blocks**2).mean()), rel=1e-5)
+
+
+def test_kurtosis_of_gaussian_noise_is_three():
+    noise = 0.5 + 0.1 * torch.randn(8, 1, 256, 256, generator=torch.Generator().manual_seed(2))
+    found = texture.grain(noise, texture.head(noise), texture.coherence(noise))
+    for size in (256, 128):
+        assert found[f"kurtosis_{size}"].mean().item() == pytest.approx(3, abs=0.05)
+
+
+def test_features_of_a_split_are_those_of_its_parts_and_windows_lie_in_heads(images):
+    vqvae, bright = VQVAE().eval(), images.clone()
+    bright[1, :, :128] += 0.5  # at least its upper half is head
+    found, alone = (texture.features(vqvae, x) for x in (bright, bright[1:2]))
+    assert found.subjects != alone.subjects and len(set(found.subjects)) == len(images)
+    torch.testing.assert_close(found.windows[found.of == 1], alone.windows, rtol=1e-4, atol=1e-4)
+    assert (found.of == 1).sum() >= 8 > (found.of == 0).sum()
+    z = vqvae.latents(bright[1:2])[0].detach()
+    torch.testing.assert_close(found.moments[1, 2, 3, :64].float(), z[:, 32:48, 48:].mean((1, 2)), rtol=1e-4, atol=1e-5)
+    std = z[:, 32:48, 48:].std((1, 2), correction=0)
+    torch.testing.assert_close(found.moments[1, 2, 3, 64:].float(), std, rtol=1e-2, atol=1e-4)
+    assert found.anatomy.shape == (len(images), 4096) and found.grain["coherence"].shape == (len(images),)

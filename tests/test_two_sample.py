@@ -1,0 +1,163 @@
+"""How far apart two sets of images are: against SciPy, plain loops, and distributions whose answer is known."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+import torch
+
+from evaluation import texture, two_sample
+from evaluation.two_sample import Rows
+from modules import VQVAE
+
+
+def rows(n: int, shift: float = 0.0, seed: int = 0, n_features: int = 3, per_subject: int = 1) -> Rows:
+    """Gaussian rows of standard deviation 1, with `shift` added to the first feature."""
+    rng = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, n_features, generator=rng).double()
+    values[:, 0] += shift
+    subjects = torch.arange(n) // per_subject
+    return Rows(values, subjects, two_sample.resample(subjects, rng))
+
+
+def test_resampling_draws_whole_subjects():
+    subjects = torch.tensor([0, 1, 1, 2, 0])
+    weights = two_sample.resample(subjects, torch.Generator())
+    assert (weights[0] == 1).all() and len(weights) == 1 + two_sample.RESAMPLES
+    assert torch.equal(weights[:, 0], weights[:, 4]) and torch.equal(weights[:, 1], weights[:, 2])
+    assert (weights[:, [0, 1, 3]].sum(1) == 3).all()
+    assert weights[1:].mean(0).sub(1).abs().max() < 0.1
+
+
+def test_intervals_of_a_mean_are_as_wide_as_its_standard_error():
+    side = rows(400)
+    mean = two_sample.interval((side.weights @ side.values)[:, 0] / side.weights.sum(1))
+    assert mean.value == pytest.approx(side.values[:, 0].mean().item())
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 / 400**0.5, rel=0.1)
+
+
+def test_dimmest_is_numpys_percentile(images):
+    side = texture.features(
+        VQVAE().eval(), images.repeat(6, 1, 1, 1) * torch.linspace(0.5, 1, 6 * len(images))[:, None, None, None]
+    )
+    found = two_sample.indices(side, torch.Generator())
+    expected = np.percentile(side.grain["brightness"].numpy(), 5, method="inverted_cdf")
+    assert found["dimmest"].value == expected and found["dimmest"].low <= expected <= found["dimmest"].high
+    assert found["coherence"].value == pytest.approx(side.grain["coherence"].mean().item())
+
+
+def test_logistic_regression_is_scipys_minimum():
+    real, fake = rows(40), rows(50, 1.0, 1)
+    label = torch.cat([torch.zeros(40), torch.ones(50)]).double()
+    for x in (torch.cat([real.values, fake.values]), torch.randn(90, 200, generator=torch.Generator()).double()):
+
+        def loss(weight, x=x):
+            logit = x.numpy() @ weight[:-1] + weight[-1]
+            return (np.logaddexp(0, logit) - label.numpy() * logit).sum() + (weight[:-1] ** 2).sum() / 2
+
+        found = two_sample.fit_logistic(x, label).numpy()
+        best = scipy.optimize.minimize(loss, np.zeros(x.shape[1] + 1), method="BFGS", options={"gtol": 1e-6})
+        assert loss(found) <= best.fun + 1e-6
+        np.testing.assert_allclose(found, best.x, atol=1e-3)
+
+
+def test_auc_is_mann_whitneys_of_what_was_held_out():
+    real, fake = rows(60, per_subject=3), rows(70, 0.8, 1)
+    found = two_sample.two_sample_auc(real, fake)[0].item()
+    won = compared = 0
+    for part in range(two_sample.FOLDS):
+        (a, held_a), (b, held_b) = (
+            ((s := side.subjects.numpy() % 5 == part), side.values)[::-1] for side in (real, fake)
+        )
+        x = torch.cat([a[~held_a], b[~held_b]])
+        label = torch.cat([torch.zeros((~held_a).sum()), torch.ones((~held_b).sum())]).double()
+        weight = two_sample.fit_logistic(x, label)[:-1]
+        won += scipy.stats.mannwhitneyu(b[held_b] @ weight, a[held_a] @ weight).statistic
+        compared += held_a.sum() * held_b.sum()
+    assert found == pytest.approx(won / compared)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.0, 3.0])
+def test_auc_of_shifted_gaussians_is_the_normal_distributions(shift):
+    found = two_sample.interval(two_sample.two_sample_auc(rows(600), rows(600, shift, 1)))
+    expected = scipy.stats.norm.cdf(shift / 2**0.5)
+    assert found.value == pytest.approx(expected, abs=0.04) and found.low - 0.02 <= expected <= found.high + 0.02
+
+
+def test_a_subject_is_never_on_both_sides_of_a_fold():
+    """Rows that are told by their subject alone cannot be told on subjects that were held out."""
+    rng = torch.Generator().manual_seed(0)
+    marks = torch.randn(40, 400, generator=rng).double().repeat_interleave(5, 0)  # as many features as identify one
+    subjects = torch.arange(20).repeat_interleave(5)
+    sides = [Rows(part, subjects, two_sample.resample(subjects, rng)) for part in marks.split(100)]
+    assert 0.3 < two_sample.two_sample_auc(*sides)[0] < 0.7
+    mixed = [side._replace(subjects=torch.arange(100)) for side in sides]
+    assert two_sample.two_sample_auc(*mixed)[0] > 0.95
+
+
+def test_kernel_distance_is_a_plain_loop_over_pairs_of_different_subjects():
+    real, fake = rows(9, per_subject=2), rows(7, 1.0, 1)
+    found = two_sample.kernel_distance(real, fake)
+    for sample in (0, 5):
+        means = []
+        for a, b in ((real, real), (fake, fake), (real, fake)):
+            total = count = 0.0
+            for i in range(len(a.values)):
+                for j in range(len(b.values)):
+                    if a is b and a.subjects[i] == a.subjects[j]:
+                        continue
+                    weight = (a.weights[sample, i] * b.weights[sample, j]).item()
+                    total += weight * ((a.values[i] @ b.values[j]).item() / 3 + 1) ** 3
+                    count += weight
+            means.append(total / count)
+        assert found[sample].item() == pytest.approx(means[0] + means[1] - 2 * means[2])
+
+
+def test_kernel_distance_is_zero_on_average_for_one_distribution():
+    found = [two_sample.kernel_distance(rows(40, seed=i), rows(40, seed=100 + i))[0].item() for i in range(60)]
+    assert abs(np.mean(found)) < 3 * np.std(found) / 60**0.5 and min(found) < 0
+    assert two_sample.kernel_distance(rows(40), rows(40, 2.0, 1))[0] > 10 * np.std(found)
+
+
+def test_density_and_coverage_are_plain_loops():
+    real, fake = rows(12, per_subject=2), rows(15, 0.5, 1).values
+    inside = np.zeros((12, 15))
+    for i in range(12):
+        others = [j for j in range(12) if real.subjects[j] != real.subjects[i]]
+        radius = sorted(np.linalg.norm(real.values[i] - real.values[j]) for j in others)[4]
+        inside[i] = [np.linalg.norm(real.values[i] - each) < radius for each in fake]
+    density, coverage = two_sample.density_and_coverage(real, fake)
+    assert density[0].item() == pytest.approx(inside.sum() / 15 / 5)
+    assert coverage[0].item() == pytest.approx(inside.any(1).mean())
+
+
+def test_density_and_coverage_of_one_distribution_and_of_a_collapsed_one():
+    real = rows(500, n_features=8)
+    density, coverage = (
+        each[0].item() for each in two_sample.density_and_coverage(real, rows(500, seed=1, n_features=8).values)
+    )
+    assert density == pytest.approx(1, abs=0.1)
+    assert coverage == pytest.approx(1 - 0.5**5, abs=0.03)  # the paper's eq. 9, for large samples
+    assert two_sample.density_and_coverage(real, torch.zeros(500, 8).double())[1][0] < 0.9
+    far = two_sample.density_and_coverage(real, torch.full((500, 8), 9.0).double())
+    assert far[0][0] == 0 and far[1][0] == 0
+
+
+def test_images_of_one_distribution_are_equal_and_blurred_ones_are_found(images):
+    vqvae = VQVAE().eval()
+    rng = torch.Generator().manual_seed(0)
+    many = (images.repeat(8, 1, 1, 1) + 0.05 * torch.randn(8 * len(images), 1, 256, 256, generator=rng)).clamp(0, 1)
+    many = many + 0.3  # windows in heads
+    first, second = many[::2], many[1::2]
+    sides = [texture.features(vqvae, x) for x in (first, second, texture.blur(second, 1.0))]
+    same, blurred = (two_sample.compare(sides[0], side, torch.Generator()) for side in sides[1:])
+    assert blurred["texture_auc"].value == pytest.approx(1) and blurred["texture_auc"].low > same["texture_auc"].high
+    assert blurred["kernel_distance"].value > same["kernel_distance"].value
+
+
+def test_too_few_images_give_no_number_instead_of_an_error(images):
+    vqvae = VQVAE().eval()
+    sides = [texture.features(vqvae, x, ["one"] * len(x)) for x in (images[:1], images[:2] * 0)]
+    for real, fake in (sides, sides[::-1]):
+        found = two_sample.compare(real, fake, torch.Generator())
+        assert np.isnan(found["texture_auc"].value) and np.isnan(found["coverage"].value)
