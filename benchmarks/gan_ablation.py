@@ -3,14 +3,16 @@
     python benchmarks/gan_ablation.py --data DIR --vqvae PATH/vqvae.pth --out OUT    # trains what OUT does not hold yet
     python benchmarks/gan_ablation.py … --rows by-channel report --seeds 0 --epochs 5
 
-One run after the other, each in a process of its own. Distances are those that train.py measures at the end of a run,
-on the validation split. The networks, optimizers and losses are the same in every row. OUT belongs to one VQ-VAE, one
+One run after the other, each in a process of its own. Measures are those that train.py takes at the end of a run, on
+the validation split. The networks, optimizers and losses are the same in every row. OUT belongs to one VQ-VAE, one
 commit and one number of epochs.
 """
 
 import argparse
 import csv
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
@@ -23,15 +25,35 @@ import train  # noqa: E402
 from support import console  # noqa: E402
 from training.dcgan import BalancedUpdate, DCGANStage, PlainUpdate  # noqa: E402
 from training.fit import fit  # noqa: E402
-from training.latents import RMS, LatentScale, foreground_differences  # noqa: E402
+from training.scale import LatentScale  # noqa: E402
 
 
 class FixedGamma(BalancedUpdate):
     r1_strength = 0.0
 
 
+class Unflattened(BalancedUpdate):
+    fit_scale = partial(LatentScale.fit, emphasis=0.0)
+
+
+class Whitened(BalancedUpdate):
+    fit_scale = partial(LatentScale.fit, emphasis=1.0)
+
+
+class AllDirections(BalancedUpdate):
+    fit_scale = partial(LatentScale.fit, n_directions=64)
+
+
+class Everywhere(BalancedUpdate):
+    """Without the mask of where heads are."""
+
+    @staticmethod
+    def fit_scale(vqvae, dataset) -> LatentScale:
+        scale = LatentScale.fit(vqvae, dataset)
+        return replace(scale, support=torch.ones_like(scale.support))
+
+
 class Quantized(BalancedUpdate):
-    fit_scale = LatentScale.of_codebook
     quantized = True
 
 
@@ -43,32 +65,42 @@ class Unaveraged(BalancedUpdate):
     average_decay = 0.0
 
 
+class ShortAverage(BalancedUpdate):
+    average_decay = 0.95
+
+
 class LongAverage(BalancedUpdate):
-    average_decay = 0.995
-
-
-class ByChannel(BalancedUpdate):
-    """Every channel at the same root mean square by a factor of its own, without a rotation."""
-
-    @staticmethod
-    def fit_scale(vqvae, dataset) -> LatentScale:
-        background, difference = foreground_differences(vqvae, dataset)
-        factors = difference.square().mean(0).sqrt() / RMS
-        to = dict(dtype=torch.float32, device=vqvae.vector_quantizer.embedding.weight.device)
-        return LatentScale(background.to(**to), torch.diag(factors).to(**to))
+    average_decay = 0.998
 
 
 ROWS = {
     "balanced": ("`balanced`: the default", BalancedUpdate),
+    "unflattened": ("spectrum of latents not flattened", Unflattened),
+    "whitened": ("spectrum of latents whitened", Whitened),
+    "all-directions": ("all 64 directions", AllDirections),
+    "everywhere": ("positions outside of all heads, too", Everywhere),
     "uncalibrated": ("generated latents not calibrated", Uncalibrated),
-    "by-channel": ("latents divided by a factor for each channel", ByChannel),
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
-    "quantized": ("embeddings as the real side, in the codebook's range by one factor", Quantized),
+    "quantized": ("embeddings as the real side", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
-    "long-average": ("samples with weights averaged over 200 steps", LongAverage),
+    "short-average": ("samples with weights averaged over 20 steps", ShortAverage),
+    "long-average": ("samples with weights averaged over 500 steps", LongAverage),
     "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
-COLUMNS = {"d_real": ".2f", "d_fake": ".2f", "g_loss": ".2f", "swd_mean": ".0f", "grey_values": ".3f"}
+COLUMNS = {
+    "d_real": ("D(x)", ".2f"),
+    "d_fake": ("D(G(z))", ".2f"),
+    "g_loss": ("generator's loss", ".2f"),
+    "coherence": ("coherence", ".3f"),
+    "kurtosis_256": ("kurtosis", ".2f"),
+    "outside": ("energy outside × 10⁶", ".1f"),
+    "dimmest": ("dimmest 5 %", ".3f"),
+    "texture_auc": ("texture AUC", ".3f"),
+    "anatomy_auc": ("anatomy AUC", ".2f"),
+    "kernel_distance": ("kernel distance", ".2f"),
+    "coverage": ("coverage", ".2f"),
+    "swd_mean": ("SWD, mean", ".0f"),
+}
 
 
 def main() -> None:
@@ -93,7 +125,7 @@ def train_row(o: argparse.Namespace) -> None:
 def print_table(o: argparse.Namespace) -> None:
     """Markdown; the seeds of a row side by side."""
     print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, after {o.epochs} epochs.\n")
-    print("| DCGAN's training | D(x) | D(G(z)) | generator's loss | sliced Wasserstein distance | grey values |")
+    print("| DCGAN's training | " + " | ".join(name for name, _ in COLUMNS.values()) + " |")
     print("|---|" + "---:|" * len(COLUMNS))
     for name in o.rows:
         found = []
@@ -104,7 +136,7 @@ def print_table(o: argparse.Namespace) -> None:
             if len(log) != o.epochs:
                 sys.exit(f"gan_ablation.py: error: {folder} has {len(log)} epochs, not {o.epochs}; use another --out")
             found.append(log[-1])
-        cells = [" ".join(format(float(row[key]), form) for row in found) for key, form in COLUMNS.items()]
+        cells = [" ".join(format(float(row[key]), form) for row in found) for key, (_, form) in COLUMNS.items()]
         print(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
 
 

@@ -45,7 +45,8 @@ from training.codebook import KMeans
 from training.config import Config, choose_run_fast_path
 from training.dcgan import DCGANStage
 from training.fit import update_average
-from training.latents import Latents, LatentScale
+from training.latents import Latents
+from training.scale import LatentScale
 from training.vqvae import VQVAEStage
 
 BATCH = 32

@@ -18,8 +18,11 @@ import torch
 
 import predict
 import train
+from dataset import OasisDataset
+from modules import VQVAE
 from preparation import oasis, phantoms
 from support import console
+from training import codebook
 
 PROJECT = Path(__file__).parent.parent
 PRETRAINED = PROJECT / "resources" / "pretrained"
@@ -39,6 +42,25 @@ def images() -> torch.Tensor:
     """Six brain-like images (6, 1, 256, 256) in [0, 1]."""
     slices = [phantoms.make_slice(case, s) for case, s in ((1, 0), (1, 20), (2, 8), (3, 15), (4, 27), (5, 31))]
     return torch.from_numpy(np.stack(slices)[:, None]).float() / 255
+
+
+@pytest.fixture(scope="session")
+def train_set(data) -> OasisDataset:
+    return OasisDataset(data, "train")
+
+
+@pytest.fixture(scope="session")
+def vqvae(train_set) -> VQVAE:
+    """A small VQ-VAE whose encoder is not trained; its 64 embeddings of 8 fit the training split."""
+    torch.manual_seed(0)
+    model = VQVAE(64, 8).eval()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        z_e = model.latents(train_set.batch(range(15)))
+    codebook.start_from(model.vector_quantizer, z_e, rng)
+    for _ in range(3):
+        codebook.k_means_step(model.vector_quantizer, z_e, rng)
+    return model
 
 
 @pytest.fixture

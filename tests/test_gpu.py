@@ -22,7 +22,8 @@ from support.run import Run
 from training import codebook, dcgan
 from training.config import Config
 from training.fit import update_average
-from training.latents import Latents, LatentScale
+from training.latents import Latents
+from training.scale import LatentScale
 from training.vqvae import VQVAEStage
 
 try:
@@ -193,7 +194,7 @@ def test_measures_are_those_of_the_cpu(gpu, few):
         results += [*scores[:3], torch.tensor(list(reconstruction.codebook_usage(scores).values()))]
         x = held_out.batch(range(4))
         measured = generation.compare_generated(x.flip(3), model, held_out, train, seed=0, n_pairs=8)
-        results.append(torch.tensor([row[1:3] for row in measured]))
+        results.append(torch.tensor([(row.generated.value, row.beside.value) for row in measured]))
         scale = LatentScale.fit(model, train)
         results += [scale.shift, generation.ms_ssim(x, x.flip(3)), generation.nearest_distances(x, [x.flip(3)])]
     for one, other in zip(found, expected, strict=True):

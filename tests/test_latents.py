@@ -1,82 +1,19 @@
-"""Between VQ-VAE and DCGAN: the scale of latents, encoding a split, snapping to codes, generator.pth."""
+"""Between VQ-VAE and DCGAN: encoding a split, calibration, snapping to codes, generator.pth."""
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from conftest import PRETRAINED
+import torch.nn.functional as F
 
-from dataset import OasisDataset
-from modules import VQVAE, Generator
+from modules import VQVAE, Generator, dcgan_init
 from support import device
-from training import codebook
-from training.latents import Latents, LatentScale, Prior, brightness, codebook_hash, walk
-from training.vqvae import load_vqvae
-
-
-@pytest.fixture(scope="module")
-def train_set(data):
-    return OasisDataset(data, "train")
-
-
-@pytest.fixture(scope="module")
-def vqvae(train_set):
-    torch.manual_seed(0)
-    model = VQVAE(64, 8).eval()
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        z_e = model.latents(train_set.batch(range(15)))
-    codebook.start_from(model.vector_quantizer, z_e, rng)
-    for _ in range(3):
-        codebook.k_means_step(model.vector_quantizer, z_e, rng)
-    return model
+from training.latents import Latents, Prior, codebook_hash, walk
+from training.scale import LatentScale, power_spectrum
 
 
 @pytest.fixture(scope="module")
 def latents(vqvae, train_set):
     return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
-
-
-def test_scale_maps_there_and_back():
-    scale = LatentScale(torch.tensor([1.0, -2.0]), torch.tensor([[0.5, 1.0], [0.0, 4.0]]))
-    t = torch.stack([torch.linspace(-1, 1, 9), torch.linspace(1, -1, 9) ** 3]).view(1, 2, 3, 3)
-    z = scale.from_tanh(t)
-    expected = [[0.5 * a + b + 1, 4 * b - 2] for a, b in t[0].flatten(1).T.tolist()]
-    torch.testing.assert_close(z[0].flatten(1).T, torch.tensor(expected))
-    torch.testing.assert_close(scale.to_tanh(z), t)
-    assert scale.to_tanh(z + 100).max() == 1  # clipped, not beyond what tanh can give
-
-
-def test_scale_is_fitted_as_defined(vqvae, train_set, latents):
-    with torch.no_grad():
-        z_e = vqvae.latents(train_set.batch(range(15))).permute(0, 2, 3, 1).reshape(-1, 8).double()
-    codes = vqvae.encode(train_set.batch(range(15))).flatten()
-    background = codes.mode().values
-    shift = vqvae.vector_quantizer.embedding.weight[background].detach()
-    torch.testing.assert_close(latents.scale.shift, shift)
-    scale, difference = latents.scale.scale.double(), z_e[codes != background] - shift.double()
-    factor = difference.square().mean().sqrt() / 0.4
-    torch.testing.assert_close(scale.T @ scale, factor**2 * torch.eye(8).double(), rtol=1e-3, atol=1e-5)  # a rotation
-    in_range = difference @ torch.linalg.inv(scale).T
-    assert in_range.square().mean().sqrt().item() == pytest.approx(0.4, rel=1e-3)
-    # the direction of greatest variance, by SciPy, is spread evenly: all channels have the same share of it
-    first = torch.from_numpy(scipy.linalg.svd(difference.numpy(), full_matrices=False)[2][0].copy())
-    shares = (torch.linalg.inv(scale) @ first).abs()
-    torch.testing.assert_close(shares, shares.mean().expand(8), rtol=1e-3, atol=0)
-
-
-def test_scale_of_the_codebook_fits_it_into_tanhs_range(vqvae):
-    scale = LatentScale.of_codebook(vqvae)
-    embeddings = vqvae.vector_quantizer.embedding.weight.detach()
-    t = scale.to_tanh(embeddings[:, :, None, None])
-    torch.testing.assert_close(t[:, :, 0, 0], embeddings / embeddings.abs().max())
-    assert t.abs().max() == pytest.approx(1)
-
-
-def test_a_codebook_of_one_used_code_has_a_scale(train_set):
-    model = VQVAE(1, 4)
-    scale = LatentScale.fit(model, train_set)
-    assert scale.scale.isfinite().all() and torch.linalg.matrix_rank(scale.scale) == 4
 
 
 def test_quantized_latents_are_embeddings(vqvae, train_set):
@@ -116,28 +53,39 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
 
 
-def test_calibration_gives_generated_brains_the_brightness_real_ones(train_set):
-    vqvae = load_vqvae(PRETRAINED / "vqvae.pth")
-    latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
-
+def test_calibration_gives_generated_latents_the_power_of_real_ones(vqvae, latents):
     class Weak(torch.nn.Module):
-        """A generator that draws real latents at 0.7 of their amplitude: its noise holds their numbers."""
+        """A generator that draws real latents, some of them too weak or blurred: its noise holds their numbers."""
 
         def forward(self, noise):
-            return 0.7 * latents.batch([int(n) for n in noise[:, 0, 0, 0]])
+            c = latents.coefficients([int(n) for n in noise[:, 0, 0, 0]])
+            c[:, 0] *= 0.5
+            c[:, 1] = (c[:, 1] + F.avg_pool2d(c[:, 1:2], 3, 1, 1)[:, 0]) / 2
+            return latents.scale.mixed(c)
 
     prior = Prior(Weak().eval(), latents.scale, vqvae)
-    noise = torch.arange(15.0).view(15, 1, 1, 1)
-    real = vqvae.decode(vqvae.encode(train_set.batch(range(15)))).clamp(0, 1)
-    wanted = np.sqrt(np.mean(real.double().numpy().reshape(15, 16, 16, 16, 16).mean((2, 4)) ** 2))
-    assert brightness(real) == pytest.approx(wanted, rel=1e-5)
-    dark = brightness(prior.sample_images(noise))
+    real = latents.coefficients(range(15))
     for _ in range(2):  # a second time changes nothing
-        prior.calibrate(wanted, latents.scale, noise)
-        assert brightness(prior.sample_images(noise)) == pytest.approx(wanted, rel=0.01)
-    assert dark < 0.95 * wanted
-    assert (prior.scale.scale / latents.scale.scale).mean().item() == pytest.approx(1 / 0.7, rel=0.05)
+        prior.calibrate(power_spectrum(real), latents.scale, torch.arange(15.0).view(15, 1, 1, 1))
+        z = prior.scale.from_tanh(prior.generator(torch.arange(15.0).view(15, 1, 1, 1)))
+        again = latents.scale.coefficients(z)
+        power, wanted = (np.abs(np.fft.fft2(c.numpy())) ** 2 for c in (again, real))
+        for k in range(real.shape[1]):
+            assert power[:, k].mean() == pytest.approx(wanted[:, k].mean(), rel=0.05)
+            assert power[:, k, 8:24, 8:24].mean() == pytest.approx(wanted[:, k, 8:24, 8:24].mean(), rel=0.2)
+    weak = latents.scale.coefficients(latents.scale.from_tanh(prior.generator(torch.arange(15.0).view(15, 1, 1, 1))))
+    assert weak[:, 0].square().mean() < 0.3 * real[:, 0].square().mean()
     assert torch.equal(prior.scale.shift, latents.scale.shift)
+
+
+def test_calibration_measures_batch_statistics_for_the_weights_as_they_are(vqvae, latents):
+    generator = Generator(embeddings_dim=8).apply(dcgan_init)
+    prior, noise = Prior(generator, latents.scale, vqvae), torch.randn(64, 128, 1, 1)
+    prior.calibrate(power_spectrum(latents.coefficients(range(15))), latents.scale, noise)
+    first, after = generator.net[0][0], generator.net[0][1]
+    with torch.no_grad():
+        mean = torch.stack([first(part).mean((0, 2, 3)) for part in noise.split(32)]).mean(0)
+    torch.testing.assert_close(after.running_mean, mean, rtol=1e-4, atol=1e-6)
 
 
 def test_walk_goes_from_one_noise_vector_to_the_other_in_equal_angles():
@@ -178,8 +126,11 @@ def test_checkpoint_of_another_codebook_is_refused(vqvae, latents):
         ("state_dict", {}, "is missing"),
         ("shift", 1.0, "'shift'"),
         ("shift", torch.zeros(7), "'shift'"),
-        ("scale", torch.full((8, 8), torch.nan), "'scale'"),
-        ("scale", torch.eye(7), "'scale' is not 8 x 8"),
+        ("scale", torch.full((6, 64, 33), torch.nan), "'scale'"),
+        ("scale", torch.zeros(6, 64, 33), "'scale' has values that are not positive"),
+        ("scale", torch.ones(6, 64, 64), "'scale' is not 6 x 64 x 33"),
+        ("scale", 1.0, "'scale' is not"),
+        ("mix", torch.zeros(8, 5), "'mix' is not 8 x 6"),
     ],
 )
 def test_spoiled_checkpoint_is_refused(vqvae, latents, key, value, message):

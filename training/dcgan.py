@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dataset import OasisDataset
 from evaluation import generation
-from evaluation.reconstruction import reconstruct
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 from report.plots import Figures
 from support import distributed, files, seeds
@@ -21,7 +20,8 @@ from support.console import UserError
 from support.device import move
 from support.run import Run
 from training.fit import Stage
-from training.latents import Latents, LatentScale, Prior, brightness, codebook_hash
+from training.latents import Latents, Prior, codebook_hash
+from training.scale import LatentScale, power_spectrum
 
 
 class PlainUpdate:
@@ -34,7 +34,8 @@ class PlainUpdate:
     fit_scale = LatentScale.of_codebook  # (vqvae, train_set) -> the map between latents and the generator's range
     quantized = True  # whether real latents are embeddings, or the encoder's output before quantization
     average_decay = 0.0  # of the EMA of the generator's weights, which draws the samples
-    calibrated = False  # whether to match the brightness of real images (`latents.Prior.calibrate`)
+    calibrated = False  # whether to match the power of real latents (`latents.Prior.calibrate`)
+    visible = staticmethod(lambda latents: latents)  # what the discriminator sees of generated latents
 
     def __init__(self, generator, discriminator, optimizers):
         self.generator, self.discriminator = generator, discriminator
@@ -49,7 +50,7 @@ class PlainUpdate:
             (4,): the discriminator's loss, mean D(x) and mean D(G(z)) before its step, and the generator's loss.
         """
         # (1) Update D: minimise -log D(x) - log(1 - D(G(z))), plus a penalty
-        fake = self.generator(noise)
+        fake = self.visible(self.generator(noise))
         d_real, d_fake = self.discriminator.logits(real), self.discriminator.logits(fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
         loss = d_loss + self.penalty(real, d_real)
@@ -82,7 +83,7 @@ class BalancedUpdate(PlainUpdate):
 
     fit_scale = LatentScale.fit
     quantized = False
-    average_decay = 0.95
+    average_decay = 0.99
     calibrated = True
     r1_strength = 5.0
     lead_decay = 0.98  # of the running mean
@@ -179,6 +180,7 @@ class DCGANStage(Stage):
         """Set the map between latents and the generator's range, and what depends on it."""
         self.scale = scale.to(self.run.device)
         self.vqvae.eval().to(memory_format=torch.channels_last)
+        self.update.visible = self.scale.visible
         self.prior = Prior(self.average, self.scale, self.vqvae, self.run.phantoms)
         self.shown = self._noise(64, "gan samples")
         self.eval_noise = self._noise(min(len(self.validate_set), len(self.train_set)), "measures")
@@ -187,11 +189,10 @@ class DCGANStage(Stage):
         return self.prior.noise(n, seeds.generator(self.run.config.seed, stream))
 
     def data(self) -> Latents:
-        if self.update.calibrated:
-            every = -(-len(self.train_set) // 128)
-            real = reconstruct(self.vqvae, self.train_set, range(0, len(self.train_set), every))
-            self.target = brightness(real)
         latents = Latents(self.vqvae, self.train_set, self.scale, self.update.quantized, self.stored)
+        if self.update.calibrated:
+            every = -(-len(latents) // 512)
+            self.power = power_spectrum(latents.coefficients(range(0, len(latents), every)))
         self.stored = latents.stored
         kept = "kept in memory" if latents.stored else "too many for memory, so each batch is encoded when it is used"
         print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
@@ -206,7 +207,7 @@ class DCGANStage(Stage):
         """Calibrate the prior. `n_measures` times in a run, compare its samples with the validation split."""
         measures = {key: value.item() for key, value in self.update.state_dict().items()}
         if self.update.calibrated:
-            self.prior.calibrate(self.target, self.scale, self._noise(32, "calibration"))
+            self.prior.calibrate(self.power, self.scale, self._noise(512, "calibration"))
         now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
         if now > before and distributed.is_first():
             found = self.held_out.measure(self.prior.sample_images(self.eval_noise))
@@ -254,7 +255,7 @@ class DCGANStage(Stage):
             )
 
     def extra_state(self) -> dict:
-        scale, codebook = [self.scale.shift.cpu(), self.scale.scale.cpu()], codebook_hash(self.vqvae)
+        scale, codebook = self.scale.to("cpu").tensors(), codebook_hash(self.vqvae)
         state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.floor}
         return state | {"update": self.update.state_dict()}
 
@@ -262,6 +263,6 @@ class DCGANStage(Stage):
         if state["codebook"] != codebook_hash(self.vqvae):
             vqvae = self.run.folder / "vqvae.pth"
             raise UserError(f"{vqvae}: has changed since the DCGAN began; start a new run with it")
-        self.set_scale(LatentScale(*state["scale"]))
+        self.set_scale(LatentScale(**state["scale"]))
         self.update.load_state_dict(state["update"])
         self.floor, self.stored = state["floor"], state["stored"]

@@ -1,0 +1,126 @@
+"""The map between latents and the generator's range: against NumPy, SciPy and maps whose answer is known."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import PRETRAINED
+
+from evaluation.reconstruction import ssim
+from modules import VQVAE
+from training.latents import Latents
+from training.scale import CLIPPED, LatentScale, power_spectrum
+from training.vqvae import load_vqvae
+
+
+@pytest.fixture(scope="module")
+def scale(vqvae, train_set):
+    return LatentScale.fit(vqvae, train_set)
+
+
+@pytest.fixture(scope="module")
+def encoded(vqvae, train_set):
+    """Latents and codes of the training split, which has fewer images than a scale is fitted on."""
+    with torch.no_grad():
+        return vqvae.latents(train_set.batch(range(15))), vqvae.encode(train_set.batch(range(15)))
+
+
+def test_scale_maps_there_and_back(scale):
+    c = 0.1 * torch.randn(3, 6, 64, 64, generator=torch.Generator().manual_seed(0)) * scale.support
+    t = scale.mixed(c)
+    z = scale.from_tanh(t)
+    torch.testing.assert_close(scale.unmixed(t), c, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scale.visible(t), t, rtol=1e-4, atol=1e-6)
+    outside = scale.support == 0
+    assert outside.any() and torch.equal(z[:, :, outside], scale.shift[:, outside].expand(3, -1, -1))
+    difference = z - scale.shift  # only along the directions
+    along = torch.einsum("dk,ek,behw->bdhw", scale.directions, scale.directions, difference)
+    torch.testing.assert_close(along, difference, rtol=1e-3, atol=1e-4)
+    assert scale.mixed(100 * c).max() == 1  # clipped, not beyond what tanh can give
+    twice = scale.times(2.0).from_tanh(t) - scale.shift
+    torch.testing.assert_close(twice, 2 * difference, rtol=1e-4, atol=1e-5)
+
+
+def test_coefficients_are_numpys(scale, encoded):
+    z = encoded[0][:2]
+    found = scale.coefficients(z)
+    difference = (z - scale.shift).double().numpy()
+    gain = np.concatenate([scale.scale.numpy(), np.zeros((6, 64, 31))], 2)
+    for i in range(2):
+        for k in range(6):
+            projected = np.tensordot(scale.directions[:, k].double().numpy(), difference[i], 1)
+            full = gain[k].copy()  # the other half of the frequencies has the same gains
+            full[:, 33:] = full[-np.arange(64)][:, 31:0:-1]
+            expected = np.fft.ifft2(np.fft.fft2(projected) * full).real * scale.support.numpy()
+            np.testing.assert_allclose(found[i, k].numpy(), expected, atol=1e-4)
+
+
+def test_what_is_constant_is_subtracted(scale, encoded, vqvae):
+    z, codes = encoded
+    weight = vqvae.vector_quantizer.embedding.weight.detach()
+    background = codes.flatten().mode().values
+    for row, column in ((0, 5), (63, 63), (10, 3), (32, 32), (30, 25)):
+        counts = np.bincount(codes[:, row, column].numpy(), minlength=64)
+        usual = counts.argmax() if counts.max() > 7.5 else background
+        assert torch.equal(scale.shift[:, row, column], weight[usual])
+
+
+def test_directions_are_scipys_principal_ones(scale, encoded, vqvae):
+    z, codes = encoded
+    usual = (
+        torch.cdist(scale.shift.flatten(1).T, vqvae.vector_quantizer.embedding.weight.detach()).argmin(1).view(64, 64)
+    )
+    head = (z - scale.shift).permute(0, 2, 3, 1)[codes != usual].double().numpy()
+    expected = scipy.linalg.svd(head, full_matrices=False)[2][:6]
+    overlap = np.abs(np.einsum("kd,dk->k", expected, scale.directions.double().numpy()))
+    np.testing.assert_allclose(overlap, 1, atol=1e-3)
+    t = scale.to_tanh(z).permute(0, 2, 3, 1)[codes != usual].abs()
+    assert (t == 1).double().mean().item() == pytest.approx(CLIPPED, rel=0.1)
+
+
+@pytest.mark.parametrize("emphasis", [0.0, 0.5, 1.0])
+def test_emphasis_is_the_exponent_of_the_spectrum_that_is_divided_by(vqvae, train_set, encoded, emphasis):
+    scale = LatentScale.fit(vqvae, train_set, emphasis=emphasis)
+    plain = LatentScale.fit(vqvae, train_set, emphasis=0.0)
+    before, after = (power_spectrum(each.coefficients(encoded[0])).double().log() for each in (plain, scale))
+    for k in range(2):  # the leading ones
+        slope = np.polyfit(before[k].flatten().numpy(), after[k].flatten().numpy(), 1)[0]
+        assert slope == pytest.approx(1 - emphasis, abs=0.05)
+
+
+def test_power_spectrum_is_numpys_by_ring():
+    c = torch.randn(600, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    c[:, 1] += torch.cos(2 * torch.pi * 9 * torch.arange(64) / 64)
+    found = power_spectrum(c)
+    assert found.shape == (2, 64, 33)
+    np.testing.assert_allclose(found[0].numpy(), 1, atol=0.05)  # white noise
+    frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)) * 64
+    power = (np.abs(np.fft.fft2(c[:, 1].numpy(), norm="ortho")) ** 2).mean(0)[:, :33]
+    rings = [np.log(power[np.abs(frequency - n) <= 0.5].mean()) for n in (8, 9, 10)]
+    assert found[1, 0, 9].item() == pytest.approx(np.exp(np.mean(rings)), rel=0.02)
+    torch.testing.assert_close(found[1, 9, 0], found[1, 0, 9])
+    torch.testing.assert_close(found[1, 0, 20], found[1, 12, 16])  # both 20 cycles
+
+
+def test_scale_of_the_codebook_fits_it_into_tanhs_range(vqvae):
+    scale = LatentScale.of_codebook(vqvae)
+    embeddings = vqvae.vector_quantizer.embedding.weight.detach()
+    z = embeddings[:, :, None, None].expand(-1, -1, 64, 64)
+    t = scale.to_tanh(z)
+    torch.testing.assert_close(t, z / embeddings.abs().max(), rtol=1e-4, atol=1e-6)
+    assert t.abs().max() == pytest.approx(1)
+    torch.testing.assert_close(scale.from_tanh(t), z, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scale.visible(t), t)
+
+
+def test_a_codebook_of_one_used_code_has_a_scale(train_set):
+    scale = LatentScale.fit(VQVAE(1, 4), train_set)
+    assert all(value.isfinite().all() for value in scale.tensors().values()) and (scale.scale > 0).all()
+
+
+def test_images_decode_from_what_is_kept_as_from_all(train_set):
+    vqvae = load_vqvae(PRETRAINED / "vqvae.pth")
+    scale, x = LatentScale.fit(vqvae, train_set), train_set.batch(range(8))
+    through = scale.from_tanh(Latents(vqvae, train_set, scale).batch(range(8)))
+    found = vqvae.decode(vqvae.vector_quantizer.nearest(through))
+    assert ssim(x, found).mean() > ssim(x, vqvae.decode(vqvae.encode(x))).mean() - 0.01
