@@ -8,6 +8,7 @@ import ablation
 import gan_ablation
 import gpu_check
 import limits
+import measures
 import peers
 import pytest
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from conftest import PRETRAINED, PROJECT, resume_file
 from skimage.metrics import structural_similarity
 
+from dataset import OasisDataset
+from evaluation.generation import COMPARISONS, INDICES
+from evaluation.two_sample import Interval
 from modules import VQVAE, VectorQuantizer
 from support.console import UserError
 
@@ -155,3 +159,27 @@ def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(mo
         for wrong in (1.5, float("nan")):
             with pytest.raises(gpu_check.Failed, match=f"{name}: CPU 0.5000000, GPU .*BEYOND"):
                 gpu_check.compare(same, same | {name: wrong})
+
+
+def test_measures_are_admitted_where_intervals_are_apart_and_halves_equal():
+    a, b, c = Interval(1.0, 0.9, 1.1), Interval(2.0, 1.9, 2.1), Interval(3.0, 2.05, 4.0)
+    same, other = {"coherence": Interval(1.05, 1.0, 1.2)}, {"coherence": Interval(1.05, 1.11, 1.2)}
+    assert measures.admitted("coherence", [c._replace(low=2.2), b, a], a, same)
+    assert not measures.admitted("coherence", [a, b, c], a, same)  # b and c overlap
+    assert not measures.admitted("coherence", [b, a, c], a, same)
+    assert not measures.admitted("coherence", [a, b, c._replace(low=2.2)], a, other)
+    assert measures.admitted("texture_auc", [a, b, c._replace(low=2.2)], Interval(0.52, 0.49, 0.6), same)
+    assert not measures.admitted("texture_auc", [a, b, c._replace(low=2.2)], Interval(0.56, 0.51, 0.6), same)
+
+
+def test_the_table_of_measures_compares_halves_of_different_subjects(data, monkeypatch, capfd):
+    train = OasisDataset(data, "train")
+    first, second = measures.halves(train, 100)
+    assert sorted(first + second) == list(range(len(train))) and len(measures.halves(train, 2)[0]) == 2
+    cases = [{train.case_and_slice(i)[0] for i in side} for side in (first, second)]
+    assert not cases[0] & cases[1]
+    words = [PRETRAINED / "vqvae.pth", "--data", data, "--generators", PRETRAINED / "generator.pth"]
+    out, _ = run_main(measures, words, monkeypatch, capfd)
+    table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + len(INDICES | COMPARISONS) and {len(line) for line in table} == {6}
+    assert {line[-1].rstrip(" |") for line in table[1:]} <= {"yes", "no"}

@@ -1,0 +1,94 @@
+"""Which measures of generated images can be trusted to order them: a table of docs/results.md.
+
+    python benchmarks/measures.py PATH/vqvae.pth --data DIR --generators PATH/generator.pth …
+
+A measure is admitted if it orders reconstructions of training images, brains of the first generator and independent
+codes, in this sequence, with confidence intervals apart, and finds two halves of the training subjects equal. All are
+compared with reconstructions of the validation split.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset import OasisDataset  # noqa: E402
+from evaluation.generation import COMPARISONS, INDICES, HeldOut, decode_independent_codes  # noqa: E402
+from evaluation.reconstruction import reconstruct  # noqa: E402
+from evaluation.texture import Features, features  # noqa: E402
+from evaluation.two_sample import Interval, compare, indices  # noqa: E402
+from support import console, seeds  # noqa: E402
+from support.device import exact_float32  # noqa: E402
+from training.latents import load_prior  # noqa: E402
+from training.vqvae import load_vqvae  # noqa: E402
+
+
+@exact_float32()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vqvae", metavar="PATH", help="vqvae.pth")
+    parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
+    parser.add_argument("--generators", metavar="PATH", nargs="+", required=True, help="generator.pth, one or more")
+    parser.add_argument("--seed", type=console.SEED, default=0, help="of the noise and of what is drawn (default: 0)")
+    o = parser.parse_args()
+    vqvae = load_vqvae(o.vqvae)
+    train, validate = (OasisDataset(o.data, split) for split in ("train", "validate"))
+    real = HeldOut(vqvae, validate, train, min(len(validate), len(train)), o.seed)
+    n, rng = len(real.images), seeds.generator(o.seed, "independent codes")
+
+    def reconstructed(numbers: list[int]) -> Features:
+        return features(vqvae, reconstruct(vqvae, train, numbers), [train.case_and_slice(i)[0] for i in numbers])
+
+    measured = {"reconstructed training images": measure(real.features, reconstructed(real.picked))}
+    for path in o.generators:
+        prior = load_prior(path, vqvae)
+        images = prior.sample_images(prior.noise(n, seeds.generator(o.seed, "measures")))
+        measured[path] = measure(real.features, features(vqvae, images))
+    independent = decode_independent_codes(vqvae, train, real.picked, rng)
+    measured["independent codes"] = measure(real.features, features(vqvae, independent))
+    first, second = (reconstructed(numbers) for numbers in halves(train, n))
+    found, beside = measure(first, second), indices(first, seeds.generator(0, "measures"))
+    print_table(measured, found, beside)
+
+
+def halves(dataset: OasisDataset, n: int) -> list[list[int]]:
+    """The numbers of up to n images of every other subject, and of the others, spaced evenly."""
+    subjects = {
+        case: i for i, case in enumerate(dict.fromkeys(dataset.case_and_slice(i)[0] for i in range(len(dataset))))
+    }
+    sides = [[i for i in range(len(dataset)) if subjects[dataset.case_and_slice(i)[0]] % 2 == side] for side in (0, 1)]
+    return [[side[i * len(side) // k] for i in range(k)] for side in sides for k in (min(n, len(side)),)]
+
+
+def measure(real: Features, fake: Features) -> dict[str, Interval]:
+    rng = seeds.generator(0, "measures")
+    return indices(fake, rng) | compare(real, fake, rng)
+
+
+def admitted(name: str, sides: list[Interval], half: Interval, beside: dict[str, Interval]) -> bool:
+    """Whether a measure orders three sides with intervals apart, and finds two halves equal."""
+    rising, falling = (
+        all(a.high < b.low for a, b in zip(part, part[1:], strict=False)) for part in (sides, sides[::-1])
+    )
+    if name in beside:
+        equal = half.low <= beside[name].high and beside[name].low <= half.high
+    else:
+        equal = half.low <= {"density": 1, "coverage": 1 - 0.5**5, "kernel_distance": 0}.get(name, 0.5) <= half.high
+    return (rising or falling) and equal
+
+
+def print_table(measured: dict[str, dict], half: dict[str, Interval], beside: dict[str, Interval]) -> None:
+    """Markdown: a row for each measure, with 95 % confidence intervals."""
+    print("| measure | " + " | ".join(measured) + " | two halves of the training subjects | admitted |")
+    print("|---|" + "---:|" * (len(measured) + 1) + "---|")
+    columns = list(measured.values())
+    for name, text in (INDICES | COMPARISONS).items():
+        cells = [str(column[name]) for column in columns]
+        cells.append(f"{beside[name]}, {half[name]}" if name in beside else str(half[name]))
+        judged = admitted(name, [columns[0][name], columns[1][name], columns[-1][name]], half[name], beside)
+        print(f"| {text} | " + " | ".join(cells) + f" | {'yes' if judged else 'no'} |")
+
+
+if __name__ == "__main__":
+    console.run_program(main, "measures.py")
