@@ -99,7 +99,7 @@ def test_vqvae_pth_is_a_plain_state_dict_of_the_best_epoch(trained):
 def test_generator_pth_loads_as_weights_only(trained):
     _, run = trained
     contents = torch.load(run / "generator.pth", weights_only=True)
-    assert contents["shift"].shape == (64,) and contents["scale"].shape == (64, 64)
+    assert contents["shift"].shape == (64, 64, 64) and contents["scale"].shape == (6, 64, 33)
     assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
     state = resume_file(run)["state"]["gan"]
     for key, value in contents["state_dict"].items():  # samples are drawn with the average
@@ -236,7 +236,8 @@ def test_the_reports_bare_procedure(trained, data, folder):
     saved = torch.load(bare / "generator.pth", weights_only=True)
     state = resume_file(bare)["state"]["gan"]
     embeddings = torch.load(run / "vqvae.pth", weights_only=True)["vector_quantizer.embedding.weight"]
-    assert torch.equal(saved["scale"], torch.eye(64) * embeddings.abs().max()) and not saved["shift"].any()
+    torch.testing.assert_close(saved["scale"], (1 / embeddings.abs().max()).expand(64, 64, 33))
+    assert torch.equal(saved["mix"], torch.eye(64)) and not saved["shift"].any() and saved["support"].all()
     for key, value in state["networks"]["generator"].items():  # nothing is averaged
         assert torch.equal(saved["state_dict"][key], value), key
     assert state["extra"]["update"] == {} and len(rows(bare, "gan")) == 1

@@ -73,12 +73,14 @@ class PlainUpdate:
 
 
 class BalancedUpdate(PlainUpdate):
-    """Cross entropy with R1, continuous real latents, an EMA for sampling, and calibration.
+    """Cross entropy with R1 on flattened, continuous latents; an EMA for sampling, and calibration.
 
+    - Latents are cut to what decodes to heads, and high frequencies are emphasised (`LatentScale.fit`): what the
+      discriminator hardly sees, the generator does not learn.
     - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ = exp(5 d)
       follows the discriminator's lead d, the running mean of D(x) - D(G(z)).
     - Real latents are continuous, so they cannot be told by coinciding with embeddings.
-    - Samples are drawn with a short EMA of the generator's weights: a long one blurs fine detail.
+    - Samples are drawn with an EMA of the generator's weights, calibrated by `latents.Prior.calibrate`.
     """
 
     fit_scale = LatentScale.fit
