@@ -193,8 +193,8 @@ class DCGANStage(Stage):
     def data(self) -> Latents:
         latents = Latents(self.vqvae, self.train_set, self.scale, self.update.quantized, self.stored)
         if self.update.calibrated:
-            every = -(-len(latents) // 512)
-            self.power = power_spectrum(latents.coefficients(range(0, len(latents), every)))
+            picked = torch.arange(0, len(latents), -(-len(latents) // 512))
+            self.power = power_spectrum(torch.cat([latents.coefficients(part) for part in picked.split(32)]))
         self.stored = latents.stored
         kept = "kept in memory" if latents.stored else "too many for memory, so each batch is encoded when it is used"
         print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
@@ -208,8 +208,11 @@ class DCGANStage(Stage):
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior. `n_measures` times in a run, compare its samples with the validation split."""
         measures = {key: value.item() for key, value in self.update.state_dict().items()}
+        noise = self._noise(512, "calibration")
+        if self.update.average_decay:
+            self.prior.measure_statistics(noise)
         if self.update.calibrated:
-            self.prior.calibrate(self.power, self.scale, self._noise(512, "calibration"))
+            self.prior.calibrate(self.power, self.scale, noise)
         now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
         if now > before and distributed.is_first():
             found = self.held_out.measure(self.prior.sample_images(self.eval_noise))

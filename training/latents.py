@@ -24,8 +24,8 @@ LARGEST_FACTOR = 8.0  # of calibration
 class Latents(Dataset):
     """A split's latents in tanh's range, which the DCGAN learns to generate.
 
-    They are encoded once, and their coefficients kept in half precision (48 kB an image) if that takes at most half of
-    the free memory, on the device or else on the host. Otherwise each batch is encoded when it is asked for.
+    They are encoded once, and their K coefficients kept in half precision (8·K kB an image) if that takes at most half
+    of the free memory, on the device or else on the host. Otherwise each batch is encoded when it is asked for.
 
     Args:
         vqvae, dataset, scale: the trained network, a `dataset.OasisDataset` and the map, on one device.
@@ -36,7 +36,7 @@ class Latents(Dataset):
     def __init__(self, vqvae: VQVAE, dataset: Dataset, scale: LatentScale, quantized: bool = False, stored=None):
         self.vqvae, self.dataset = vqvae.eval().to(memory_format=torch.channels_last), dataset
         self.scale, self.quantized = scale, quantized
-        size = (len(dataset), scale.mix.shape[1], *scale.support.shape)
+        size = (len(dataset), *scale.support.shape, scale.mix.shape[1])
         n_bytes = 2 * math.prod(size)
         device, host = scale.support.device, torch.device("cpu")
         self.stored = fits(n_bytes, device) or fits(n_bytes, host) if stored is None else stored
@@ -45,7 +45,7 @@ class Latents(Dataset):
         self.kept = torch.empty(size, dtype=torch.half, device=device if fits(n_bytes, device) else host)
         start = 0
         for x in in_batches(dataset, desc="Encoding"):
-            self.kept[start : start + len(x)] = self._encode(x)
+            self.kept[start : start + len(x)] = self._encode(x).permute(0, 2, 3, 1)
             start += len(x)
 
     @torch.no_grad()
@@ -60,15 +60,15 @@ class Latents(Dataset):
         return len(self.dataset)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """(B, D, 64, 64) float32 in [-1, 1]."""
+        """(B, D, 64, 64) float32."""
         return self.scale.mixed(self.coefficients(indices))
 
     def coefficients(self, indices: Sequence[int]) -> Tensor:
-        """(B, K, 64, 64) float32, on the scale's device."""
+        """(B, K, 64, 64) float32, on the scale's device; for a batch, since images may have to be encoded."""
         if not self.stored:
             return self._encode(self.dataset.batch(indices)).float()
         kept = self.kept[move(torch.as_tensor(indices), self.kept.device)]
-        return move(kept, self.scale.support.device).float()
+        return move(kept, self.scale.support.device).permute(0, 3, 1, 2).float()
 
     __getitems__ = batch  # what DataLoader calls
 
@@ -102,12 +102,19 @@ class Prior:
                 console.stop_if_signalled()
         return torch.cat(images)
 
+    def measure_statistics(self, noise: Tensor) -> None:
+        """Set the statistics of the generator's BatchNorm to those that its weights have for noise (on the CPU).
+
+        An average of the statistics of past weights is not that of averaged weights.
+        """
+        update_bn([part.to(self.scale.support.device) for part in noise.split(32)], self.generator)
+
+    @torch.no_grad()
     def calibrate(self, power: Tensor, fitted: LatentScale, noise: Tensor) -> None:
         """Give generated latents the power of real ones at each spatial frequency.
 
         A discriminator with BatchNorm that sees real and generated latents in separate batches cannot see their
-        amplitude, so a generator is free to draw latents that are too weak, which decode to dark brains. Before they
-        are compared, the statistics of the generator's own BatchNorm are measured for its weights as they are.
+        amplitude, so a generator is free to draw latents that are too weak, which decode to dark brains.
 
         Args:
             power: `power_spectrum` of real coefficients.
@@ -115,9 +122,7 @@ class Prior:
             noise: (B, noise_dim, 1, 1), on the CPU, of the samples that are compared.
         """
         batches = [part.to(fitted.support.device) for part in noise.split(32)]
-        update_bn(batches, self.generator)
-        with torch.no_grad():
-            generated = torch.cat([fitted.unmixed(self.generator.eval()(part)) for part in batches])
+        generated = torch.cat([fitted.unmixed(self.generator.eval()(part)) for part in batches])
         factor = (power / power_spectrum(generated)).sqrt()
         self.scale = fitted.times(factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR))
 

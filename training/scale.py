@@ -25,8 +25,8 @@ MARGIN = 2  # positions around the heads of the images that a scale is fitted on
 class LatentScale:
     """Latents z (B, D, H, W) <-> coefficients c (B, K, H, W) <-> tanh's range t (B, D, H, W).
 
-    c = scale * (directionsᵀ (z - shift)) within `support`, t = clip(mix c, -1, 1), where * multiplies the 2-d Fourier
-    transform; back, z = shift + directions (scale⁻¹ * mixᵀ t) within `support`.
+    c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform, and
+    t = `visible`(clip(mix c, -1, 1)); back, z = shift + directions (scale⁻¹ * mixᵀ t) within `support`.
 
     Attributes:
         shift: (D, H, W), what maps to 0.
@@ -56,15 +56,17 @@ class LatentScale:
         scale = tensors["scale"]
         n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
         shapes = dict(scale=(n, 64, 33), shift=(dim, 64, 64), directions=(dim, n), mix=(dim, n), support=(64, 64))
+        found = {}
         for name, shape in shapes.items():
             value = tensors[name]
             if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
                 raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
-            if not value.float().isfinite().all():
+            found[name] = value.float()
+            if not found[name].isfinite().all():
                 raise ValueError(f"its '{name}' has values that are not finite")
-        if not (scale > 0).all():
+        if not (found["scale"] > 0).all() or not (1 / found["scale"]).isfinite().all():
             raise ValueError("its 'scale' has values that are not positive")
-        return cls(**{name: tensors[name].float() for name in shapes})
+        return cls(**found)
 
     def times(self, factor: float | Tensor) -> "LatentScale":
         """The map that gives z - shift `factor` times as long, by coefficient and frequency if it is a tensor."""
@@ -72,16 +74,15 @@ class LatentScale:
 
     def coefficients(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, K, H, W)."""
-        c = torch.einsum("dk,bdhw->bkhw", self.directions, z - self.shift)
-        return _filter(c, self.scale) * self.support
+        return _filter(_multiply(self.directions.T, z - self.shift), self.scale) * self.support
 
     def mixed(self, c: Tensor) -> Tensor:
-        """Coefficients (B, K, H, W) -> (B, D, H, W) in [-1, 1]."""
-        return torch.einsum("dk,bkhw->bdhw", self.mix, c).clamp(-1, 1)
+        """Coefficients (B, K, H, W) -> (B, D, H, W), what is visible of their mixture cut to [-1, 1]."""
+        return self.visible(_multiply(self.mix, c).clamp(-1, 1))
 
     def unmixed(self, t: Tensor) -> Tensor:
-        """(B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W)."""
-        return torch.einsum("dk,bdhw->bkhw", self.mix, t) * self.support
+        """(B, D, H, W) -> coefficients (B, K, H, W)."""
+        return _multiply(self.mix.T, t) * self.support
 
     def to_tanh(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, D, H, W) in [-1, 1]."""
@@ -90,13 +91,16 @@ class LatentScale:
     def from_tanh(self, t: Tensor) -> Tensor:
         """(B, D, H, W) in [-1, 1] -> latents (B, D, H, W)."""
         c = _filter(self.unmixed(t), 1 / self.scale) * self.support
-        return torch.einsum("dk,bkhw->bdhw", self.directions, c) + self.shift
+        return _multiply(self.directions, c) + self.shift
 
     def visible(self, t: Tensor) -> Tensor:
-        """What of the generator's output (B, D, H, W) reaches latents: its projection on `mix`, within `support`."""
+        """What of the generator's output (B, D, H, W) in [-1, 1] reaches latents: its projection on `mix` in `support`.
+
+        Real and generated latents both pass here, so neither can be told by what the other cannot have.
+        """
         if self.mix.shape[0] == self.mix.shape[1]:
             return t * self.support
-        return torch.einsum("dk,bkhw->bdhw", self.mix, self.unmixed(t))
+        return _multiply(self.mix, self.unmixed(t))
 
     @classmethod
     def of_codebook(cls, vqvae: VQVAE, dataset: Dataset | None = None) -> "LatentScale":
@@ -141,7 +145,7 @@ class LatentScale:
         )
         power = power_spectrum(found.coefficients(z)).clamp(min=1e-5 * size**2)
         found = replace(found, scale=power ** (-emphasis / 2))
-        values = torch.einsum("dk,bkhw->bhwd", found.mix, found.coefficients(z))[head].abs().flatten()
+        values = _multiply(found.mix, found.coefficients(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
         return found.times(largest).to(vqvae.vector_quantizer.embedding.weight.device)
 
@@ -164,6 +168,11 @@ def _cosines(n: int) -> Tensor:
     return columns.float()
 
 
+def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
+    """The matrix (M, C) times the vector at each position of x (B, C, H, W): (B, M, H, W), in channels_last."""
+    return F.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)
+
+
 def _filter(c: Tensor, gain: Tensor) -> Tensor:
     """Multiply the Fourier transform of c (B, K, H, W) by gain (K, H, W // 2 + 1)."""
     return torch.fft.irfft2(torch.fft.rfft2(c) * gain, s=c.shape[-2:])
@@ -175,11 +184,11 @@ def power_spectrum(c: Tensor) -> Tensor:
     Rings are one cycle per image wide, the constant part belongs to the first. Logarithms are averaged over three.
     """
     size = c.shape[-1]
-    power = torch.fft.rfft2(c, norm="ortho").abs().square().mean(0).flatten(1)
-    device = c.device
-    frequency = torch.hypot(torch.fft.fftfreq(size, device=device)[:, None], torch.fft.rfftfreq(size, device=device))
+    power = sum(torch.fft.fft2(x, norm="ortho").abs().square().sum(0) for x in c.split(32)).flatten(1) / len(c)
+    frequency = torch.fft.fftfreq(size, device=c.device)
+    frequency = torch.hypot(frequency[:, None], frequency)
     ring = (frequency * size).round().long().clamp(min=1).flatten() - 1
     total = power.new_zeros(len(power), int(ring.max()) + 1).index_add_(1, ring, power)
     mean = (total / torch.bincount(ring)).clamp(min=1e-12).log()
     smooth = F.avg_pool1d(F.pad(mean[None], (1, 1), mode="replicate"), 3, 1)[0].exp()
-    return smooth[:, ring].view(-1, size, size // 2 + 1)
+    return smooth[:, ring].view(-1, size, size)[:, :, : size // 2 + 1].contiguous()
