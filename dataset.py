@@ -115,6 +115,11 @@ class OasisDataset(Dataset):
         """The numbers in image i's file name, None where its name has none."""
         return case_and_slice(self.files[i])
 
+    def subject(self, i: int) -> int | str:
+        """What tells image i's subject from others: the case number in its file name, else the name."""
+        case, _ = self.case_and_slice(i)
+        return self.name(i) if case is None else case
+
 
 def case_and_slice(path: Path) -> tuple[int | None, int | None]:
     found = re.search(r"case_([0-9]+)_slice_([0-9]+)", path.name)

@@ -223,7 +223,7 @@ def _block(convolution: nn.Module) -> nn.Sequential:
 class Generator(nn.Module):
     """DCGAN generator: noise (B, noise_dim, 1, 1) -> latents (B, embeddings_dim, 64, 64) in [-1, 1].
 
-    `training.latents.LatentScale` maps its range to and from the VQ-VAE's latents.
+    `training.scale.LatentScale` maps its range to and from the VQ-VAE's latents.
     """
 
     def __init__(self, noise_dim: int = 128, embeddings_dim: int = 64):

@@ -1,7 +1,7 @@
 """The parts of the DCGAN's training, compared: a table of docs/results.md, from short runs of train.py.
 
     python benchmarks/gan_ablation.py --data DIR --vqvae PATH/vqvae.pth --out OUT    # trains what OUT does not hold yet
-    python benchmarks/gan_ablation.py … --rows by-channel report --seeds 0 --epochs 5
+    python benchmarks/gan_ablation.py … --rows unflattened report --seeds 0 --epochs 5
 
 One run after the other, each in a process of its own. Measures are those that train.py takes at the end of a run, on
 the validation split. The networks, optimizers and losses are the same in every row. OUT belongs to one VQ-VAE, one
@@ -33,15 +33,15 @@ class FixedGamma(BalancedUpdate):
 
 
 class Unflattened(BalancedUpdate):
-    fit_scale = partial(LatentScale.fit, emphasis=0.0)
+    fit_scale = staticmethod(partial(LatentScale.fit, emphasis=0.0))
 
 
 class Whitened(BalancedUpdate):
-    fit_scale = partial(LatentScale.fit, emphasis=1.0)
+    fit_scale = staticmethod(partial(LatentScale.fit, emphasis=1.0))
 
 
 class AllDirections(BalancedUpdate):
-    fit_scale = partial(LatentScale.fit, n_directions=64)
+    fit_scale = staticmethod(partial(LatentScale.fit, n_directions=64))
 
 
 class Everywhere(BalancedUpdate):
@@ -83,8 +83,8 @@ ROWS = {
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
     "quantized": ("embeddings as the real side", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
-    "short-average": ("samples with weights averaged over 20 steps", ShortAverage),
-    "long-average": ("samples with weights averaged over 500 steps", LongAverage),
+    "short-average": ("samples with weights averaged over at most 20 steps", ShortAverage),
+    "long-average": ("samples with weights averaged over a quarter of the steps", LongAverage),
     "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
 COLUMNS = {

@@ -17,7 +17,7 @@ from dataset import OasisDataset  # noqa: E402
 from evaluation.generation import COMPARISONS, INDICES, HeldOut, decode_independent_codes  # noqa: E402
 from evaluation.reconstruction import reconstruct  # noqa: E402
 from evaluation.texture import Features, features  # noqa: E402
-from evaluation.two_sample import Interval, compare, indices  # noqa: E402
+from evaluation.two_sample import Interval, compare, mean_indices, numbered  # noqa: E402
 from support import console, seeds  # noqa: E402
 from support.device import exact_float32  # noqa: E402
 from training.latents import load_prior  # noqa: E402
@@ -35,39 +35,42 @@ def main() -> None:
     vqvae = load_vqvae(o.vqvae)
     train, validate = (OasisDataset(o.data, split) for split in ("train", "validate"))
     real = HeldOut(vqvae, validate, train, min(len(validate), len(train)), o.seed)
-    n, rng = len(real.images), seeds.generator(o.seed, "independent codes")
+    n, rng = len(real.subjects), seeds.generator(o.seed, "independent codes")
 
     def reconstructed(numbers: list[int]) -> Features:
-        return features(vqvae, reconstruct(vqvae, train, numbers), [train.case_and_slice(i)[0] for i in numbers])
+        return features(vqvae, reconstruct(vqvae, train, numbers), [train.subject(i) for i in numbers])
 
-    measured = {"reconstructed training images": measure(real.features, reconstructed(real.picked))}
+    measured = {"reconstructed training images": measure(real.features, reconstructed(real.picked), o.seed)}
     for path in o.generators:
         prior = load_prior(path, vqvae)
         images = prior.sample_images(prior.noise(n, seeds.generator(o.seed, "measures")))
-        measured[path] = measure(real.features, features(vqvae, images))
+        measured[path] = measure(real.features, features(vqvae, images), o.seed)
     independent = decode_independent_codes(vqvae, train, real.picked, rng)
-    measured["independent codes"] = measure(real.features, features(vqvae, independent))
+    measured["independent codes"] = measure(real.features, features(vqvae, independent), o.seed)
     first, second = (reconstructed(numbers) for numbers in halves(train, n))
-    found, beside = measure(first, second), indices(first, seeds.generator(0, "measures"))
+    found, beside = measure(first, second, o.seed), mean_indices(first, seeds.generator(o.seed, "resampling"))
     print_table(measured, found, beside)
 
 
 def halves(dataset: OasisDataset, n: int) -> list[list[int]]:
     """The numbers of up to n images of every other subject, and of the others, spaced evenly."""
-    subjects = {
-        case: i for i, case in enumerate(dict.fromkeys(dataset.case_and_slice(i)[0] for i in range(len(dataset))))
-    }
-    sides = [[i for i in range(len(dataset)) if subjects[dataset.case_and_slice(i)[0]] % 2 == side] for side in (0, 1)]
+    half = numbered([dataset.subject(i) for i in range(len(dataset))]) % 2
+    sides = [(half == side).nonzero()[:, 0].tolist() for side in (0, 1)]
     return [[side[i * len(side) // k] for i in range(k)] for side in sides for k in (min(n, len(side)),)]
 
 
-def measure(real: Features, fake: Features) -> dict[str, Interval]:
-    rng = seeds.generator(0, "measures")
-    return indices(fake, rng) | compare(real, fake, rng)
+def measure(real: Features, fake: Features, seed: int) -> dict[str, Interval]:
+    rng = seeds.generator(seed, "resampling")
+    return mean_indices(fake, rng) | compare(real, fake, rng)
 
 
 def admitted(name: str, sides: list[Interval], half: Interval, beside: dict[str, Interval]) -> bool:
-    """Whether a measure orders three sides with intervals apart, and finds two halves equal."""
+    """Whether a measure orders three sides with intervals apart, and finds two halves equal.
+
+    Never without an interval: there are too few subjects.
+    """
+    if any(side.low is None for side in (*sides, half)):
+        return False
     rising, falling = (
         all(a.high < b.low for a, b in zip(part, part[1:], strict=False)) for part in (sides, sides[::-1])
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evaluation.reconstruction import FOREGROUND, reconstruct
 from evaluation.texture import features, laplacian_pyramid
-from evaluation.two_sample import Interval, compare, indices
+from evaluation.two_sample import Interval, compare, mean_indices
 from support import seeds
 from support.console import in_batches
 from support.device import exact_float32
@@ -191,28 +191,26 @@ class HeldOut:
     """
 
     def __init__(self, vqvae, held_out, train, n: int, seed: int):
-        self.vqvae, self.train, self.seed = vqvae, train, seed
-        self.images = held_out.batch(range(n))
-        self.cases = [held_out.case_and_slice(i)[0] for i in range(n)]
-        self.reconstructed = reconstruct(vqvae, held_out, range(n))
-        self.features = features(vqvae, self.reconstructed, self.cases)
+        self.vqvae, self.held_out, self.train, self.n, self.seed = vqvae, held_out, train, n, seed
+        self.subjects = [held_out.subject(i) for i in range(n)]
+        self.features = features(vqvae, reconstruct(vqvae, held_out, range(n)), self.subjects)
         self.picked = torch.randperm(len(train), generator=seeds.generator(seed, "measured images"))[:n].tolist()
 
     def measure(self, images: Tensor, subjects: Sequence | None = None) -> dict[str, Interval]:
-        """`distances`, `two_sample.indices` and `two_sample.compare` of images (n, 1, 256, 256) by name.
+        """`distances`, `two_sample.mean_indices` and `two_sample.compare` of images (n, 1, 256, 256) by name.
 
         Without `subjects`, each image is a subject of its own.
         """
-        side, rng = features(self.vqvae, images, subjects), seeds.generator(self.seed, "measures")
-        found = distances(self.images, images, seeds.derived_seed(self.seed, "measures"))
+        side, rng = features(self.vqvae, images, subjects), seeds.generator(self.seed, "resampling")
+        found = distances(self.held_out.batch(range(self.n)), images, seeds.derived_seed(self.seed, "measures"))
         found = {name: Interval(value) for name, value in found.items()}
-        return found | indices(side, rng) | compare(self.features, side, rng)
+        return found | mean_indices(side, rng) | compare(self.features, side, rng)
 
     def floor(self) -> dict[str, Interval]:
         """What a perfect generator would have: measures of reconstructed training images, indices of held-out ones."""
-        subjects = [self.train.case_and_slice(i)[0] for i in self.picked]
+        subjects = [self.train.subject(i) for i in self.picked]
         trained = self.measure(reconstruct(self.vqvae, self.train, self.picked), subjects)
-        return trained | indices(self.features, seeds.generator(self.seed, "measures"))
+        return trained | mean_indices(self.features, seeds.generator(self.seed, "resampling"))
 
 
 @torch.no_grad()
@@ -230,11 +228,11 @@ def compare_generated(generated: Tensor, vqvae, held_out, train, seed: int, n_pa
         Row(text, measured[name], floor[name], unstructured[name], HELD_OUT if name in INDICES else TRAINED)
         for name, text in (DISTANCES | INDICES | COMPARISONS).items()
     ]
-    groups = ((generated, range(n)), (real.images, real.cases), (independent, range(n)))
+    groups = ((generated, range(n)), (held_out.batch(range(n)), real.subjects), (independent, range(n)))
     similar = [Interval(similarity_of_pairs(side, group, rng, n_pairs)) for side, group in groups]
-    rows.append(Row("MS-SSIM of pairs", *similar, "held-out pairs of different cases"))
+    rows.append(Row("MS-SSIM of pairs", *similar, "held-out pairs of different subjects"))
 
-    images = torch.cat([generated, real.reconstructed, independent])
+    images = torch.cat([generated, reconstruct(vqvae, held_out, range(n)), independent])
     nearest = nearest_distances(images, in_batches(train, size=512, desc="Comparing")).split(n)
     near = [Interval(part.quantile(0.05).item()) for part in nearest]
     rows.append(Row("distance to the nearest training image, 5th percentile", *near, HELD_OUT))

@@ -23,18 +23,18 @@ class Features(NamedTuple):
 
     Attributes:
         subjects: the subject of each image; a generated image is a subject of its own.
-        grain: what `grain` returns.
+        indices: what `texture_indices` returns.
         moments: what `encoder_moments` returns.
         anatomy: (N, 4096), the images four times smaller.
-        windows, of: features (M, F) of the texture of windows inside heads, and the image (M,) that each is of.
+        windows, window_image: features (M, F) of the texture of windows inside heads, and the image (M,) of each.
     """
 
     subjects: list[Hashable]
-    grain: dict[str, Tensor]
+    indices: dict[str, Tensor]
     moments: Tensor
     anatomy: Tensor
     windows: Tensor
-    of: Tensor
+    window_image: Tensor
 
 
 @torch.no_grad()
@@ -47,16 +47,16 @@ def features(vqvae, images: Tensor, subjects: Sequence[Hashable] | None = None) 
         inside, direction, moments = head(part), coherence(part), encoder_moments(vqvae, part)
         cut = [_windows(each) for each in (part, inside, direction)]  # (B, 4, 4, 64, 64) each
         chosen = cut[1].mean((3, 4)) >= 0.9
-        texture = [log_band_powers(cut[0][chosen][:, None]), cut[2][chosen].mean((1, 2))[:, None]]
-        windows = torch.cat([*texture, moments[chosen]], 1)
+        powers = log_band_powers(cut[0].reshape(-1, 1, WINDOW, WINDOW)).view(*chosen.shape, -1)
+        windows = torch.cat([powers, cut[2].mean((3, 4))[..., None], moments], 3)[chosen]
         small, counts = F.avg_pool2d(part, 4).flatten(1), chosen.sum((1, 2))
-        columns = grain(part, inside, direction)
+        columns = texture_indices(part, inside, direction)
         parts.append((columns, *(each.cpu().double() for each in (moments, small, windows)), counts.cpu()))
         stop_if_signalled()
     columns, moments, small, windows, counts = zip(*parts, strict=True)
     columns = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
-    of = torch.arange(len(images)).repeat_interleave(torch.cat(counts))
-    return Features(names, columns, torch.cat(moments), torch.cat(small), torch.cat(windows), of)
+    image = torch.arange(len(images)).repeat_interleave(torch.cat(counts))
+    return Features(names, columns, torch.cat(moments), torch.cat(small), torch.cat(windows), image)
 
 
 def _windows(images: Tensor) -> Tensor:
@@ -96,8 +96,10 @@ def log_band_powers(images: Tensor) -> Tensor:
     """log10 of the mean power of images (N, 1, S, S) in each octave of BANDS, by radial frequency: (N, 5)."""
     size, device = images.shape[-1], images.device
     window = torch.hann_window(size, periodic=False, device=device)
-    power = torch.fft.rfft2(images[:, 0] * window[:, None] * window).abs().square() / size**2
-    frequency = torch.hypot(torch.fft.fftfreq(size, device=device)[:, None], torch.fft.rfftfreq(size, device=device))
+    varying = images[:, 0] - images.mean((2, 3))[:, :, None]  # the mean would leak into the lowest octave of a window
+    power = torch.fft.fft2(varying * window[:, None] * window).abs().square() / size**2
+    frequency = torch.fft.fftfreq(size, device=device)
+    frequency = torch.hypot(frequency[:, None], frequency)
     octaves = [(frequency >= low) & (frequency < high) for low, high in zip(BANDS, BANDS[1:], strict=False)]
     return torch.stack([power[:, octave].mean(1) for octave in octaves], 1).clamp(min=1e-12).log10()
 
@@ -123,7 +125,7 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     return [*levels, images]
 
 
-def grain(images: Tensor, inside: Tensor, direction: Tensor) -> dict[str, Tensor]:
+def texture_indices(images: Tensor, inside: Tensor, direction: Tensor) -> dict[str, Tensor]:
     """Indices of texture of each image (N, 1, 256, 256), given its `head` and `coherence`: (N,) float64 on the CPU.
 
     coherence: its mean inside the head.

@@ -15,6 +15,7 @@ from evaluation.texture import Features
 
 FOLDS, RIDGE, NEWTON_STEPS = 5, 1.0, 30  # of logistic regression
 NEIGHBOURS = 5  # of density and coverage
+COMPONENTS = 256  # of the images four times smaller
 RESAMPLES = 1000  # for confidence intervals
 
 
@@ -43,11 +44,11 @@ class Interval(NamedTuple):
         return f"{self.value:.4f}" + ("" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]")
 
 
-def indices(side: Features, rng: torch.Generator) -> dict[str, Interval]:
-    """Means of the indices of `texture.grain`, but of brightness the 5th percentile, as `dimmest`; by name."""
+def mean_indices(side: Features, rng: torch.Generator) -> dict[str, Interval]:
+    """Means of `texture.texture_indices`, but of brightness the 5th percentile, as `dimmest`; by name."""
     weights = resample(numbered(side.subjects), rng)
-    values = {name: weights @ column / weights.sum(1) for name, column in side.grain.items() if name != "brightness"}
-    brightness, order = side.grain["brightness"].sort()
+    values = {name: weights @ column / weights.sum(1) for name, column in side.indices.items() if name != "brightness"}
+    brightness, order = side.indices["brightness"].sort()
     share = weights[:, order].cumsum(1) / weights.sum(1, keepdim=True)
     values["dimmest"] = brightness[(share >= 0.05).int().argmax(1)]
     return {name: interval(value) for name, value in values.items()}
@@ -56,7 +57,8 @@ def indices(side: Features, rng: torch.Generator) -> dict[str, Interval]:
 def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, Interval]:
     """Measures of how far apart two sets of images are, by name.
 
-    - texture_auc, anatomy_auc: `two_sample_auc` of windows, and of the images four times smaller.
+    - texture_auc, anatomy_auc: `two_sample_auc` of windows, and of `principal_components` of the images four times
+      smaller.
     - kernel_distance, density, coverage: of `texture.encoder_moments`, each divided by its standard deviation over the
       real images, or by its channel's mean one if that is more. The limits of density and coverage are over samples of
       the real side alone, for coverage falls where fake images are repeated.
@@ -65,11 +67,17 @@ def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, I
     windows = torch.cat([real.windows, fake.windows])
     mean = windows.mean(0)
     std = (windows - mean).square().mean(0).sqrt().clamp(min=1e-6)  # NaN without a warning if there are none
-    sides = [Rows((side.windows - mean) / std, number[side.of], weight[:, side.of]) for side, number, weight in both]
+    sides = [
+        Rows((side.windows - mean) / std, number[side.window_image], weight[:, side.window_image])
+        for side, number, weight in both
+    ]
     values = {"texture_auc": two_sample_auc(*sides)}
 
-    std = torch.cat([real.anatomy, fake.anatomy]).var(0, correction=0).mean().sqrt().clamp(min=1e-6)
-    values["anatomy_auc"] = two_sample_auc(*(Rows(side.anatomy / std, *rest) for side, *rest in both))
+    anatomy = principal_components(torch.cat([real.anatomy, fake.anatomy])).split(
+        [len(real.anatomy), len(fake.anatomy)]
+    )
+    sides = [Rows(part, number, weight) for part, (_, number, weight) in zip(anatomy, both, strict=True)]
+    values["anatomy_auc"] = two_sample_auc(*sides)
 
     mean, std = real.moments.mean(0), real.moments.std(0, correction=0)
     std = std.maximum(std.mean((0, 1))).clamp(min=1e-6)  # in squares of background alone it is near 0
@@ -80,9 +88,26 @@ def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, I
 
 
 def interval(values: Tensor) -> Interval:
-    """The first of values (1 + R,), and the 2.5th and 97.5th percentile of the others."""
-    low, high = values[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    """The first of values (1 + R,), and the 2.5th and 97.5th percentile of the others.
+
+    Samples of few subjects may be of one only, for which a measure is NaN. There are no limits if more than 5 % are.
+    """
+    if values[1:].isnan().double().mean() > 0.05:
+        return Interval(values[0].item())
+    low, high = values[1:].nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return Interval(values[0].item(), low, high)
+
+
+def principal_components(x: Tensor) -> Tensor:
+    """Rows (N, F) along their leading COMPONENTS principal directions: (N, ≤ COMPONENTS).
+
+    One factor gives the F features a variance of 1 on average. With a factor for each, those of the background, which
+    hardly vary, would weigh as much as others.
+    """
+    x = x - x.mean(0)
+    variance, left = torch.linalg.eigh(x @ x.T)
+    found = left.flip(1)[:, :COMPONENTS] * variance.flip(0)[:COMPONENTS].clamp(min=0).sqrt()
+    return found / (variance.clamp(min=0).sum() / x.numel()).sqrt().clamp(min=1e-6)
 
 
 def numbered(subjects: Sequence[Hashable]) -> Tensor:
@@ -104,13 +129,15 @@ def two_sample_auc(real: Rows, fake: Rows) -> Tensor:
 
     The classifier two-sample test (Lopez-Paz and Oquab 2017, arXiv 1610.06545) with the area under the ROC curve: 0.5
     where the sides cannot be told apart. Each of FOLDS parts of the subjects is scored by a regression fitted on the
-    others. Only rows of one part are compared. NaN if no two can be.
+    others, once: the weights are of what is scored. Only rows of one part are compared. NaN if no two can be.
     """
-    won, compared = 0.0, 0.0
+    won, compared = torch.zeros(2, len(real.weights)).double()
     folds = [side.subjects % FOLDS for side in (real, fake)]
     for part in range(FOLDS):
         x = torch.cat([side.values[fold != part] for side, fold in zip((real, fake), folds, strict=True)])
         label = torch.cat([torch.full((int((fold != part).sum()),), float(i)) for i, fold in enumerate(folds)]).double()
+        if len(label.unique()) < 2:
+            continue
         weight = fit_logistic(x, label)
         a, b = (side.values[fold == part] @ weight[:-1] for side, fold in zip((real, fake), folds, strict=True))
         u, v = (side.weights[:, fold == part] for side, fold in zip((real, fake), folds, strict=True))
@@ -123,33 +150,27 @@ def fit_logistic(x: Tensor, label: Tensor) -> Tensor:
     """Coefficients (F + 1,), the constant last, of logistic regression of labels (N,) in {0, 1} on x (N, F).
 
     They minimise the sum of the cross entropies plus RIDGE / 2 times the squared coefficients without the constant, by
-    Newton's method. The solution lies in the span of the rows of x, so it is found in no more than N dimensions.
+    Newton's method.
     """
-    if len(x) < x.shape[1]:
-        variance, directions = torch.linalg.eigh(x @ x.T)
-        kept = variance > 1e-10 * variance.sum()
-        basis = (directions[:, kept] / variance[kept].sqrt()).T @ x
-    else:
-        basis = torch.eye(x.shape[1]).to(x)
-    inner = F.pad(x @ basis.T, (0, 1), value=1.0)
-    ridge = torch.full((inner.shape[1],), RIDGE).to(inner)
+    x = F.pad(x, (0, 1), value=1.0)
+    ridge = torch.full((x.shape[1],), RIDGE).to(x)
     ridge[-1] = 1e-9  # only for labels that are all equal
 
     def loss(weight: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(inner @ weight, label, reduction="sum") + ridge @ weight.square() / 2
+        return F.binary_cross_entropy_with_logits(x @ weight, label, reduction="sum") + ridge @ weight.square() / 2
 
     weight = torch.zeros_like(ridge)
     for _ in range(NEWTON_STEPS):
-        p = (inner @ weight).sigmoid()
-        gradient = inner.T @ (p - label) + ridge * weight
-        step = torch.linalg.solve((inner * (p * (1 - p))[:, None]).T @ inner + torch.diag(ridge), gradient)
-        size = 1.0
-        while loss(weight - size * step) > loss(weight) and size > 1e-6:
-            size /= 2
-        weight = weight - size * step
+        p = (x @ weight).sigmoid()
+        gradient = x.T @ (p - label) + ridge * weight
         if gradient.abs().max() < 1e-8 * len(x):
             break
-    return torch.cat([basis.T @ weight[:-1], weight[-1:]])
+        step = torch.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + torch.diag(ridge), gradient)
+        size, before = 1.0, loss(weight)
+        while loss(weight - size * step) > before and size > 1e-6:
+            size /= 2
+        weight = weight - size * step
+    return weight
 
 
 def kernel_distance(real: Rows, fake: Rows) -> Tensor:
@@ -173,16 +194,18 @@ def density_and_coverage(real: Rows, fake: Tensor) -> tuple[Tensor, Tensor]:
 
     The ball around a real row reaches to its NEIGHBOURS-th nearest row of another subject. Density is the mean number
     of balls that a fake row is in, divided by NEIGHBOURS; coverage is the share of balls with a fake row inside. For
-    rows that are distributed as the real ones both are near 1.
+    rows that are distributed as the real ones both are near 1. With n rows of other subjects a ball holds such a row
+    with probability NEIGHBOURS / (n + 1), so its density counts (n + 1) / N times.
     """
     apart = torch.cdist(real.values, real.values)
-    apart[real.subjects[:, None] == real.subjects] = torch.inf
+    same = real.subjects[:, None] == real.subjects
+    apart[same] = torch.inf
     k = min(NEIGHBOURS, len(apart))
     radius = apart.kthvalue(k, 1).values
     inside = torch.cdist(real.values, fake) < radius[:, None]
     share = real.weights * radius.isfinite()  # without another subject there is no ball
     share = share / share.sum(1, keepdim=True)
-    density = share @ inside.double().mean(1) * (len(apart) / k)
+    density = share @ (inside.double().mean(1) * ((~same).sum(1) + 1)) / k
     return density, share @ inside.any(1).double()
 
 

@@ -201,10 +201,11 @@ class Figures:
     def gan_texture(self, name: str, rows: list[dict], floor: dict) -> None:
         """Indices of texture, and how generated brains are told from real ones, by epoch, beside reconstructions.
 
-        `rows` of metrics.csv that have measures; `floor`, the same of reconstructions, as `HeldOut.floor` has it.
+        `rows` of metrics.csv that have measures; `floor`, the same of reconstructions: above of the validation split,
+        below of training images compared with these, as `HeldOut.floor` has it.
         """
         figure, axes = _subplots(2, 4, 14, 6.4, sharex=True)
-        figure.suptitle(self._with_note("Texture of generated brains beside reconstructed validation images"))
+        figure.suptitle(self._with_note("Texture of generated brains, and how they are told from real ones"))
         labels = {
             "coherence": "coherence of texture",
             "kurtosis_256": "kurtosis of detail",
@@ -223,7 +224,7 @@ class Figures:
         for each in axes[1]:
             each.set(xlabel="epoch")
             each.xaxis.get_major_locator().set_params(integer=True)
-        axes[0, 0].legend(axes[0, 0].lines, ["generated", "reconstructions"])
+        axes[0, 0].legend(axes[0, 0].lines, ["generated", "reconstructions of scans"])
         self._save(figure, name)
 
     @_figure

@@ -129,9 +129,9 @@ def through_a_file(stage, folder) -> dict:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """A folder of four images in each split."""
+    """A folder of four images in each split, of two subjects."""
     folder = tmp_path_factory.mktemp("few")
-    phantoms.write(folder, {"train": [1], "validate": [2], "test": [3]}, slices=4)
+    phantoms.write(folder, {"train": [1, 2], "validate": [3, 4], "test": [5, 6]}, slices=2)
     return folder
 
 

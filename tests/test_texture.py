@@ -45,7 +45,7 @@ def test_stripes_are_coherent_and_noise_is_not(angle):
 
 @pytest.mark.parametrize(("period", "octave"), [(45, 0), (22, 1), (11, 2), (5.5, 3), (2.7, 4)])
 def test_the_power_of_stripes_is_in_their_octave(period, octave):
-    powers = texture.log_band_powers(stripes(period, 0.4) - 0.5)[0]
+    powers = texture.log_band_powers(stripes(period, 0.4))[0]
     assert powers.argmax() == octave and powers.sort().values[-1] > powers.sort().values[-2] + 1
 
 
@@ -56,9 +56,13 @@ def test_band_powers_of_noise_are_its_variance(images):
     np.testing.assert_allclose(texture.log_band_powers(noise).mean(0)[1:].numpy(), expected, atol=0.05)
 
 
+def test_a_constant_image_has_no_power():
+    assert (texture.log_band_powers(torch.full((1, 1, 64, 64), 0.6)) < -10).all()
+
+
 def test_grain_is_a_plain_mean_inside_and_outside_the_head(images):
     inside, direction = texture.head(images), texture.coherence(images)
-    found = texture.grain(images, inside, direction)
+    found = texture.texture_indices(images, inside, direction)
     for i in range(len(images)):
         head = scipy.ndimage.gaussian_filter(images[i, 0].double().numpy(), 4, mode="mirror", truncate=3) > 0.15
         assert found["coherence"][i] == pytest.approx(direction[i, 0].numpy()[head].mean(), rel=1e-3)
@@ -72,7 +76,7 @@ def test_grain_is_a_plain_mean_inside_and_outside_the_head(images):
 
 def test_kurtosis_of_gaussian_noise_is_three():
     noise = 0.5 + 0.1 * torch.randn(8, 1, 256, 256, generator=torch.Generator().manual_seed(2))
-    found = texture.grain(noise, texture.head(noise), texture.coherence(noise))
+    found = texture.texture_indices(noise, texture.head(noise), texture.coherence(noise))
     for size in (256, 128):
         assert found[f"kurtosis_{size}"].mean().item() == pytest.approx(3, abs=0.05)
 
@@ -81,11 +85,11 @@ def test_features_of_a_split_are_those_of_its_parts_and_windows_lie_in_heads(ima
     vqvae, bright = VQVAE().eval(), images.clone()
     bright[1, :, :128] += 0.5  # at least its upper half is head
     found, alone = (texture.features(vqvae, x) for x in (bright, bright[1:2]))
-    assert found.subjects != alone.subjects and len(set(found.subjects)) == len(images)
-    torch.testing.assert_close(found.windows[found.of == 1], alone.windows, rtol=1e-4, atol=1e-4)
-    assert (found.of == 1).sum() >= 8 > (found.of == 0).sum()
+    assert len(set(found.subjects)) == len(images)
+    torch.testing.assert_close(found.windows[found.window_image == 1], alone.windows, rtol=1e-4, atol=1e-4)
+    assert (found.window_image == 1).sum() >= 8 > (found.window_image == 0).sum()
     z = vqvae.latents(bright[1:2])[0].detach()
     torch.testing.assert_close(found.moments[1, 2, 3, :64].float(), z[:, 32:48, 48:].mean((1, 2)), rtol=1e-4, atol=1e-5)
     std = z[:, 32:48, 48:].std((1, 2), correction=0)
     torch.testing.assert_close(found.moments[1, 2, 3, 64:].float(), std, rtol=1e-2, atol=1e-4)
-    assert found.anatomy.shape == (len(images), 4096) and found.grain["coherence"].shape == (len(images),)
+    assert found.anatomy.shape == (len(images), 4096) and found.indices["coherence"].shape == (len(images),)

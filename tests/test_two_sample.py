@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.optimize
 import scipy.stats
 import torch
@@ -40,10 +41,10 @@ def test_dimmest_is_numpys_percentile(images):
     side = texture.features(
         VQVAE().eval(), images.repeat(6, 1, 1, 1) * torch.linspace(0.5, 1, 6 * len(images))[:, None, None, None]
     )
-    found = two_sample.indices(side, torch.Generator())
-    expected = np.percentile(side.grain["brightness"].numpy(), 5, method="inverted_cdf")
+    found = two_sample.mean_indices(side, torch.Generator())
+    expected = np.percentile(side.indices["brightness"].numpy(), 5, method="inverted_cdf")
     assert found["dimmest"].value == expected and found["dimmest"].low <= expected <= found["dimmest"].high
-    assert found["coherence"].value == pytest.approx(side.grain["coherence"].mean().item())
+    assert found["coherence"].value == pytest.approx(side.indices["coherence"].mean().item())
 
 
 def test_logistic_regression_is_scipys_minimum():
@@ -121,26 +122,43 @@ def test_kernel_distance_is_zero_on_average_for_one_distribution():
 
 def test_density_and_coverage_are_plain_loops():
     real, fake = rows(12, per_subject=2), rows(15, 0.5, 1).values
-    inside = np.zeros((12, 15))
+    inside, n_others = np.zeros((12, 15)), 10
     for i in range(12):
         others = [j for j in range(12) if real.subjects[j] != real.subjects[i]]
         radius = sorted(np.linalg.norm(real.values[i] - real.values[j]) for j in others)[4]
         inside[i] = [np.linalg.norm(real.values[i] - each) < radius for each in fake]
     density, coverage = two_sample.density_and_coverage(real, fake)
-    assert density[0].item() == pytest.approx(inside.sum() / 15 / 5)
+    assert density[0].item() == pytest.approx(inside.sum() / 15 / 5 * (n_others + 1) / 12)
     assert coverage[0].item() == pytest.approx(inside.any(1).mean())
 
 
-def test_density_and_coverage_of_one_distribution_and_of_a_collapsed_one():
-    real = rows(500, n_features=8)
-    density, coverage = (
-        each[0].item() for each in two_sample.density_and_coverage(real, rows(500, seed=1, n_features=8).values)
-    )
+@pytest.mark.parametrize("per_subject", [1, 50])
+def test_density_and_coverage_of_one_distribution_and_of_a_collapsed_one(per_subject):
+    real, fake = rows(500, n_features=8, per_subject=per_subject), rows(500, seed=1, n_features=8).values
+    density, coverage = (each[0].item() for each in two_sample.density_and_coverage(real, fake))
     assert density == pytest.approx(1, abs=0.1)
     assert coverage == pytest.approx(1 - 0.5**5, abs=0.03)  # the paper's eq. 9, for large samples
     assert two_sample.density_and_coverage(real, torch.zeros(500, 8).double())[1][0] < 0.9
     far = two_sample.density_and_coverage(real, torch.full((500, 8), 9.0).double())
     assert far[0][0] == 0 and far[1][0] == 0
+
+
+def test_principal_components_are_scipys():
+    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).double() * torch.linspace(0.1, 3, 300)
+    found = two_sample.principal_components(x)
+    left, values, _ = scipy.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
+    expected = left * values / x.var(0, correction=0).mean().sqrt().item()
+    np.testing.assert_allclose(np.abs(found.numpy()), np.abs(expected), atol=1e-4)
+    assert two_sample.principal_components(torch.randn(300, 300).double()).shape == (300, two_sample.COMPONENTS)
+
+
+def test_one_real_subject_gives_no_number_and_few_give_no_interval():
+    one, fake = rows(30, per_subject=30), rows(30, seed=1)
+    assert two_sample.two_sample_auc(one, fake)[0].isnan() and two_sample.kernel_distance(one, fake)[0].isnan()
+    few = two_sample.interval(two_sample.kernel_distance(rows(30, per_subject=15), fake))  # of two subjects
+    assert np.isfinite(few.value) and few.low is few.high is None
+    some = two_sample.interval(two_sample.kernel_distance(rows(30, per_subject=5), fake))
+    assert some.low < some.value < some.high
 
 
 def test_images_of_one_distribution_are_equal_and_blurred_ones_are_found(images):
