@@ -1,8 +1,11 @@
 """The map between latents and the generator's range: against NumPy, SciPy and maps whose answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 from conftest import PRETRAINED
 
@@ -26,6 +29,7 @@ def encoded(vqvae, train_set):
 
 
 def test_scale_maps_there_and_back(scale):
+    scale = replace(scale, outline=torch.zeros(()))
     c = 0.1 * torch.randn(3, 6, 64, 64, generator=torch.Generator().manual_seed(0)) * scale.support
     t = scale.mixed(c)
     z = scale.from_tanh(t)
@@ -80,6 +84,26 @@ def test_directions_are_scipys_principal_ones(scale, encoded, vqvae):
     np.testing.assert_allclose(overlap, 1, atol=1e-3)
     t = torch.einsum("dk,bkhw->bhwd", scale.mix, scale.coefficients(z))[codes != usual].abs()
     assert (t >= 1).double().mean().item() == pytest.approx(CLIPPED, rel=0.1)
+
+
+def test_far_from_the_head_latents_are_the_backgrounds(scale):
+    c = torch.zeros(2, 6, 64, 64)
+    c[:, 0, 20:44, 24:40] = 2.0  # a head, speckle near it, and speckle far from it
+    c[0, 1, 32, 42], c[0, 1, 32, 50], c[1, 2, 10, 30] = 0.1, 0.1, 0.1
+    plain = replace(scale, support=torch.ones(64, 64), scale=torch.ones(6, 64, 33), outline=torch.zeros(()))
+    cut, t = replace(plain, outline=torch.tensor(0.4)), torch.einsum("dk,bkhw->bdhw", scale.mix, c)
+    everywhere = plain.from_tanh(t)
+    torch.testing.assert_close(plain.coefficients(everywhere), c, atol=1e-4, rtol=1e-4)
+    square = (everywhere - scale.shift).double().square().sum(1).numpy()
+    around = np.stack([scipy.ndimage.gaussian_filter(each, 1, mode="mirror", truncate=3) for each in square]) >= 0.16
+    expected = scale.shift.expand(2, -1, -1, -1).clone()
+    for i, row, column in np.argwhere(around):
+        rows, columns = (slice(max(0, at - 2), at + 3) for at in (row, column))
+        expected[i, :, rows, columns] = everywhere[i, :, rows, columns]
+    found = cut.from_tanh(t)
+    torch.testing.assert_close(found, expected)
+    gone = (found - everywhere).norm(dim=1) > 0.05
+    assert gone.nonzero().tolist() == [[0, 32, 50], [1, 10, 30]]
 
 
 @pytest.mark.parametrize("emphasis", [0.0, 0.5, 1.0])
