@@ -10,6 +10,7 @@ commit and one number of epochs.
 
 import argparse
 import csv
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from ablation import begin, find_run, parser, run_folder, train_missing  # noqa: E402
 
 import train  # noqa: E402
@@ -32,12 +34,62 @@ class FixedGamma(BalancedUpdate):
     r1_strength = 0.0
 
 
+class FallingGamma(BalancedUpdate):
+    """γ falls from 2 to 0.2 along a cosine (R3GAN, arXiv 2501.05441), and rises where D's lead is more than 0.5."""
+
+    def __init__(self, *words):
+        super().__init__(*words)
+        self.step = 0
+
+    def __call__(self, *words) -> torch.Tensor:
+        self.step += 1
+        return super().__call__(*words)
+
+    @property
+    def gamma(self) -> torch.Tensor:
+        progress = min(1.0, self.step / self.n_steps)
+        return (0.2 + 0.9 * (1 + math.cos(math.pi * progress))) * (5 * (self.lead - 0.5).clamp(min=0)).exp()
+
+
+class Augmented(BalancedUpdate):
+    """What D sees is moved by up to 8 positions, and a square of half the size cut out (DiffAugment, 2006.10738)."""
+
+    def __call__(self, real: torch.Tensor, noise: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        visible = self.visible
+        self.visible = lambda latents: self.changed(visible(latents))
+        values = super().__call__(self.changed(real), noise, weight)
+        self.visible = visible
+        return values
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        moved, size = F.pad(x, (8, 8, 8, 8)), x.shape[-1]
+        top, left = torch.randint(17, (2, len(x))).tolist()
+        x = torch.stack(
+            [moved[i, :, a : a + size, b : b + size] for i, (a, b) in enumerate(zip(top, left, strict=True))]
+        )
+        middle = torch.randint(size + 1, (2, len(x), 1))
+        near = ((torch.arange(size) - middle).abs() * 4 <= size).to(x)
+        return x * (1 - near[0][:, None, :, None] * near[1][:, None, None, :])
+
+
+class Flipped(BalancedUpdate):
+    """Half of the real latents are mirrored left to right."""
+
+    def __call__(self, real: torch.Tensor, noise: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        mirrored = (torch.rand(len(real), 1, 1, 1) < 0.5).to(real.device)
+        return super().__call__(torch.where(mirrored, real.flip(3), real), noise, weight)
+
+
 class Unflattened(BalancedUpdate):
     fit_scale = staticmethod(partial(LatentScale.fit, emphasis=0.0))
 
 
 class Whitened(BalancedUpdate):
     fit_scale = staticmethod(partial(LatentScale.fit, emphasis=1.0))
+
+
+class MoreEmphasis(BalancedUpdate):
+    fit_scale = staticmethod(partial(LatentScale.fit, emphasis=0.75))
 
 
 class AllDirections(BalancedUpdate):
@@ -76,11 +128,15 @@ class LongAverage(BalancedUpdate):
 ROWS = {
     "balanced": ("`balanced`: the default", BalancedUpdate),
     "unflattened": ("spectrum of latents not flattened", Unflattened),
+    "more-emphasis": ("amplitudes divided by their 0.75th power", MoreEmphasis),
     "whitened": ("spectrum of latents whitened", Whitened),
     "all-directions": ("all 64 directions", AllDirections),
     "everywhere": ("positions outside of all heads, too", Everywhere),
     "uncalibrated": ("generated latents not calibrated", Uncalibrated),
     "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
+    "falling-gamma": ("R1 with γ falling from 2 to 0.2", FallingGamma),
+    "augmented": ("latents moved and cut out before the discriminator", Augmented),
+    "flipped": ("real latents mirrored at random", Flipped),
     "quantized": ("embeddings as the real side", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
     "short-average": ("samples with weights averaged over at most 20 steps", ShortAverage),
@@ -119,6 +175,7 @@ def train_row(o: argparse.Namespace) -> None:
     words += ["--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])]
     run, train_set, validate_set = begin(words, gan_training=o.train)
     method = ROWS[o.train][1]
+    method.n_steps = o.epochs * -(-len(train_set) // run.config.gan_batch_size)
     fit(DCGANStage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
 
 
