@@ -2,9 +2,10 @@
 
     python benchmarks/limits.py PATH/vqvae.pth --data DIR        # every fourth image of the validation split
 
-SSIM is scikit-image's map of 7x7 windows; windows whose pixels are all at most 0.02 are background. The second table
-says in how many directions of latent space the images are: latents are cut to the first k directions of greatest mean
-square, as seen from the background's embedding, then quantized and decoded.
+SSIM is scikit-image's map of 7x7 windows; windows whose pixels are all at most 0.02 are background. What the DCGAN
+keeps is what `LatentScale` maps there and back. The second table says in how many directions of latent space the images
+are: latents are cut to the first k directions of greatest mean square, as seen from the background's embedding, then
+quantized and decoded.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from dataset import OasisDataset
 from evaluation import reconstruction
 from modules import VQVAE, rows
 from support import console
+from training.scale import LatentScale
 from training.vqvae import load_vqvae
 
 BACKGROUND = 0.02
@@ -35,21 +37,24 @@ def main() -> None:
     o = parser.parse_args()
     vqvae = load_vqvae(o.path)
     dataset = OasisDataset(o.data, "validate")
-    measured = {"decoded from codes": [], "decoded from the encoder's output": []}
+    scale = LatentScale.fit(vqvae, OasisDataset(o.data, "train"))
+    names = ("codes", "the encoder's output, not quantized", "codes of what the DCGAN keeps")
+    measured = {name: [] for name in names}
     share = []
     for i in range(0, len(dataset), 4):
         x = dataset[i][None]
         background = F.max_pool2d(x, 7, 1)[0, 0].numpy() <= BACKGROUND
         share.append(background.mean())
         z_e = vqvae.latents(x)
-        decoded = (vqvae.decode(vqvae.vector_quantizer.nearest(z_e)), vqvae.decoder(z_e))
+        codes, kept = (vqvae.vector_quantizer.nearest(z) for z in (z_e, scale.from_tanh(scale.to_tanh(z_e))))
+        decoded = (vqvae.decode(codes), vqvae.decoder(z_e), vqvae.decode(kept))
         for row, x_hat in zip(measured.values(), decoded, strict=True):
             by_window = structural_similarity(x[0, 0].numpy(), x_hat[0, 0].numpy(), data_range=1.0, full=True)[1]
             by_window = by_window[3:-3, 3:-3]  # windows that lie inside the image, as in the mean
             parts = by_window.mean(), by_window[~background].mean(), by_window[background].mean()
             row.append([*parts, reconstruction.psnr(x, x_hat).item()])
     print(f"{len(share)} validation images; {100 * sum(share) / len(share):.0f} % of windows are background\n")
-    print("| | SSIM | in the brain | in the background | PSNR / dB |\n|---|---:|---:|---:|---:|")
+    print("| decoded from | SSIM | in the brain | in the background | PSNR / dB |\n|---|---:|---:|---:|---:|")
     for name, row in measured.items():
         mean = torch.tensor(row).mean(0).tolist()
         print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in mean[:3]) + f" | {mean[3]:.2f} |")

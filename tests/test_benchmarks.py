@@ -125,7 +125,7 @@ def test_the_dcgan_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
 def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, capfd):
     out, _ = run_main(limits, [PRETRAINED / "vqvae.pth", "--data", data], monkeypatch, capfd)
     table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    whole = next(float(line[1]) for line in table if line[0] == "| decoded from codes")
+    whole = next(float(line[1]) for line in table if line[0] == "| codes")
     assert float(table[-1][-1].rstrip(" |")) == pytest.approx(whole, abs=2e-4) and table[-1][1] == "1.0000"
     shares = [float(line[1]) for line in table[-7:]]
     assert shares == sorted(shares)

@@ -130,8 +130,8 @@ class LatentScale:
           and all by one factor, so that tanh's range cuts off CLIPPED of the heads' values.
         - mix: the first functions of a cosine transform, which spread each coefficient over all channels.
         - support: where z differs from `shift` in any of the images, and MARGIN positions around.
-        - outline: OUTLINE times the root mean square length of z - shift in heads. Real latents lose nothing by it
-          (SSIM of what they decode to is 0.0001 lower); generated ones lose speckle around their heads.
+        - outline: OUTLINE times the root mean square length of z - shift in heads. Real latents lose next to nothing by
+          it (benchmarks/limits.py); generated ones lose speckle around their heads.
         """
         z, codes = _encode(vqvae, dataset)
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
