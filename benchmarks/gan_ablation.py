@@ -22,16 +22,68 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from ablation import begin, find_run, parser, run_folder, train_missing  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
 from training.dcgan import BalancedUpdate, DCGANStage, PlainUpdate  # noqa: E402
 from training.fit import fit  # noqa: E402
-from training.scale import LatentScale  # noqa: E402
+from training.scale import LatentScale, power_spectrum  # noqa: E402
+
+
+class Unstarted(BalancedUpdate):
+    most_start_steps = 0
+
+
+class Unplaced(BalancedUpdate):
+    """Without the channels that tell the discriminator its position."""
+
+    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+        seen, self.seen = self.seen, partial(self.seen, with_position=False)
+        values = super().__call__(real, noise, weight)
+        self.seen = seen
+        return values
+
+
+class Unlimited(BalancedUpdate):
+    """Generated amplitudes as they are."""
+
+    @staticmethod
+    def fit_scale(vqvae, dataset) -> LatentScale:
+        scale = LatentScale.fit(vqvae, dataset)
+        return replace(scale, amplitudes=scale.amplitudes.new_tensor([0.0, 1e9]))
+
+
+class CalibratedStage(DCGANStage):
+    """Generated coefficients get the mean power of real ones at each spatial frequency, by a filter before decoding."""
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        noise, picked = self._noise(512, "statistics"), torch.arange(0, len(self.latents), -(-len(self.latents) // 512))
+        self.prior.measure_statistics(noise)
+        with torch.no_grad():
+            made = torch.cat([self.scale.generated(self.average.eval()(part)) for part in noise.split(32)])
+        real = torch.cat([self.latents.batch(part) for part in picked.split(32)])
+        factor = (power_spectrum(real) / power_spectrum(made)).sqrt().clamp(1 / 8, 8)
+        self.prior.scale = replace(self.scale, scale=self.scale.scale / factor)
+        return super().evaluate(epoch)
+
+
+class Calibrated(BalancedUpdate):
+    stage = CalibratedStage
+
+
+class SteeredGamma(BalancedUpdate):
+    """γ = exp(5 d), the rule of earlier versions."""
+
+    least_gamma, guard, tolerated_lead = 1.0, 5.0, 0.0
 
 
 class FixedGamma(BalancedUpdate):
-    r1_strength = 0.0
+    guard = 0.0
+
+
+class WeakGamma(BalancedUpdate):
+    least_gamma, guard = 0.1, 5.0
 
 
 class FallingGamma(BalancedUpdate):
@@ -41,41 +93,41 @@ class FallingGamma(BalancedUpdate):
         super().__init__(*words)
         self.step = 0
 
-    def __call__(self, *words) -> torch.Tensor:
+    def __call__(self, *words) -> Tensor:
         self.step += 1
         return super().__call__(*words)
 
     @property
-    def gamma(self) -> torch.Tensor:
+    def gamma(self) -> Tensor:
         progress = min(1.0, self.step / self.n_steps)
         return (0.2 + 0.9 * (1 + math.cos(math.pi * progress))) * (5 * (self.lead - 0.5).clamp(min=0)).exp()
 
 
 class Augmented(BalancedUpdate):
-    """What D sees is moved by up to 8 positions, and a square of half the size cut out (DiffAugment, 2006.10738)."""
+    """What D sees is moved by up to 4 positions, and a square of 16 cut out (DiffAugment, 2006.10738)."""
 
-    def __call__(self, real: torch.Tensor, noise: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        visible = self.visible
-        self.visible = lambda latents: self.changed(visible(latents))
-        values = super().__call__(self.changed(real), noise, weight)
-        self.visible = visible
+    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
+        seen = self.seen
+        self.seen = lambda c: self.changed(seen(c))
+        values = super().__call__(real, noise, weight)
+        self.seen = seen
         return values
 
-    def changed(self, x: torch.Tensor) -> torch.Tensor:
-        moved, size = F.pad(x, (8, 8, 8, 8)), x.shape[-1]
-        top, left = torch.randint(17, (2, len(x))).tolist()
+    def changed(self, x: Tensor) -> Tensor:
+        moved, size = F.pad(x, (4, 4, 4, 4)), x.shape[-1]
+        top, left = torch.randint(9, (2, len(x))).tolist()
         x = torch.stack(
             [moved[i, :, a : a + size, b : b + size] for i, (a, b) in enumerate(zip(top, left, strict=True))]
         )
         middle = torch.randint(size + 1, (2, len(x), 1))
-        near = ((torch.arange(size) - middle).abs() * 4 <= size).to(x)
+        near = ((torch.arange(size) - middle).abs() * 8 <= size).to(x)
         return x * (1 - near[0][:, None, :, None] * near[1][:, None, None, :])
 
 
 class Flipped(BalancedUpdate):
     """Half of the real latents are mirrored left to right."""
 
-    def __call__(self, real: torch.Tensor, noise: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
         mirrored = (torch.rand(len(real), 1, 1, 1) < 0.5).to(real.device)
         return super().__call__(torch.where(mirrored, real.flip(3), real), noise, weight)
 
@@ -88,12 +140,8 @@ class Whitened(BalancedUpdate):
     fit_scale = staticmethod(partial(LatentScale.fit, emphasis=1.0))
 
 
-class MoreEmphasis(BalancedUpdate):
-    fit_scale = staticmethod(partial(LatentScale.fit, emphasis=0.75))
-
-
-class AllDirections(BalancedUpdate):
-    fit_scale = staticmethod(partial(LatentScale.fit, n_directions=64))
+class ManyDirections(BalancedUpdate):
+    fit_scale = staticmethod(partial(LatentScale.fit, n_directions=61))  # three channels are left for the position
 
 
 class Everywhere(BalancedUpdate):
@@ -107,10 +155,6 @@ class Everywhere(BalancedUpdate):
 
 class Quantized(BalancedUpdate):
     quantized = True
-
-
-class Uncalibrated(BalancedUpdate):
-    calibrated = False
 
 
 class Unaveraged(BalancedUpdate):
@@ -127,20 +171,24 @@ class LongAverage(BalancedUpdate):
 
 ROWS = {
     "balanced": ("`balanced`: the default", BalancedUpdate),
+    "unstarted": ("generator not started from data", Unstarted),
+    "unplaced": ("discriminator not told its position", Unplaced),
+    "unlimited": ("amplitudes not limited", Unlimited),
+    "calibrated": ("power of generated latents matched by frequency", Calibrated),
     "unflattened": ("spectrum of latents not flattened", Unflattened),
-    "more-emphasis": ("amplitudes divided by their 0.75th power", MoreEmphasis),
     "whitened": ("spectrum of latents whitened", Whitened),
-    "all-directions": ("all 64 directions", AllDirections),
+    "many-directions": ("61 directions", ManyDirections),
     "everywhere": ("positions outside of all heads, too", Everywhere),
-    "uncalibrated": ("generated latents not calibrated", Uncalibrated),
-    "fixed-gamma": ("R1 with a fixed γ of 1", FixedGamma),
+    "steered-gamma": ("R1 with γ = exp(5 d)", SteeredGamma),
+    "fixed-gamma": ("R1 with a fixed γ of 0.3", FixedGamma),
+    "weak-gamma": ("R1 with γ = 0.1 exp(5 max(0, d − 0.4))", WeakGamma),
     "falling-gamma": ("R1 with γ falling from 2 to 0.2", FallingGamma),
     "augmented": ("latents moved and cut out before the discriminator", Augmented),
     "flipped": ("real latents mirrored at random", Flipped),
     "quantized": ("embeddings as the real side", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
     "short-average": ("samples with weights averaged over at most 20 steps", ShortAverage),
-    "long-average": ("samples with weights averaged over a quarter of the steps", LongAverage),
+    "long-average": ("samples with weights averaged over at most 500 steps", LongAverage),
     "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
 COLUMNS = {
@@ -162,21 +210,24 @@ COLUMNS = {
 def main() -> None:
     options = parser(__doc__, ROWS, 10)
     options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
+    options.add_argument("--precision", default="float32", help="as for train.py (default: float32)")
     o = options.parse_args()
     if o.train:
         train_row(o)
         return
-    train_missing(HERE, o, ["--data", o.data, "--vqvae", o.vqvae], dict.fromkeys(ROWS, o.epochs))
+    words = ["--data", o.data, "--vqvae", o.vqvae, "--precision", o.precision]
+    train_missing(HERE, o, words, dict.fromkeys(ROWS, o.epochs))
     print_table(o)
 
 
 def train_row(o: argparse.Namespace) -> None:
     words = ["--data", o.data, "--out", o.out, "--only", "gan", "--vqvae", o.vqvae]
-    words += ["--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0])]
+    words += ["--gan-epochs", str(o.epochs), "--seed", str(o.seeds[0]), "--precision", o.precision]
     run, train_set, validate_set = begin(words, gan_training=o.train)
     method = ROWS[o.train][1]
     method.n_steps = o.epochs * -(-len(train_set) // run.config.gan_batch_size)
-    fit(DCGANStage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
+    stage = getattr(method, "stage", DCGANStage)
+    fit(stage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
 
 
 def print_table(o: argparse.Namespace) -> None:

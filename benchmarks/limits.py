@@ -46,7 +46,8 @@ def main() -> None:
         background = F.max_pool2d(x, 7, 1)[0, 0].numpy() <= BACKGROUND
         share.append(background.mean())
         z_e = vqvae.latents(x)
-        codes, kept = (vqvae.vector_quantizer.nearest(z) for z in (z_e, scale.from_tanh(scale.to_tanh(z_e))))
+        through = scale.latents(scale.clipped(scale.coefficients(z_e)))
+        codes, kept = (vqvae.vector_quantizer.nearest(z) for z in (z_e, through))
         decoded = (vqvae.decode(codes), vqvae.decoder(z_e), vqvae.decode(kept))
         for row, x_hat in zip(measured.values(), decoded, strict=True):
             by_window = structural_similarity(x[0, 0].numpy(), x_hat[0, 0].numpy(), data_range=1.0, full=True)[1]

@@ -1,14 +1,12 @@
-"""Between VQ-VAE and DCGAN: encoding a split, calibration, snapping to codes, generator.pth."""
+"""Between VQ-VAE and DCGAN: encoding a split, snapping to codes, generator.pth."""
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from modules import VQVAE, Generator, dcgan_init
 from support import device
 from training.latents import Latents, Prior, codebook_hash, walk
-from training.scale import LatentScale, power_spectrum
+from training.scale import LatentScale
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +16,7 @@ def latents(vqvae, train_set):
 
 def test_quantized_latents_are_embeddings(vqvae, train_set):
     scale = LatentScale.of_codebook(vqvae)
-    found = scale.from_tanh(Latents(vqvae, train_set, scale, quantized=True).batch([4]))
+    found = scale.latents(Latents(vqvae, train_set, scale, quantized=True).batch([4]))
     expected = vqvae.vector_quantizer.look_up(vqvae.encode(train_set.batch([4])))
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # half precision
 
@@ -28,15 +26,16 @@ def test_stored_latents_equal_encoding_afresh(vqvae, train_set, latents, monkeyp
     afresh = Latents(vqvae, train_set, latents.scale)
     assert latents.stored and not afresh.stored
     first, second = latents.batch([3, 11, 0]), afresh.batch([3, 11, 0])
-    assert first.shape == (3, 8, 64, 64) and first.dtype == torch.float32
-    torch.testing.assert_close(latents.scale.visible(first), first, rtol=1e-4, atol=1e-5)  # as generated latents are
+    assert first.shape == (3, 6, 64, 64) and first.dtype == torch.float32
+    mixed = torch.einsum("dk,bkhw->bdhw", latents.scale.mix, first)
+    assert mixed.abs().max() < 1.5  # cut to tanh's range, then projected
     torch.testing.assert_close(first, second, atol=4e-3, rtol=0)  # both rounded to half precision
     assert (first == second).float().mean() > 0.99
     assert not Latents(vqvae, train_set, latents.scale, stored=False).stored
 
 
 def test_latents_decode_to_the_image(vqvae, train_set, latents):
-    codes = vqvae.vector_quantizer.nearest(latents.scale.from_tanh(latents.batch([2])))
+    codes = vqvae.vector_quantizer.nearest(latents.scale.latents(latents.batch([2])))
     expected = vqvae.encode(train_set.batch([2]))
     assert (codes == expected).float().mean() > 0.95  # but for values that were clipped or fell across a boundary
 
@@ -46,7 +45,8 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     prior = Prior(Generator(embeddings_dim=8).eval(), latents.scale, vqvae)
     noise = prior.noise(5, torch.Generator().manual_seed(0))
     codes = prior.sample(noise)
-    continuous = latents.scale.from_tanh(prior.generator(noise)).detach().permute(0, 2, 3, 1).reshape(-1, 8)
+    coefficients = latents.scale.generated(prior.generator(noise).detach())
+    continuous = latents.scale.latents(coefficients).permute(0, 2, 3, 1).reshape(-1, 8)
     nearest = torch.cdist(continuous.double(), vqvae.vector_quantizer.embedding.weight.double()).argmin(1)
     assert codes.shape == (5, 64, 64) and (codes.flatten() == nearest).float().mean() > 0.999
     images = prior.sample_images(noise, size=2)
@@ -54,32 +54,7 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
 
 
-def test_calibration_gives_generated_latents_the_power_of_real_ones(vqvae, latents):
-    class Weak(torch.nn.Module):
-        """A generator that draws real latents, some of them too weak or blurred: its noise holds their numbers."""
-
-        def forward(self, noise):
-            c = latents.coefficients([int(n) for n in noise[:, 0, 0, 0]])
-            c[:, 0] *= 0.5
-            c[:, 1] = (c[:, 1] + F.avg_pool2d(c[:, 1:2], 3, 1, 1)[:, 0]) / 2
-            return latents.scale.mixed(c)
-
-    prior = Prior(Weak().eval(), latents.scale, vqvae)
-    real = latents.coefficients(range(15))
-    for _ in range(2):  # a second time changes nothing
-        prior.calibrate(power_spectrum(real), latents.scale, torch.arange(15.0).view(15, 1, 1, 1))
-        z = prior.scale.from_tanh(prior.generator(torch.arange(15.0).view(15, 1, 1, 1)))
-        again = latents.scale.coefficients(z)
-        power, wanted = (np.abs(np.fft.fft2(c.numpy())) ** 2 for c in (again, real))
-        for k in range(real.shape[1]):
-            assert power[:, k].mean() == pytest.approx(wanted[:, k].mean(), rel=0.05)
-            assert power[:, k, 8:24, 8:24].mean() == pytest.approx(wanted[:, k, 8:24, 8:24].mean(), rel=0.2)
-    weak = latents.scale.coefficients(latents.scale.from_tanh(prior.generator(torch.arange(15.0).view(15, 1, 1, 1))))
-    assert weak[:, 0].square().mean() < 0.3 * real[:, 0].square().mean()
-    assert torch.equal(prior.scale.shift, latents.scale.shift)
-
-
-def test_calibration_measures_batch_statistics_for_the_weights_as_they_are(vqvae, latents):
+def test_batch_statistics_are_measured_for_the_weights_as_they_are(vqvae, latents):
     generator = Generator(embeddings_dim=8).apply(dcgan_init)
     prior, noise = Prior(generator, latents.scale, vqvae), torch.randn(64, 128, 1, 1)
     prior.measure_statistics(noise)
@@ -132,6 +107,7 @@ def test_checkpoint_of_another_codebook_is_refused(vqvae, latents):
         ("scale", torch.ones(6, 64, 64), "'scale' is not 6 x 64 x 33"),
         ("scale", 1.0, "'scale' is not"),
         ("mix", torch.zeros(8, 5), "'mix' is not 8 x 6"),
+        ("amplitudes", torch.tensor([2.0, 1.0]), "'amplitudes' are not in order"),
     ],
 )
 def test_spoiled_checkpoint_is_refused(vqvae, latents, key, value, message):

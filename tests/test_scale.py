@@ -12,7 +12,7 @@ from conftest import PRETRAINED
 from evaluation.reconstruction import ssim
 from modules import VQVAE
 from training.latents import Latents
-from training.scale import CLIPPED, LatentScale, power_spectrum
+from training.scale import CLIPPED, LatentScale, amplitude, power_spectrum
 from training.vqvae import load_vqvae
 
 
@@ -28,25 +28,53 @@ def encoded(vqvae, train_set):
         return vqvae.latents(train_set.batch(range(15))), vqvae.encode(train_set.batch(range(15)))
 
 
+def free(scale: LatentScale) -> LatentScale:
+    """The same map with no limits to amplitudes, and without its cut around heads."""
+    return replace(scale, outline=torch.zeros(()), amplitudes=torch.tensor([0.0, 1e9]))
+
+
 def test_scale_maps_there_and_back(scale):
-    scale = replace(scale, outline=torch.zeros(()))
+    scale = free(scale)
     c = 0.1 * torch.randn(3, 6, 64, 64, generator=torch.Generator().manual_seed(0)) * scale.support
-    t = scale.mixed(c)
-    z = scale.from_tanh(t)
-    torch.testing.assert_close(scale.unmixed(t), c, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(scale.visible(t), t, rtol=1e-4, atol=1e-6)
-    outside = scale.support == 0
+    t = torch.einsum("dk,bkhw->bdhw", scale.mix, c)
+    torch.testing.assert_close(scale.generated(t), c, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scale.clipped(c), c, rtol=1e-4, atol=1e-6)
+    clipped = torch.einsum("dk,bdhw->bkhw", scale.mix, (100 * t).clamp(-1, 1))  # to what tanh can give
+    torch.testing.assert_close(scale.clipped(100 * c), clipped, rtol=1e-4, atol=1e-5)
+    z, outside = scale.latents(c), scale.support == 0
     assert outside.any() and torch.equal(z[:, :, outside], scale.shift[:, outside].expand(3, -1, -1))
     difference = z - scale.shift  # only along the directions
     along = torch.einsum("dk,ek,behw->bdhw", scale.directions, scale.directions, difference)
     torch.testing.assert_close(along, difference, rtol=1e-3, atol=1e-4)
-    clipped = torch.einsum("dk,bkhw->bdhw", scale.mix, 100 * c).clamp(-1, 1)  # to what tanh can give
-    real = scale.mixed(100 * c)
-    assert not torch.allclose(real, clipped, atol=0.1)  # but for what generated latents never have
-    torch.testing.assert_close(scale.visible(real), real, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(scale.unmixed(real), scale.unmixed(clipped), rtol=1e-4, atol=1e-5)
-    twice = scale.times(2.0).from_tanh(t) - scale.shift
-    torch.testing.assert_close(twice, 2 * difference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_discriminator_sees_a_rotation_of_coefficients_and_its_position(scale):
+    c = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain, seen = scale.seen(c, with_position=False), scale.seen(c)
+    torch.testing.assert_close(plain, torch.einsum("dk,bkhw->bdhw", scale.mix, c), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.einsum("dk,bdhw->bkhw", scale.mix, seen), c, rtol=1e-4, atol=1e-4)
+    # two channels are left of eight: one for the column, one for the row, of what is inside the support
+    left = scipy.linalg.null_space(scale.mix.T.double().numpy())
+    maps = np.einsum("dk,dhw->khw", left, (seen - plain)[1].double().numpy()).reshape(2, -1)
+    row, column = np.meshgrid(np.linspace(-0.5, 0.5, 64), np.linspace(-0.5, 0.5, 64), indexing="ij")
+    wanted = np.stack([each * scale.support.numpy() for each in (column, row)]).reshape(2, -1)
+    np.testing.assert_allclose(maps.T @ maps, wanted.T @ wanted, atol=1e-5)  # equal but for a rotation
+
+
+def test_generated_amplitudes_are_brought_into_the_range_of_real_ones(scale, encoded):
+    real = scale.coefficients(encoded[0])
+    length = real.double().norm(dim=1).flatten(1)
+    expected = (length**2).sum(1) / length.sum(1)
+    np.testing.assert_allclose(amplitude(real).numpy(), expected.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(scale.amplitudes.numpy(), np.quantile(expected.numpy(), [0.02, 0.98]), rtol=1e-4)
+    t = torch.einsum("dk,bkhw->bdhw", scale.mix, real)
+    found = scale.generated(t * torch.tensor([0.1, 1.0, 3.0] * 5)[:, None, None, None])
+    low, high = scale.amplitudes
+    torch.testing.assert_close(amplitude(found[::3]), low.expand(5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(amplitude(found[2::3]), high.expand(5), rtol=1e-4, atol=0)
+    for one, other in zip(found, real, strict=True):  # nothing but a factor changes
+        cosine = (one * other).sum() / one.norm() / other.norm()
+        assert cosine.item() == pytest.approx(1, abs=1e-4)
 
 
 def test_coefficients_are_numpys(scale, encoded):
@@ -91,8 +119,8 @@ def test_far_from_the_head_latents_are_the_backgrounds(scale):
     c[:, 0, 20:44, 24:40] = 2.0  # a head, speckle near it, and speckle far from it
     c[0, 1, 32, 42], c[0, 1, 32, 50], c[1, 2, 10, 30] = 0.1, 0.1, 0.1
     plain = replace(scale, support=torch.ones(64, 64), scale=torch.ones(6, 64, 33), outline=torch.zeros(()))
-    cut, t = replace(plain, outline=torch.tensor(0.4)), torch.einsum("dk,bkhw->bdhw", scale.mix, c)
-    everywhere = plain.from_tanh(t)
+    cut = replace(plain, outline=torch.tensor(0.4))
+    everywhere = plain.latents(c)
     torch.testing.assert_close(plain.coefficients(everywhere), c, atol=1e-4, rtol=1e-4)
     square = (everywhere - scale.shift).double().square().sum(1).numpy()
     around = np.stack([scipy.ndimage.gaussian_filter(each, 1, mode="mirror", truncate=3) for each in square]) >= 0.16
@@ -100,7 +128,7 @@ def test_far_from_the_head_latents_are_the_backgrounds(scale):
     for i, row, column in np.argwhere(around):
         rows, columns = (slice(max(0, at - 2), at + 3) for at in (row, column))
         expected[i, :, rows, columns] = everywhere[i, :, rows, columns]
-    found = cut.from_tanh(t)
+    found = cut.latents(c)
     torch.testing.assert_close(found, expected)
     gone = (found - everywhere).norm(dim=1) > 0.05
     assert gone.nonzero().tolist() == [[0, 32, 50], [1, 10, 30]]
@@ -134,11 +162,11 @@ def test_scale_of_the_codebook_fits_it_into_tanhs_range(vqvae):
     scale = LatentScale.of_codebook(vqvae)
     embeddings = vqvae.vector_quantizer.embedding.weight.detach()
     z = embeddings[:, :, None, None].expand(-1, -1, 64, 64)
-    t = scale.to_tanh(z)
-    torch.testing.assert_close(t, z / embeddings.abs().max(), rtol=1e-4, atol=1e-6)
-    assert t.abs().max() == pytest.approx(1)
-    torch.testing.assert_close(scale.from_tanh(t), z, rtol=1e-4, atol=1e-5)
-    assert torch.equal(scale.visible(t), t)
+    c = scale.clipped(scale.coefficients(z))
+    torch.testing.assert_close(c, z / embeddings.abs().max(), rtol=1e-4, atol=1e-6)
+    assert c.abs().max() == pytest.approx(1)
+    torch.testing.assert_close(scale.latents(c), z, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scale.seen(c), c) and torch.equal(scale.generated(c), c)
 
 
 def test_a_codebook_of_one_used_code_has_a_scale(train_set):
@@ -149,6 +177,6 @@ def test_a_codebook_of_one_used_code_has_a_scale(train_set):
 def test_images_decode_from_what_is_kept_as_from_all(train_set):
     vqvae = load_vqvae(PRETRAINED / "vqvae.pth")
     scale, x = LatentScale.fit(vqvae, train_set), train_set.batch(range(8))
-    through = scale.from_tanh(Latents(vqvae, train_set, scale).batch(range(8)))
+    through = scale.latents(Latents(vqvae, train_set, scale).batch(range(8)))
     found = vqvae.decode(vqvae.vector_quantizer.nearest(through))
     assert ssim(x, found).mean() > ssim(x, vqvae.decode(vqvae.encode(x))).mean() - 0.01

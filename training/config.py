@@ -56,7 +56,7 @@ class Config:
     device: str = _option(
         "auto", "run", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", resumable=True, metavar="NAME")
     precision: str = _option(
-        "auto", "run", "precision of the encoder; auto is bfloat16 on GPUs that have it, else float32",
+        "auto", "run", "precision of the encoder and of the DCGAN; auto is bfloat16 on GPUs that have it, else float32",
         choices=("auto", "float32", "bfloat16"))
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
     only: str | None = _option(None, "run", "train only this stage; gan needs --vqvae", choices=tuple(STAGES))
@@ -80,7 +80,7 @@ class Config:
     gan_betas: tuple[float, float] = _option(
         (0.5, 0.999), "DCGAN", "betas of Adam", type=ADAM_BETA, nargs=2, metavar=("B1", "B2"))
     gan_training: str = _option(
-        "balanced", "DCGAN", "update rule: balanced (R1, EMA, calibration) or report (cross entropy alone)",
+        "balanced", "DCGAN", "update rule: balanced (start from data, R1, EMA) or report (cross entropy alone)",
         choices=tuple(dcgan.METHODS))
     # fmt: on
 
@@ -213,11 +213,10 @@ def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
     kept = run.fast_path if run.fast_path and run.fast_path.device == run.device.type else None
     if kept and run.state.get("vqvae", {"epoch": 0})["epoch"] >= config.epochs:  # only the DCGAN is left
         return kept
-    only_gan = config.only == "gan"  # which has neither compiled nor bfloat16 networks
-    precision = "float32" if only_gan else config.precision
-    n_steps = 0 if only_gan else config.epochs * math.ceil(n_images / config.batch_size)
+    # the DCGAN is not compiled
+    n_steps = 0 if config.only == "gan" else config.epochs * math.ceil(n_images / config.batch_size)
     compute_loss = partial(first_loss, config, run.device)
-    return choose_fast_path(run.device, precision, config.plain, n_steps, compute_loss, kept)
+    return choose_fast_path(run.device, config.precision, config.plain, n_steps, compute_loss, kept)
 
 
 def print_plan(given: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The DCGAN's training stage, and the two update rules of `--gan-training`: balanced, and the report's own.
 
 Both minimise binary cross entropy, with the non-saturating loss for the generator (arXiv 1406.2661, section 3), as
-arXiv 1511.06434 does. Latents are (B, D, 64, 64) in [-1, 1].
+arXiv 1511.06434 does. Real latents come as coefficients (B, K, 64, 64) of `training.scale.LatentScale`.
 """
 
 import copy
@@ -21,7 +21,8 @@ from support.device import move
 from support.run import Run
 from training.fit import Stage
 from training.latents import Latents, Prior, codebook_hash
-from training.scale import LatentScale, power_spectrum
+from training.scale import LatentScale
+from training.start import start_generator
 
 
 class PlainUpdate:
@@ -34,15 +35,16 @@ class PlainUpdate:
     fit_scale = LatentScale.of_codebook  # (vqvae, train_set) -> the map between latents and the generator's range
     quantized = True  # whether real latents are embeddings, or the encoder's output before quantization
     average_decay = 0.0  # of the EMA of the generator's weights, which draws the samples
-    calibrated = False  # whether to match the power of real latents (`latents.Prior.calibrate`)
-    visible = staticmethod(lambda latents: latents)  # what the discriminator sees of generated latents
+    most_start_steps = 0  # in which the generator learns real latents before it meets a discriminator
+    # maps of the `LatentScale`: from the generator's output to coefficients, from these to what a discriminator sees
+    generated = seen = staticmethod(lambda x: x)
 
     def __init__(self, generator, discriminator, optimizers):
         self.generator, self.discriminator = generator, discriminator
         self.generator_optimizer, self.discriminator_optimizer = optimizers
 
     def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
-        """Update the discriminator, then the generator, on real latents (B, D, 64, 64) and noise (B, noise_dim, 1, 1).
+        """Update D, then G, on coefficients of real latents (B, K, 64, 64) and noise (B, noise_dim, 1, 1).
 
         These are this process's part of the batch, and `weight` is its share.
 
@@ -50,15 +52,18 @@ class PlainUpdate:
             (4,): the discriminator's loss, mean D(x) and mean D(G(z)) before its step, and the generator's loss.
         """
         # (1) Update D: minimise -log D(x) - log(1 - D(G(z))), plus a penalty
-        fake = self.visible(self.generator(noise))
-        d_real, d_fake = self.discriminator.logits(real), self.discriminator.logits(fake.detach())
+        fake = self.seen(self.generated(self.generator(noise)))
+        d_real, d_fake = self._logits(self.seen(real)), self._logits(fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
         loss = d_loss + self.penalty(real, d_real)
         _step(self.discriminator, self.discriminator_optimizer, loss * weight)
         # (2) Update G: minimise -log D(G(z))
-        g_loss = cross_entropy(self.discriminator.logits(fake), 1)
+        g_loss = cross_entropy(self._logits(fake), 1)
         _step(self.generator, self.generator_optimizer, g_loss * weight)
         return torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.discriminator.logits(x).float()  # under autocast too, losses are float32
 
     def penalty(self, real: Tensor, d_real: Tensor) -> Tensor | float:
         """A further loss of the discriminator, given its logits (B, 1) of real latents."""
@@ -73,21 +78,21 @@ class PlainUpdate:
 
 
 class BalancedUpdate(PlainUpdate):
-    """Cross entropy with R1 on flattened, continuous latents; an EMA for sampling, and calibration.
+    """Cross entropy with a weak R1, from a start that is learned from data; an EMA for sampling.
 
-    - Latents are cut to what decodes to heads, and high frequencies are emphasised (`LatentScale.fit`): what the
-      discriminator hardly sees, the generator does not learn.
-    - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ = exp(5 d)
-      follows the discriminator's lead d, the running mean of D(x) - D(G(z)).
-    - Real latents are continuous, so they cannot be told by coinciding with embeddings.
-    - Samples are drawn with an EMA of the generator's weights, calibrated by `latents.Prior.calibrate`.
+    - Real latents are continuous, cut to what decodes to heads, with a flatter spectrum (`LatentScale.fit`); the
+      discriminator sees where it is (`LatentScale.seen`).
+    - The generator begins with smooth heads, learned from principal components (`training.start`).
+    - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ is 0.3 while the
+      discriminator's lead d, the running mean of D(x) - D(G(z)), is below 0.4, and 0.3 exp(10 (d - 0.4)) above.
+    - Samples are drawn with an EMA of the generator's weights.
     """
 
     fit_scale = LatentScale.fit
     quantized = False
-    average_decay = 0.99
-    calibrated = True
-    r1_strength = 5.0
+    average_decay = 0.995
+    most_start_steps = 400
+    least_gamma, guard, tolerated_lead = 0.3, 10.0, 0.4
     lead_decay = 0.98  # of the running mean
 
     def __init__(self, generator, discriminator, optimizers):
@@ -96,7 +101,7 @@ class BalancedUpdate(PlainUpdate):
 
     @property
     def gamma(self) -> Tensor:
-        return (self.r1_strength * self.lead).exp()
+        return self.least_gamma * (self.guard * (self.lead - self.tolerated_lead).clamp(min=0)).exp()
 
     def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
         values = super().__call__(real.requires_grad_(True), noise, weight)
@@ -169,11 +174,18 @@ class DCGANStage(Stage):
         self.averages = {"generator": self.average}
         self.update = (method or METHODS[config.gan_training])(generator, discriminator, self.optimizers.values())
         self.average_decay = self.update.average_decay
-        self.figures, self.floor, self.stored = Figures(run.folder, run.phantoms), None, None
+        self.figures, self.floor = Figures(run.folder, run.phantoms), None
+        self.latents, self.stored = None, None
 
     def start(self) -> None:
         fit_scale = self.update.fit_scale
         self.set_scale(distributed.from_first(lambda: fit_scale(self.vqvae, self.train_set).to("cpu")))
+        n_steps = min(self.update.most_start_steps, self.epochs * -(-len(self.data()) // self.batch_size) // 2)
+        rng = seeds.generator(self.run.config.seed, "gan start")
+        words = (self.average, self.data(), n_steps, self.batch_size, self.run.fast_path, rng)
+        weights = distributed.from_first(lambda: start_generator(*words))  # the average has BatchNorm of one process
+        for generator in (self.average, self.networks["generator"]):
+            generator.load_state_dict(weights)
         if distributed.is_first():
             self._draw_samples(0, "before training")
             self.floor = {name: found.value for name, found in self.held_out.floor().items()}
@@ -182,7 +194,7 @@ class DCGANStage(Stage):
         """Set the map between latents and the generator's range, and what depends on it."""
         self.scale = scale.to(self.run.device)
         self.vqvae.eval().to(memory_format=torch.channels_last)
-        self.update.visible = self.scale.visible
+        self.update.generated, self.update.seen = self.scale.generated, self.scale.seen
         self.prior = Prior(self.average, self.scale, self.vqvae, self.run.phantoms)
         self.shown = self._noise(64, "gan samples")
         self.eval_noise = self._noise(min(len(self.validate_set), len(self.train_set)), "measures")
@@ -191,28 +203,24 @@ class DCGANStage(Stage):
         return self.prior.noise(n, seeds.generator(self.run.config.seed, stream))
 
     def data(self) -> Latents:
-        latents = Latents(self.vqvae, self.train_set, self.scale, self.update.quantized, self.stored)
-        if self.update.calibrated:
-            picked = torch.arange(0, len(latents), -(-len(latents) // 512))
-            self.power = power_spectrum(torch.cat([latents.coefficients(part) for part in picked.split(32)]))
-        self.stored = latents.stored
-        kept = "kept in memory" if latents.stored else "too many for memory, so each batch is encoded when it is used"
-        print(f"DCGAN: {len(latents)} latents, {kept}", flush=True)
-        return latents
+        if self.latents is None:
+            self.latents = Latents(self.vqvae, self.train_set, self.scale, self.update.quantized, self.stored)
+            self.stored = self.latents.stored
+            kept = "kept in memory" if self.stored else "too many for memory, so each batch is encoded when it is used"
+            print(f"DCGAN: {len(self.latents)} latents, {kept}", flush=True)
+        return self.latents
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
-        """One update of each network on latents (B, D, 64, 64)."""
+        """One update of each network on coefficients of latents (B, K, 64, 64)."""
         noise = move(distributed.part(self.prior.noise(n, rng)), batch.device)
-        return self.update(batch, noise, distributed.weight(n))
+        with self.run.fast_path.autocast():
+            return self.update(batch, noise, distributed.weight(n))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Calibrate the prior. `n_measures` times in a run, compare its samples with the validation split."""
+        """Measure BatchNorm's statistics. `n_measures` times in a run, compare samples with the validation split."""
         measures = {key: value.item() for key, value in self.update.state_dict().items()}
-        noise = self._noise(512, "calibration")
         if self.update.average_decay:
-            self.prior.measure_statistics(noise)
-        if self.update.calibrated:
-            self.prior.calibrate(self.power, self.scale, noise)
+            self.prior.measure_statistics(self._noise(512, "statistics"))
         now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
         if now > before and distributed.is_first():
             found = self.held_out.measure(self.prior.sample_images(self.eval_noise))
@@ -260,9 +268,8 @@ class DCGANStage(Stage):
             )
 
     def extra_state(self) -> dict:
-        scale, codebook = self.scale.to("cpu").tensors(), codebook_hash(self.vqvae)
-        state = {"scale": scale, "codebook": codebook, "stored": self.stored, "floor": self.floor}
-        return state | {"update": self.update.state_dict()}
+        state = {"scale": self.scale.to("cpu").tensors(), "codebook": codebook_hash(self.vqvae)}
+        return state | {"stored": self.stored, "floor": self.floor, "update": self.update.state_dict()}
 
     def load_extra_state(self, state: dict) -> None:
         if state["codebook"] != codebook_hash(self.vqvae):

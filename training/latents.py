@@ -16,15 +16,13 @@ from modules import VQVAE, Generator
 from support import console, files
 from support.console import in_batches
 from support.device import fits, move
-from training.scale import LatentScale, power_spectrum
-
-LARGEST_FACTOR = 8.0  # of calibration
+from training.scale import LatentScale
 
 
 class Latents(Dataset):
-    """A split's latents in tanh's range, which the DCGAN learns to generate.
+    """The coefficients of a split's latents, which the DCGAN learns to generate.
 
-    They are encoded once, and their K coefficients kept in half precision (8·K kB an image) if that takes at most half
+    They are cut to what a generator can give, and kept in half precision (8·K kB an image) if that takes at most half
     of the free memory, on the device or else on the host. Otherwise each batch is encoded when it is asked for.
 
     Args:
@@ -54,17 +52,13 @@ class Latents(Dataset):
         z = self.vqvae.latents(x)
         if self.quantized:
             z = self.vqvae.vector_quantizer.look_up(self.vqvae.vector_quantizer.nearest(z))
-        return self.scale.coefficients(z).half()
+        return self.scale.clipped(self.scale.coefficients(z)).half()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """(B, D, 64, 64) float32."""
-        return self.scale.mixed(self.coefficients(indices))
-
-    def coefficients(self, indices: Sequence[int]) -> Tensor:
-        """(B, K, 64, 64) float32, on the scale's device; for a batch, since images may have to be encoded."""
+        """(B, K, 64, 64) float32, on the scale's device."""
         if not self.stored:
             return self._encode(self.dataset.batch(indices)).float()
         kept = self.kept[move(torch.as_tensor(indices), self.kept.device)]
@@ -89,7 +83,8 @@ class Prior:
     @torch.no_grad()
     def sample(self, noise: Tensor) -> Tensor:
         """Noise (B, noise_dim, 1, 1) -> codes (B, 64, 64): generated latents snapped to the nearest embeddings."""
-        latents = self.scale.from_tanh(self.generator.eval()(noise.to(self.scale.support.device)))
+        t = self.generator.eval()(noise.to(self.scale.support.device))
+        latents = self.scale.latents(self.scale.generated(t))
         return self.vqvae.vector_quantizer.nearest(latents)
 
     def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:
@@ -108,23 +103,6 @@ class Prior:
         An average of the statistics of past weights is not that of averaged weights.
         """
         update_bn([part.to(self.scale.support.device) for part in noise.split(32)], self.generator)
-
-    @torch.no_grad()
-    def calibrate(self, power: Tensor, fitted: LatentScale, noise: Tensor) -> None:
-        """Give generated latents the power of real ones at each spatial frequency.
-
-        A discriminator with BatchNorm that sees real and generated latents in separate batches cannot see their
-        amplitude, so a generator is free to draw latents that are too weak, which decode to dark brains.
-
-        Args:
-            power: `power_spectrum` of real coefficients.
-            fitted: the scale that the generator was trained with.
-            noise: (B, noise_dim, 1, 1), on the CPU, of the samples that are compared.
-        """
-        batches = [part.to(fitted.support.device) for part in noise.split(32)]
-        generated = torch.cat([fitted.unmixed(self.generator.eval()(part)) for part in batches])
-        factor = (power / power_spectrum(generated)).sqrt()
-        self.scale = fitted.times(factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR))
 
     def checkpoint(self) -> dict:
         """The contents of generator.pth."""

@@ -1,10 +1,11 @@
-"""The map between latents and the generator's range, and what a discriminator is to see of them.
+"""The map between latents and the generator's range, and what a discriminator sees of them.
 
 The generator ends in tanh, so its range is [-1, 1]. `LatentScale` is fitted on the training split and stored in
 generator.pth.
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,20 @@ from support.console import in_batches
 FIT_IMAGES = 128  # that a scale is fitted on, spaced evenly over the split
 DIRECTIONS = 6  # images decode from so many with the same SSIM as from all (benchmarks/limits.py)
 EMPHASIS = 0.5  # exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them
+AMPLITUDES_CUT = 0.02  # share of the images at either end that generated amplitudes are not to resemble
 CLIPPED = 0.005  # share of the head's values that tanh's range cuts off
+POSITIONS = 3  # channels that tell a discriminator where it is
 OUTLINE = 0.4  # length of latents that belong to a head, as a share of the root mean square length in heads
 MARGIN = 2  # positions around heads
 
 
 @dataclass(frozen=True, eq=False)
 class LatentScale:
-    """Latents z (B, D, H, W) <-> coefficients c (B, K, H, W) <-> tanh's range t (B, D, H, W).
+    """Latents z (B, D, H, W) <-> coefficients c (B, K, H, W) <- the generator's output t (B, D, H, W) in [-1, 1].
 
-    c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform, and
-    t = `visible`(clip(mix c, -1, 1)); back, z = shift + directions (scale⁻¹ * mixᵀ t) within `support`, and at most
-    MARGIN positions from the head that z shows.
+    c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
+    z = shift + directions (scale⁻¹ * c) within `support`, and at most MARGIN positions from the head that z shows.
+    Generated coefficients are mixᵀ t, times a factor that brings their `amplitude` into the range of real ones.
 
     Attributes:
         shift: (D, H, W), what maps to 0.
@@ -38,6 +41,7 @@ class LatentScale:
         mix: (D, K), orthonormal columns.
         support: (H, W), 1 where latents differ from `shift`, else 0.
         outline: (), the root mean square length of z - shift, around a position, from which on it shows a head.
+        amplitudes: (2,), the least and the greatest `amplitude` of real coefficients.
     """
 
     shift: Tensor
@@ -46,6 +50,7 @@ class LatentScale:
     mix: Tensor
     support: Tensor
     outline: Tensor
+    amplitudes: Tensor
 
     def to(self, device: torch.device | str) -> "LatentScale":
         """The same map on another device."""
@@ -61,7 +66,7 @@ class LatentScale:
         scale = tensors["scale"]
         n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
         shapes = {"scale": (n, 64, 33), "shift": (dim, 64, 64), "directions": (dim, n), "mix": (dim, n)}
-        shapes |= {"support": (64, 64), "outline": ()}
+        shapes |= {"support": (64, 64), "outline": (), "amplitudes": (2,)}
         found = {}
         for name, shape in shapes.items():
             value = tensors[name]
@@ -72,42 +77,58 @@ class LatentScale:
                 raise ValueError(f"its '{name}' has values that are not finite")
         if not (found["scale"] > 0).all() or not (1 / found["scale"]).isfinite().all():
             raise ValueError("its 'scale' has values that are not positive")
+        if not 0 <= found["amplitudes"][0] <= found["amplitudes"][1]:
+            raise ValueError("its 'amplitudes' are not in order")
         return cls(**found)
-
-    def times(self, factor: float | Tensor) -> "LatentScale":
-        """The map that gives z - shift `factor` times as long, by coefficient and frequency if it is a tensor."""
-        return replace(self, scale=self.scale / factor)
 
     def coefficients(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, K, H, W)."""
         return _filter(_multiply(self.directions.T, z - self.shift), self.scale) * self.support
 
-    def mixed(self, c: Tensor) -> Tensor:
-        """Coefficients (B, K, H, W) -> (B, D, H, W), what is visible of their mixture cut to [-1, 1]."""
-        return self.visible(_multiply(self.mix, c).clamp(-1, 1))
-
-    def unmixed(self, t: Tensor) -> Tensor:
-        """(B, D, H, W) -> coefficients (B, K, H, W)."""
-        return _multiply(self.mix.T, t) * self.support
-
-    def to_tanh(self, z: Tensor) -> Tensor:
-        """Latents (B, D, H, W) -> (B, D, H, W) in [-1, 1]."""
-        return self.mixed(self.coefficients(z))
-
-    def from_tanh(self, t: Tensor) -> Tensor:
-        """(B, D, H, W) in [-1, 1] -> latents (B, D, H, W)."""
-        c = _filter(self.unmixed(t), 1 / self.scale) * self.support
+    def latents(self, c: Tensor) -> Tensor:
+        """Coefficients (B, K, H, W) -> latents (B, D, H, W)."""
+        c = _filter(c, 1 / self.scale) * self.support
         head = blur(c.square().sum(1, keepdim=True), 1) >= self.outline.square()
         return _multiply(self.directions, c * _around(head)) + self.shift
 
-    def visible(self, t: Tensor) -> Tensor:
-        """What of the generator's output (B, D, H, W) in [-1, 1] reaches latents: its projection on `mix` in `support`.
+    def generated(self, t: Tensor) -> Tensor:
+        """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W) float32."""
+        c = self.unmixed(t.float()).float()
+        found = amplitude(c)
+        return c * (found.clamp(*self.amplitudes) / found)[:, None, None, None]
 
-        Real and generated latents both pass here, so neither can be told by what the other cannot have.
+    def unmixed(self, t: Tensor) -> Tensor:
+        """(B, D, H, W) -> mixᵀ t, (B, K, H, W), within `support`."""
+        return t * self.support if self.all_kept else _multiply(self.mix.T, t) * self.support
+
+    def clipped(self, c: Tensor) -> Tensor:
+        """Coefficients (B, K, H, W), their mixture cut to tanh's range: what a generator could have made of them."""
+        return self.unmixed(self.seen(c, with_position=False).clamp(-1, 1))
+
+    def seen(self, c: Tensor, with_position: bool = True) -> Tensor:
+        """Coefficients (B, K, H, W) -> (B, D, H, W), what a discriminator sees: their mixture, and the position.
+
+        A convolution does not know where it is, and with BatchNorm a discriminator does not see how large the values
+        are. POSITIONS further channels tell it: row and column in [-0.5, 0.5], and 0.5, mixed like the coefficients.
         """
-        if self.mix.shape[0] == self.mix.shape[1]:
-            return t * self.support
-        return _multiply(self.mix, self.unmixed(t))
+        if self.all_kept:
+            return c
+        mixed = _multiply(self.mix, c)
+        return mixed + self.position if with_position else mixed
+
+    @property
+    def all_kept(self) -> bool:
+        """Whether coefficients are not mixed, for there are as many as channels."""
+        return self.mix.shape[0] == self.mix.shape[1]
+
+    @cached_property
+    def position(self) -> Tensor:
+        """(D, H, W)."""
+        dim, n = self.mix.shape
+        along = torch.linspace(-0.5, 0.5, len(self.support)).to(self.support).expand_as(self.support)
+        maps = torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
+        columns = _cosines(dim)[:, n : n + POSITIONS].to(self.support)
+        return torch.einsum("dk,khw->dhw", columns, maps)
 
     @classmethod
     def of_codebook(cls, vqvae: VQVAE, dataset: Dataset | None = None) -> "LatentScale":
@@ -116,7 +137,8 @@ class LatentScale:
         size, identity = weight.shape[1], torch.eye(weight.shape[1]).to(weight)
         shift, support = weight.new_zeros(size, 64, 64), weight.new_ones(64, 64)
         scale = (1 / weight.abs().max()).expand(size, 64, 33).clone()
-        return cls(shift, identity, scale, identity, support, outline=weight.new_zeros(()))
+        no_limits = torch.tensor([0.0, torch.finfo(weight.dtype).max], device=weight.device)
+        return cls(shift, identity, scale, identity, support, weight.new_zeros(()), no_limits)
 
     @classmethod
     @torch.no_grad()
@@ -130,6 +152,7 @@ class LatentScale:
           and all by one factor, so that tanh's range cuts off CLIPPED of the heads' values.
         - mix: the first functions of a cosine transform, which spread each coefficient over all channels.
         - support: where z differs from `shift` in any of the images, and MARGIN positions around.
+        - amplitudes: of all but AMPLITUDES_CUT of the images at either end.
         - outline: OUTLINE times the root mean square length of z - shift in heads. Real latents lose next to nothing by
           it (benchmarks/limits.py); generated ones lose speckle around their heads.
         """
@@ -153,12 +176,25 @@ class LatentScale:
             mix=_cosines(len(second))[:, :n_directions],
             support=_around(near[None])[0],
             outline=OUTLINE * size,
+            amplitudes=torch.ones(2),
         )
         power = power_spectrum(found.coefficients(z)).clamp(min=1e-5 * size**2)
         found = replace(found, scale=power ** (-emphasis / 2))
         values = _multiply(found.mix, found.coefficients(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
-        return found.times(largest).to(vqvae.vector_quantizer.embedding.weight.device)
+        found = replace(found, scale=found.scale / largest)
+        ends = torch.tensor([AMPLITUDES_CUT, 1 - AMPLITUDES_CUT])
+        found = replace(found, amplitudes=amplitude(found.coefficients(z)).quantile(ends))
+        return found.to(vqvae.vector_quantizer.embedding.weight.device)
+
+
+def amplitude(c: Tensor) -> Tensor:
+    """How large coefficients c (B, K, H, W) are where a head is: (B,). It does not depend on the size of the head.
+
+    The sum of their squared lengths over that of their lengths, the mean of lengths that is weighted by them.
+    """
+    square = c.square().sum(1)
+    return square.sum((1, 2)) / (square + 1e-12).sqrt().sum((1, 2)) + 1e-6
 
 
 def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,67 @@
+"""The start of the generator from data, before it meets a discriminator."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules import Generator
+from support import console, files
+from support.device import FastPath
+from training.latents import Latents
+
+LR = 1e-3
+
+
+def start_generator(
+    generator: Generator, latents: Latents, n_steps: int, batch_size: int, fast_path: FastPath, rng: torch.Generator
+) -> dict[str, Tensor]:
+    """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
+
+    These scores are distributed somewhat like noise: so the generator begins with smooth heads that vary as real ones
+    do. Fine detail is not determined by its noise, and is left to adversarial training. Minimises mean squared error
+    with Adam.
+
+    Args:
+        generator: on the device of the run, in its layout; updated in place.
+        latents: the coefficients that it is fitted to.
+        n_steps: 0 leaves the generator as it is.
+        batch_size: of this process alone.
+        fast_path: of the run.
+        rng: on the CPU.
+
+    Returns the generator's `state_dict`, on the CPU.
+    """
+    if not n_steps:
+        return files.cpu_state(generator)
+    noise = principal_scores(latents, generator.net[0][0].in_channels, rng)
+    optimizer, scale = fast_path.adam(generator, LR), latents.scale
+    generator.train()
+    order = torch.randint(len(latents), (n_steps, min(batch_size, len(latents))), generator=rng)
+    with console.progress(total=n_steps, desc="Start of the generator", unit=" steps", leave=False) as bar:
+        for indices in order:
+            with fast_path.autocast():
+                t = generator(noise[indices].to(scale.support.device)[:, :, None, None])
+            c = latents.batch(indices)
+            optimizer.zero_grad()
+            (F.mse_loss(scale.unmixed(t.float()), c) / c.square().mean()).backward()
+            optimizer.step()
+            bar.update(1)
+            console.stop_if_signalled()
+    return files.cpu_state(generator)
+
+
+def principal_scores(latents: Latents, n: int, rng: torch.Generator) -> Tensor:
+    """Scores of N images on their n leading principal components, with a variance of 1: (N, n), on the CPU.
+
+    The components are those of coefficients averaged over 2x2 positions. Where there are fewer, noise takes their
+    place.
+    """
+    parts = torch.arange(len(latents)).split(64)
+    x = torch.cat([F.avg_pool2d(latents.batch(part), 2).flatten(1).cpu() for part in parts])
+    x = x[:, x.abs().amax(0) > 0]
+    x = x - x.mean(0)
+    wider = min(n + 16, *x.shape)  # the method's last components are inexact
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        u = torch.svd_lowrank(x, wider, niter=4)[0][:, :n] * len(x) ** 0.5
+    return torch.cat([u, torch.randn(len(x), n - u.shape[1], generator=rng)], 1)
