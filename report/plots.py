@@ -220,7 +220,7 @@ class Figures:
             each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
             each.axhline(floor[key], color=ORANGE, linestyle="--")
             each.set(ylabel=label)
-        axes[0, 2].set(yscale="log")
+        axes[0, 2].set_yscale("symlog", linthresh=0.1)  # it may be 0
         for each in axes[1]:
             each.set(xlabel="epoch")
             each.xaxis.get_major_locator().set_params(integer=True)

@@ -19,8 +19,9 @@ from skimage.metrics import structural_similarity
 from dataset import OasisDataset
 from evaluation.generation import COMPARISONS, INDICES
 from evaluation.two_sample import Interval
-from modules import VQVAE, VectorQuantizer
+from modules import VQVAE, Discriminator, Generator, VectorQuantizer
 from support.console import UserError
+from training.latents import Latents
 
 
 def test_the_reports_style_equals_ours_in_losses_and_gradients(images):
@@ -107,10 +108,10 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, 
 def test_the_dcgan_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
     torch.save(VQVAE(32).state_dict(), tmp_path / "vqvae.pth")
     words = ["--data", data, "--vqvae", tmp_path / "vqvae.pth", "--seeds", "0", "--epochs", "1"]
-    for name in ("unflattened", "report"):
+    for name in ("unflattened", "calibrated", "report"):
         row = ["--out", tmp_path / "runs" / f"{name}-0", "--train", name]
         run_main(gan_ablation, words + row, monkeypatch, capfd)
-    words += ["--out", tmp_path / "runs", "--rows", "unflattened", "report"]
+    words += ["--out", tmp_path / "runs", "--rows", "unflattened", "calibrated", "report"]
     out, err = run_main(gan_ablation, words, monkeypatch, capfd)
     assert "…" not in err
     scales = {}
@@ -120,6 +121,25 @@ def test_the_dcgan_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
         assert f" | {saved['rows'][0]['swd_mean']:.0f} |\n" in out
     assert scales["unflattened"]["directions"].shape == (64, 6) and scales["report"]["directions"].shape == (64, 64)
     assert all(len(scale["scale"].unique()) == 1 for scale in scales.values())  # one factor for all frequencies
+    calibrated = next((tmp_path / "runs" / "calibrated-0").iterdir())
+    fitted = resume_file(calibrated)["state"]["gan"]["extra"]["scale"]["scale"]
+    factors = fitted / torch.load(calibrated / "generator.pth", weights_only=True)["scale"]
+    assert len(factors.unique()) > 50 and 1 / 8 <= factors.min() * 1.001 and factors.max() <= 8 * 1.001
+
+
+@pytest.mark.parametrize("name", gan_ablation.ROWS)
+def test_each_row_of_the_dcgan_ablation_updates_both_networks(name, vqvae, train_set):
+    torch.manual_seed(0)
+    method = gan_ablation.ROWS[name][1]
+    networks = Generator(embeddings_dim=8), Discriminator(8)
+    before = [[p.detach().clone() for p in network.parameters()] for network in networks]
+    update = method(*networks, [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks])
+    scale = method.fit_scale(vqvae, train_set)
+    update.n_steps, update.generated, update.seen = 9, scale.generated, scale.seen
+    values = update(Latents(vqvae, train_set, scale, method.quantized).batch([0, 7, 14]), torch.randn(3, 128, 1, 1))
+    assert values.shape == (4,) and values.isfinite().all()
+    for network, old in zip(networks, before, strict=True):
+        assert all(not torch.equal(p, q) for p, q in zip(network.parameters(), old, strict=True))
 
 
 def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, capfd):

@@ -37,6 +37,9 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     assert chosen(run, cuda, 9664) == FastPath("cuda")
     run.fast_path, run.config.only = None, "gan"
     assert chosen(run, cuda, 9664) == FastPath("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    works["compiled"] = True
+    assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True)  # the DCGAN is not compiled
 
 
 @pytest.mark.parametrize(

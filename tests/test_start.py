@@ -21,17 +21,19 @@ def latents(vqvae, train_set):
 def test_scores_are_scipys_principal_components(latents):
     x = F.avg_pool2d(latents.batch(range(15)), 2).flatten(1).double().numpy()
     left, size, _ = scipy.linalg.svd(x - x.mean(0), full_matrices=False)
-    found = principal_scores(latents, 5, torch.Generator().manual_seed(0)).double().numpy()
+    found = principal_scores(latents, torch.arange(15), 5, torch.Generator().manual_seed(0)).double().numpy()
     np.testing.assert_allclose(np.abs(found.T @ left[:, :5]), 15**0.5 * np.eye(5), atol=0.02)
     assert size[4] > 1.01 * size[5]  # else the fifth would not be defined
 
 
 def test_noise_takes_the_place_of_components_that_are_not_there(latents):
-    found = principal_scores(latents, 128, torch.Generator().manual_seed(0))
-    again = principal_scores(latents, 128, torch.Generator().manual_seed(0))
+    found = principal_scores(latents, torch.arange(15), 128, torch.Generator().manual_seed(0))
+    again = principal_scores(latents, torch.arange(15), 128, torch.Generator().manual_seed(0))
     assert found.shape == (15, 128) and torch.equal(found, again)
     assert found[:, 15:].std().item() == pytest.approx(1, abs=0.1)
-    assert not torch.equal(found[:, 15:], principal_scores(latents, 128, torch.Generator().manual_seed(1))[:, 15:])
+    assert not torch.equal(
+        found[:, 15:], principal_scores(latents, torch.arange(15), 128, torch.Generator().manual_seed(1))[:, 15:]
+    )
 
 
 def test_a_started_generator_resembles_latents(latents):

@@ -10,6 +10,7 @@ from support.device import FastPath
 from training.latents import Latents
 
 LR = 1e-3
+MOST_IMAGES = 10_000  # whose components are computed, in 110 MB
 
 
 def start_generator(
@@ -33,15 +34,17 @@ def start_generator(
     """
     if not n_steps:
         return files.cpu_state(generator)
-    noise = principal_scores(latents, generator.net[0][0].in_channels, rng)
+    n = min(len(latents), MOST_IMAGES)
+    picked = torch.tensor([i * len(latents) // n for i in range(n)])
+    noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
     optimizer, scale = fast_path.adam(generator, LR), latents.scale
     generator.train()
-    order = torch.randint(len(latents), (n_steps, min(batch_size, len(latents))), generator=rng)
+    order = torch.randint(n, (n_steps, min(batch_size, n)), generator=rng)
     with console.progress(total=n_steps, desc="Start of the generator", unit=" steps", leave=False) as bar:
         for indices in order:
             with fast_path.autocast():
                 t = generator(noise[indices].to(scale.support.device)[:, :, None, None])
-            c = latents.batch(indices)
+            c = latents.batch(picked[indices])
             optimizer.zero_grad()
             (F.mse_loss(scale.unmixed(t.float()), c) / c.square().mean()).backward()
             optimizer.step()
@@ -50,14 +53,13 @@ def start_generator(
     return files.cpu_state(generator)
 
 
-def principal_scores(latents: Latents, n: int, rng: torch.Generator) -> Tensor:
-    """Scores of N images on their n leading principal components, with a variance of 1: (N, n), on the CPU.
+def principal_scores(latents: Latents, picked: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """Scores of N picked images on their n leading principal components, with a variance of 1: (N, n), on the CPU.
 
     The components are those of coefficients averaged over 2x2 positions. Where there are fewer, noise takes their
     place.
     """
-    parts = torch.arange(len(latents)).split(64)
-    x = torch.cat([F.avg_pool2d(latents.batch(part), 2).flatten(1).cpu() for part in parts])
+    x = torch.cat([F.avg_pool2d(latents.batch(part), 2).flatten(1).cpu() for part in picked.split(64)])
     x = x[:, x.abs().amax(0) > 0]
     x = x - x.mean(0)
     wider = min(n + 16, *x.shape)  # the method's last components are inexact
