@@ -158,7 +158,7 @@ class _SynchronizedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dims = (0, 2, 3)
+        dims, dtype, x = (0, 2, 3), x.dtype, x.float()
         count = x.new_full((1,), x.numel() / x.shape[1])
         sums = _Sum.apply(torch.cat([x.sum(dims), count]))  # one message
         n = sums[-1].detach()
@@ -170,7 +170,7 @@ class _SynchronizedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         gain = self.weight * (variance + self.eps).rsqrt()
-        return centred * gain[:, None, None] + self.bias[:, None, None]
+        return (centred * gain[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 class _Sum(torch.autograd.Function):

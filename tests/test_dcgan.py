@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -114,11 +115,11 @@ def test_gamma_rises_with_how_far_the_discriminator_is_ahead_on_average(networks
     assert again.gamma == update.gamma
 
 
-def test_losses_are_float32_under_autocast(networks, real, noise):
-    exact = update_of(dcgan.BalancedUpdate, copy.deepcopy(networks))(real.clone(), noise)
-    with torch.autocast("cpu", torch.bfloat16):
-        update = update_of(dcgan.BalancedUpdate, networks, 1e-3)
-        values = update(real.clone(), noise)
-    assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
-    torch.testing.assert_close(values[:3], exact[:3], rtol=0.1, atol=0.02)
-    assert all(p.grad.dtype == torch.float32 for p in networks[1].parameters())
+def test_autocast_changes_nothing_but_the_precision_of_the_networks(networks, real, noise):
+    copies, found = copy.deepcopy(networks), []
+    for pair, context in ((copies, None), (networks, partial(torch.autocast, "cpu", torch.bfloat16))):
+        update = update_of(dcgan.BalancedUpdate, pair, 0.03)  # so that the generator's loss shows D's step
+        update.autocast = context or update.autocast
+        found.append(update(real.clone(), noise))
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.01)

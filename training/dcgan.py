@@ -5,6 +5,7 @@ arXiv 1511.06434 does. Real latents come as coefficients (B, K, 64, 64) of `trai
 """
 
 import copy
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -36,8 +37,8 @@ class PlainUpdate:
     quantized = True  # whether real latents are embeddings, or the encoder's output before quantization
     average_decay = 0.0  # of the EMA of the generator's weights, which draws the samples
     most_start_steps = 0  # in which the generator learns real latents before it meets a discriminator
-    # maps of the `LatentScale`: from the generator's output to coefficients, from these to what a discriminator sees
-    generated = seen = staticmethod(lambda x: x)
+    generated = seen = staticmethod(lambda x: x)  # the methods of `LatentScale`
+    autocast = staticmethod(nullcontext)  # for the networks; maps and losses are float32
 
     def __init__(self, generator, discriminator, optimizers):
         self.generator, self.discriminator = generator, discriminator
@@ -52,7 +53,9 @@ class PlainUpdate:
             (4,): the discriminator's loss, mean D(x) and mean D(G(z)) before its step, and the generator's loss.
         """
         # (1) Update D: minimise -log D(x) - log(1 - D(G(z))), plus a penalty
-        fake = self.seen(self.generated(self.generator(noise)))
+        with self.autocast():
+            t = self.generator(noise)
+        fake = self.seen(self.generated(t))
         d_real, d_fake = self._logits(self.seen(real)), self._logits(fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
         loss = d_loss + self.penalty(real, d_real)
@@ -63,7 +66,8 @@ class PlainUpdate:
         return torch.stack([d_loss, d_real.sigmoid().mean(), d_fake.sigmoid().mean(), g_loss]).detach()
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.discriminator.logits(x).float()  # under autocast too, losses are float32
+        with self.autocast():  # anew for each call: it keeps a copy of the weights until it ends
+            return self.discriminator.logits(x).float()
 
     def penalty(self, real: Tensor, d_real: Tensor) -> Tensor | float:
         """A further loss of the discriminator, given its logits (B, 1) of real latents."""
@@ -78,22 +82,20 @@ class PlainUpdate:
 
 
 class BalancedUpdate(PlainUpdate):
-    """Cross entropy with a weak R1, from a start that is learned from data; an EMA for sampling.
+    """Cross entropy with a weak R1, from a start that is learned from data.
 
     - Real latents are continuous, cut to what decodes to heads, with a flatter spectrum (`LatentScale.fit`); the
       discriminator sees where it is (`LatentScale.seen`).
-    - The generator begins with smooth heads, learned from principal components (`training.start`).
+    - The generator begins with smooth heads, learned from data (`training.start`); samples are drawn with its EMA.
     - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ is 0.3 while the
       discriminator's lead d, the running mean of D(x) - D(G(z)), is below 0.4, and 0.3 exp(10 (d - 0.4)) above.
-    - Samples are drawn with an EMA of the generator's weights.
     """
 
     fit_scale = LatentScale.fit
     quantized = False
     average_decay = 0.995
     most_start_steps = 400
-    least_gamma, guard, tolerated_lead = 0.3, 10.0, 0.4
-    lead_decay = 0.98  # of the running mean
+    least_gamma, guard, tolerated_lead, lead_decay = 0.3, 10.0, 0.4, 0.98
 
     def __init__(self, generator, discriminator, optimizers):
         super().__init__(generator, discriminator, optimizers)
@@ -173,7 +175,7 @@ class DCGANStage(Stage):
             self.optimizers[name] = fast_path.adam(network, config.gan_lr, config.gan_betas)
         self.averages = {"generator": self.average}
         self.update = (method or METHODS[config.gan_training])(generator, discriminator, self.optimizers.values())
-        self.average_decay = self.update.average_decay
+        self.update.autocast, self.average_decay = fast_path.autocast, self.update.average_decay
         self.figures, self.floor = Figures(run.folder, run.phantoms), None
         self.latents, self.stored = None, None
 
@@ -181,9 +183,8 @@ class DCGANStage(Stage):
         fit_scale = self.update.fit_scale
         self.set_scale(distributed.from_first(lambda: fit_scale(self.vqvae, self.train_set).to("cpu")))
         n_steps = min(self.update.most_start_steps, self.epochs * -(-len(self.data()) // self.batch_size) // 2)
-        rng = seeds.generator(self.run.config.seed, "gan start")
-        words = (self.average, self.data(), n_steps, self.batch_size, self.run.fast_path, rng)
-        weights = distributed.from_first(lambda: start_generator(*words))  # the average has BatchNorm of one process
+        words = (self.data(), n_steps, self.batch_size, self.run.fast_path, self.run.config.seed)
+        weights = distributed.from_first(lambda: start_generator(self.average, *words))  # whose BatchNorm is local
         for generator in (self.average, self.networks["generator"]):
             generator.load_state_dict(weights)
         if distributed.is_first():
@@ -213,8 +214,7 @@ class DCGANStage(Stage):
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update of each network on coefficients of latents (B, K, 64, 64)."""
         noise = move(distributed.part(self.prior.noise(n, rng)), batch.device)
-        with self.run.fast_path.autocast():
-            return self.update(batch, noise, distributed.weight(n))
+        return self.update(batch, noise, distributed.weight(n))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Measure BatchNorm's statistics. `n_measures` times in a run, compare samples with the validation split."""

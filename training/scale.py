@@ -93,7 +93,7 @@ class LatentScale:
 
     def generated(self, t: Tensor) -> Tensor:
         """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W) float32."""
-        c = self.unmixed(t.float()).float()
+        c = self.unmixed(t.float())
         found = amplitude(c)
         return c * (found.clamp(*self.amplitudes) / found)[:, None, None, None]
 

@@ -5,16 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules import Generator
-from support import console, files
-from support.device import FastPath
+from support import console, files, seeds
+from support.device import FastPath, move
 from training.latents import Latents
 
 LR = 1e-3
-MOST_IMAGES = 10_000  # whose components are computed, in 110 MB
+MOST_IMAGES = 10_000  # whose components are computed
 
 
 def start_generator(
-    generator: Generator, latents: Latents, n_steps: int, batch_size: int, fast_path: FastPath, rng: torch.Generator
+    generator: Generator, latents: Latents, n_steps: int, batch_size: int, fast_path: FastPath, seed: int
 ) -> dict[str, Tensor]:
     """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
 
@@ -28,13 +28,13 @@ def start_generator(
         n_steps: 0 leaves the generator as it is.
         batch_size: of this process alone.
         fast_path: of the run.
-        rng: on the CPU.
+        seed: of the run.
 
     Returns the generator's `state_dict`, on the CPU.
     """
     if not n_steps:
         return files.cpu_state(generator)
-    n = min(len(latents), MOST_IMAGES)
+    rng, n = seeds.generator(seed, "gan start"), min(len(latents), MOST_IMAGES)
     picked = torch.tensor([i * len(latents) // n for i in range(n)])
     noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
     optimizer, scale = fast_path.adam(generator, LR), latents.scale
@@ -43,7 +43,7 @@ def start_generator(
     with console.progress(total=n_steps, desc="Start of the generator", unit=" steps", leave=False) as bar:
         for indices in order:
             with fast_path.autocast():
-                t = generator(noise[indices].to(scale.support.device)[:, :, None, None])
+                t = generator(move(noise[indices], scale.support.device)[:, :, None, None])
             c = latents.batch(picked[indices])
             optimizer.zero_grad()
             (F.mse_loss(scale.unmixed(t.float()), c) / c.square().mean()).backward()
@@ -62,7 +62,7 @@ def principal_scores(latents: Latents, picked: Tensor, n: int, rng: torch.Genera
     x = torch.cat([F.avg_pool2d(latents.batch(part), 2).flatten(1).cpu() for part in picked.split(64)])
     x = x[:, x.abs().amax(0) > 0]
     x = x - x.mean(0)
-    wider = min(n + 16, *x.shape)  # the method's last components are inexact
+    wider = min(n + 16, len(x) - 1, x.shape[1])  # the method's last components are inexact
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
         u = torch.svd_lowrank(x, wider, niter=4)[0][:, :n] * len(x) ** 0.5
