@@ -246,7 +246,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """DCGAN discriminator: latents (B, embeddings_dim, 64, 64) in [-1, 1] -> probability (B, 1) that they are real."""
+    """DCGAN discriminator: latents (B, embeddings_dim, 64, 64) -> probability (B, 1) that they are real."""
 
     def __init__(self, embeddings_dim: int = 64):
         super().__init__()

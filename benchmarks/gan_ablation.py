@@ -26,6 +26,7 @@ from torch import Tensor  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
+from support.device import move  # noqa: E402
 from training.dcgan import BalancedUpdate, DCGANStage, PlainUpdate  # noqa: E402
 from training.fit import fit  # noqa: E402
 from training.scale import LatentScale, power_spectrum  # noqa: E402
@@ -58,7 +59,8 @@ class CalibratedStage(DCGANStage):
     """Generated coefficients get the mean power of real ones at each spatial frequency, by a filter before decoding."""
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        noise, picked = self._noise(512, "statistics"), torch.arange(0, len(self.latents), -(-len(self.latents) // 512))
+        noise = move(self._noise(512, "statistics"), self.run.device)
+        picked = torch.arange(0, len(self.latents), -(-len(self.latents) // 512))
         self.prior.measure_statistics(noise)
         with torch.no_grad():
             made = torch.cat([self.scale.generated(self.average.eval()(part)) for part in noise.split(32)])
@@ -104,7 +106,7 @@ class FallingGamma(BalancedUpdate):
 
 
 class Augmented(BalancedUpdate):
-    """What D sees is moved by up to 4 positions, and a square of 16 cut out (DiffAugment, 2006.10738)."""
+    """What D sees is moved by up to 4 positions, and a square of 15 cut out (DiffAugment, arXiv 2006.10738)."""
 
     def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
         seen = self.seen
@@ -120,7 +122,7 @@ class Augmented(BalancedUpdate):
             [moved[i, :, a : a + size, b : b + size] for i, (a, b) in enumerate(zip(top, left, strict=True))]
         )
         middle = torch.randint(size + 1, (2, len(x), 1))
-        near = ((torch.arange(size) - middle).abs() * 8 <= size).to(x)
+        near = ((torch.arange(size) - middle).abs() * 8 < size).to(x)
         return x * (1 - near[0][:, None, :, None] * near[1][:, None, None, :])
 
 
@@ -210,7 +212,8 @@ COLUMNS = {
 def main() -> None:
     options = parser(__doc__, ROWS, 10)
     options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
-    options.add_argument("--precision", default="float32", help="as for train.py (default: float32)")
+    choices = ("float32", "bfloat16")
+    options.add_argument("--precision", choices=choices, default="float32", help="of the DCGAN (default: float32)")
     o = options.parse_args()
     if o.train:
         train_row(o)

@@ -106,7 +106,7 @@ def validate(network: nn.Module, images: Tensor) -> list[float]:
 
 
 def dcgan_step(real_batch, device):
-    """`gan.Balanced`'s step in standard layout, eager, as tutorials write it; `real_batch()` gives latents."""
+    """A step with R1 in standard layout, eager, as tutorials write it; `real_batch()` gives what D sees of latents."""
     generator, discriminator = (kind().apply(dcgan_init).to(device) for kind in (Generator, Discriminator))
     g_optimizer, d_optimizer = (
         torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999)) for net in (generator, discriminator)

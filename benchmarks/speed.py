@@ -211,8 +211,8 @@ def real_batches(kept: Latents) -> Callable[[], torch.Tensor]:
     return lambda: kept.batch(torch.randint(len(kept), (BATCH,), generator=rng).tolist())
 
 
-def our_dcgan(stored: bool, device, folder: Path) -> Work:
-    run = new_run(device)
+def our_dcgan(stored: bool, device, folder: Path, **fast_path) -> Work:
+    run = new_run(device, **fast_path)
     run.fast_path.set_up()
     vqvae, train_set = few_images(device, folder)
     stage = DCGANStage(run, vqvae, train_set, train_set)
@@ -230,11 +230,13 @@ def our_dcgan(stored: bool, device, folder: Path) -> Work:
 def plain_dcgan(stored: bool, device, folder: Path) -> Work:
     vqvae, train_set = few_images(device, folder)
     latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), stored=stored)
-    return Work(peers.dcgan_step(real_batches(latents), device), BATCH)
+    batch = real_batches(latents)
+    return Work(peers.dcgan_step(lambda: latents.scale.seen(batch()), device), BATCH)
 
 
 DCGAN = {
     "ours": Side("the default: latents encoded once, kept in half precision", partial(our_dcgan, True)),
+    "ours, bfloat16": Side("the same, --precision bfloat16", partial(our_dcgan, True, bfloat16=True)),
     "ours, re-encoding": Side("the same, each batch encoded when it is asked for", partial(our_dcgan, False)),
     "plain": Side("NCHW, eager, allocator as it comes; latents kept", partial(plain_dcgan, True)),
     "plain, re-encoding": Side("the same, each batch encoded", partial(plain_dcgan, False)),

@@ -11,6 +11,7 @@ import limits
 import measures
 import peers
 import pytest
+import speed
 import torch
 import torch.nn.functional as F
 from conftest import PRETRAINED, PROJECT, resume_file
@@ -63,6 +64,15 @@ def test_the_speed_benchmark_runs(tmp_path):
             assert len(side["seconds"]) == 2 and side["rate_least"] <= side["rate"] <= side["rate_most"], name
             assert f"| {name} |" in done.stdout
         assert found["parts"][part]["ours"]["n"] == 32
+
+
+def test_steps_of_the_dcgan_run_in_all_its_rows(data, monkeypatch):
+    monkeypatch.setattr(speed, "BATCH", 3)
+    monkeypatch.setattr(speed, "images", lambda folder, device: OasisDataset(folder, "train", device).batch(range(3)))
+    for name, side in speed.DCGAN.items():
+        work = side.make(torch.device("cpu"), data)
+        work.once()
+        assert work.n == 3, name
 
 
 def test_the_full_size_benchmark_runs(tmp_path):
@@ -136,10 +146,18 @@ def test_each_row_of_the_dcgan_ablation_updates_both_networks(name, vqvae, train
     update = method(*networks, [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks])
     scale = method.fit_scale(vqvae, train_set)
     update.n_steps, update.generated, update.seen = 9, scale.generated, scale.seen
-    values = update(Latents(vqvae, train_set, scale, method.quantized).batch([0, 7, 14]), torch.randn(3, 128, 1, 1))
+    c = Latents(vqvae, train_set, scale, method.quantized).batch([0, 7, 14])
+    shown = []  # to the discriminator
+    networks[1].net[0].register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0].detach()))
+    values = update(c.clone(), torch.randn(3, 128, 1, 1))
     assert values.shape == (4,) and values.isfinite().all()
     for network, old in zip(networks, before, strict=True):
         assert all(not torch.equal(p, q) for p, q in zip(network.parameters(), old, strict=True))
+    # what sets a row apart, where it is nothing but a number of `BalancedUpdate`
+    if name in ("balanced", "unplaced"):
+        assert torch.allclose(shown[0], scale.seen(c), atol=1e-4) == (name == "balanced")
+    if name == "unlimited":
+        assert torch.equal(scale.generated(9 * scale.seen(c)), scale.unmixed(9 * scale.seen(c)))
 
 
 def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, capfd):

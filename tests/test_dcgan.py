@@ -8,8 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dataset import OasisDataset
 from modules import Discriminator, Generator, dcgan_init
+from support.device import FastPath
+from support.run import Run
 from training import dcgan
+from training.config import Config
 
 
 @pytest.fixture
@@ -123,3 +127,23 @@ def test_autocast_changes_nothing_but_the_precision_of_the_networks(networks, re
         found.append(update(real.clone(), noise))
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("epochs, n_steps", [(1, 2), (3, 6), (500, 400)])
+def test_the_generator_and_its_average_start_from_the_same_weights(data, vqvae, tmp_path, monkeypatch, epochs, n_steps):
+    asked = []
+
+    def start(generator, latents, n_steps, *rest):
+        asked.append(n_steps)
+        return {key: value + 1 for key, value in generator.state_dict().items()}
+
+    monkeypatch.setattr(dcgan, "start_generator", start)
+    run = Run(Config(embeddings_dim=8, gan_batch_size=4, gan_epochs=epochs), tmp_path, fast_path=FastPath("cpu"))
+    stage = dcgan.DCGANStage(run, vqvae, *(OasisDataset(data, split) for split in ("train", "validate")))
+    before = copy.deepcopy(stage.average.state_dict())
+    monkeypatch.setattr(stage, "_draw_samples", lambda *words: None)
+    monkeypatch.setattr(dcgan.generation.HeldOut, "floor", lambda self: {})
+    stage.start()
+    assert asked == [n_steps]  # at most half as many as follow, of four batches an epoch
+    for network in (stage.average, stage.networks["generator"]):
+        assert all(torch.equal(value, before[key] + 1) for key, value in network.state_dict().items())

@@ -181,6 +181,9 @@ def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
         torch.testing.assert_close(found.batch([2]).cpu(), beside.batch([2]).cpu(), atol=2e-3, rtol=0)
     new = partial(new_stage, new_gan, few, tmp_path=tmp_path, gan_training=method)
     assert_a_run_can_move(stage, new, tmp_path, latents.batch([1, 2]))
+    if gpu.name == "cuda" and "cuda" in REAL and torch.cuda.get_device_capability() >= (8, 0):
+        stage.update.autocast = partial(torch.autocast, "cuda", torch.bfloat16)
+        assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 4)) == []
 
 
 def test_measures_are_those_of_the_cpu(gpu, few):

@@ -61,6 +61,16 @@ def test_the_discriminator_sees_a_rotation_of_coefficients_and_its_position(scal
     np.testing.assert_allclose(maps.T @ maps, wanted.T @ wanted, atol=1e-5)  # equal but for a rotation
 
 
+def test_a_constant_inside_the_support_is_the_third_channel_of_the_position(train_set):
+    torch.manual_seed(0)
+    wide = LatentScale.fit(VQVAE(32, 12), train_set)
+    left = scipy.linalg.null_space(wide.mix.T.double().numpy())
+    maps = np.einsum("dk,dhw->khw", left, wide.seen(torch.zeros(1, 6, 64, 64))[0].double().numpy()).reshape(6, -1)
+    row, column = np.meshgrid(np.linspace(-0.5, 0.5, 64), np.linspace(-0.5, 0.5, 64), indexing="ij")
+    wanted = np.stack([each * wide.support.numpy() for each in (column, row, 0.5 + 0 * row)]).reshape(3, -1)
+    np.testing.assert_allclose(maps.T @ maps, wanted.T @ wanted, atol=1e-5)
+
+
 def test_generated_amplitudes_are_brought_into_the_range_of_real_ones(scale, encoded):
     real = scale.coefficients(encoded[0])
     length = real.double().norm(dim=1).flatten(1)

@@ -67,7 +67,8 @@ class PlainUpdate:
 
     def _logits(self, x: Tensor) -> Tensor:
         with self.autocast():  # anew for each call: it keeps a copy of the weights until it ends
-            return self.discriminator.logits(x).float()
+            logits = self.discriminator.logits(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def penalty(self, real: Tensor, d_real: Tensor) -> Tensor | float:
         """A further loss of the discriminator, given its logits (B, 1) of real latents."""
@@ -176,8 +177,7 @@ class DCGANStage(Stage):
         self.averages = {"generator": self.average}
         self.update = (method or METHODS[config.gan_training])(generator, discriminator, self.optimizers.values())
         self.update.autocast, self.average_decay = fast_path.autocast, self.update.average_decay
-        self.figures, self.floor = Figures(run.folder, run.phantoms), None
-        self.latents, self.stored = None, None
+        self.figures, self.floor, self.latents, self.stored = Figures(run.folder, run.phantoms), None, None, None
 
     def start(self) -> None:
         fit_scale = self.update.fit_scale
@@ -188,7 +188,7 @@ class DCGANStage(Stage):
         for generator in (self.average, self.networks["generator"]):
             generator.load_state_dict(weights)
         if distributed.is_first():
-            self._draw_samples(0, "before training")
+            self._draw_samples(0, "before adversarial training")
             self.floor = {name: found.value for name, found in self.held_out.floor().items()}
 
     def set_scale(self, scale: LatentScale) -> None:

@@ -22,8 +22,8 @@ from training.scale import LatentScale
 class Latents(Dataset):
     """The coefficients of a split's latents, which the DCGAN learns to generate.
 
-    They are cut to what a generator can give, and kept in half precision (8·K kB an image) if that takes at most half
-    of the free memory, on the device or else on the host. Otherwise each batch is encoded when it is asked for.
+    Their mixtures are cut to tanh's range. They are kept in half precision (8·K kB an image) if that takes at most
+    half of the free memory, on the device or else on the host. Otherwise each batch is encoded when it is asked for.
 
     Args:
         vqvae, dataset, scale: the trained network, a `dataset.OasisDataset` and the map, on one device.
@@ -121,7 +121,7 @@ class Prior:
         """
         needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentScale)}
         if not isinstance(contents, dict) or not needed <= contents.keys():
-            raise ValueError("it holds no generator (name the generator.pth of a run)")
+            raise ValueError("it holds no generator of this version (name the generator.pth of a run)")
         if contents["codebook"] != codebook_hash(vqvae):
             raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
         weight = vqvae.vector_quantizer.embedding.weight

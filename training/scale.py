@@ -19,7 +19,7 @@ from support.console import in_batches
 FIT_IMAGES = 128  # that a scale is fitted on, spaced evenly over the split
 DIRECTIONS = 6  # images decode from so many with the same SSIM as from all (benchmarks/limits.py)
 EMPHASIS = 0.5  # exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them
-AMPLITUDES_CUT = 0.02  # share of the images at either end that generated amplitudes are not to resemble
+AMPLITUDES_CUT = 0.02  # share of real images below, and above, the range of generated amplitudes
 CLIPPED = 0.005  # share of the head's values that tanh's range cuts off
 POSITIONS = 3  # channels that tell a discriminator where it is
 OUTLINE = 0.4  # length of latents that belong to a head, as a share of the root mean square length in heads
@@ -38,10 +38,10 @@ class LatentScale:
         shift: (D, H, W), what maps to 0.
         directions: (D, K), orthonormal columns; what is orthogonal to them is not kept.
         scale: (K, H, W // 2 + 1), positive.
-        mix: (D, K), orthonormal columns.
+        mix: (D, K), orthonormal columns; not used where K = D.
         support: (H, W), 1 where latents differ from `shift`, else 0.
         outline: (), the root mean square length of z - shift, around a position, from which on it shows a head.
-        amplitudes: (2,), the least and the greatest `amplitude` of real coefficients.
+        amplitudes: (2,), the least and the greatest `amplitude` of generated coefficients.
     """
 
     shift: Tensor
@@ -102,7 +102,7 @@ class LatentScale:
         return t * self.support if self.all_kept else _multiply(self.mix.T, t) * self.support
 
     def clipped(self, c: Tensor) -> Tensor:
-        """Coefficients (B, K, H, W), their mixture cut to tanh's range: what a generator could have made of them."""
+        """Coefficients (B, K, H, W), their mixture cut to tanh's range as the generator's output is."""
         return self.unmixed(self.seen(c, with_position=False).clamp(-1, 1))
 
     def seen(self, c: Tensor, with_position: bool = True) -> Tensor:
@@ -123,7 +123,7 @@ class LatentScale:
 
     @cached_property
     def position(self) -> Tensor:
-        """(D, H, W)."""
+        """(D, H, W), orthogonal to what `mix` gives. Where D is too small for it, fewer channels."""
         dim, n = self.mix.shape
         along = torch.linspace(-0.5, 0.5, len(self.support)).to(self.support).expand_as(self.support)
         maps = torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
@@ -180,7 +180,8 @@ class LatentScale:
         )
         power = power_spectrum(found.coefficients(z)).clamp(min=1e-5 * size**2)
         found = replace(found, scale=power ** (-emphasis / 2))
-        values = _multiply(found.mix, found.coefficients(z)).permute(0, 2, 3, 1)[head].abs().flatten()
+        mixed = found.seen(found.coefficients(z), with_position=False)
+        values = mixed.permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
         found = replace(found, scale=found.scale / largest)
         ends = torch.tensor([AMPLITUDES_CUT, 1 - AMPLITUDES_CUT])
