@@ -26,10 +26,9 @@ from torch import Tensor  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
-from support.device import move  # noqa: E402
 from training.dcgan import BalancedUpdate, DCGANStage, PlainUpdate  # noqa: E402
 from training.fit import fit  # noqa: E402
-from training.scale import LatentScale, power_spectrum  # noqa: E402
+from training.scale import LatentScale  # noqa: E402
 
 
 class Unstarted(BalancedUpdate):
@@ -55,23 +54,8 @@ class Unlimited(BalancedUpdate):
         return replace(scale, amplitudes=scale.amplitudes.new_tensor([0.0, 1e9]))
 
 
-class CalibratedStage(DCGANStage):
-    """Generated coefficients get the mean power of real ones at each spatial frequency, by a filter before decoding."""
-
-    def evaluate(self, epoch: int) -> dict[str, float]:
-        noise = move(self._noise(512, "statistics"), self.run.device)
-        picked = torch.arange(0, len(self.latents), -(-len(self.latents) // 512))
-        self.prior.measure_statistics(noise)
-        with torch.no_grad():
-            made = torch.cat([self.scale.generated(self.average.eval()(part)) for part in noise.split(32)])
-        real = torch.cat([self.latents.batch(part) for part in picked.split(32)])
-        factor = (power_spectrum(real) / power_spectrum(made)).sqrt().clamp(1 / 8, 8)
-        self.prior.scale = replace(self.scale, scale=self.scale.scale / factor)
-        return super().evaluate(epoch)
-
-
-class Calibrated(BalancedUpdate):
-    stage = CalibratedStage
+class Uncalibrated(BalancedUpdate):
+    calibrated = False
 
 
 class SteeredGamma(BalancedUpdate):
@@ -176,7 +160,7 @@ ROWS = {
     "unstarted": ("generator not started from data", Unstarted),
     "unplaced": ("discriminator not told its position", Unplaced),
     "unlimited": ("amplitudes not limited", Unlimited),
-    "calibrated": ("power of generated latents matched by frequency", Calibrated),
+    "uncalibrated": ("generated latents not calibrated", Uncalibrated),
     "unflattened": ("spectrum of latents not flattened", Unflattened),
     "whitened": ("spectrum of latents whitened", Whitened),
     "many-directions": ("61 directions", ManyDirections),
@@ -229,8 +213,7 @@ def train_row(o: argparse.Namespace) -> None:
     run, train_set, validate_set = begin(words, gan_training=o.train)
     method = ROWS[o.train][1]
     method.n_steps = o.epochs * -(-len(train_set) // run.config.gan_batch_size)
-    stage = getattr(method, "stage", DCGANStage)
-    fit(stage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
+    fit(DCGANStage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
 
 
 def print_table(o: argparse.Namespace) -> None:

@@ -118,10 +118,10 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, 
 def test_the_dcgan_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
     torch.save(VQVAE(32).state_dict(), tmp_path / "vqvae.pth")
     words = ["--data", data, "--vqvae", tmp_path / "vqvae.pth", "--seeds", "0", "--epochs", "1"]
-    for name in ("unflattened", "calibrated", "report"):
+    for name in ("unflattened", "report"):
         row = ["--out", tmp_path / "runs" / f"{name}-0", "--train", name]
         run_main(gan_ablation, words + row, monkeypatch, capfd)
-    words += ["--out", tmp_path / "runs", "--rows", "unflattened", "calibrated", "report"]
+    words += ["--out", tmp_path / "runs", "--rows", "unflattened", "report"]
     out, err = run_main(gan_ablation, words, monkeypatch, capfd)
     assert "…" not in err
     scales = {}
@@ -131,10 +131,6 @@ def test_the_dcgan_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
         assert f" | {saved['rows'][0]['swd_mean']:.0f} |\n" in out
     assert scales["unflattened"]["directions"].shape == (64, 6) and scales["report"]["directions"].shape == (64, 64)
     assert all(len(scale["scale"].unique()) == 1 for scale in scales.values())  # one factor for all frequencies
-    calibrated = next((tmp_path / "runs" / "calibrated-0").iterdir())
-    fitted = resume_file(calibrated)["state"]["gan"]["extra"]["scale"]["scale"]
-    factors = fitted / torch.load(calibrated / "generator.pth", weights_only=True)["scale"]
-    assert len(factors.unique()) > 50 and 1 / 8 <= factors.min() * 1.001 and factors.max() <= 8 * 1.001
 
 
 @pytest.mark.parametrize("name", gan_ablation.ROWS)

@@ -1,7 +1,11 @@
 """Between VQ-VAE and DCGAN: encoding a split, snapping to codes, generator.pth."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from modules import VQVAE, Generator, dcgan_init
 from support import device
@@ -52,6 +56,35 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     images = prior.sample_images(noise, size=2)
     assert images.shape == (5, 1, 256, 256) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_calibration_brings_generated_power_half_way_to_that_of_real_latents(vqvae, latents):
+    class Weak(torch.nn.Module):
+        """A generator that draws real latents, some of them too weak or blurred: its noise holds their numbers."""
+
+        def forward(self, noise):
+            c = latents.batch([int(n) for n in noise[:, 0, 0, 0]])
+            c[:, 1] *= 0.7
+            c[:, 2] = (c[:, 2] + F.avg_pool2d(c[:, 2:3], 3, 1, 1)[:, 0]) / 2
+            return torch.einsum("dk,bkhw->bdhw", latents.scale.mix, c)
+
+    free = replace(latents.scale, outline=torch.zeros(()), amplitudes=torch.tensor([0.0, 1e9]))
+    prior, numbers = Prior(Weak().eval(), free, vqvae), torch.arange(15.0).view(15, 1, 1, 1)
+    for _ in range(2):  # a second time changes nothing
+        prior.calibrate(latents.power, free, numbers)
+        before, after = (
+            free.coefficients(scale.latents(free.generated(prior.generator(numbers)))) for scale in (free, prior.scale)
+        )
+        weak, found, real = (np.abs(np.fft.fft2(c.numpy())) ** 2 for c in (before, after, latents.batch(range(15))))
+        for k in range(real.shape[1]):
+            for part in (np.s_[:, k], np.s_[:, k, 8:24, 8:24]):
+                halfway = (weak[part].mean() * real[part].mean()) ** 0.5
+                assert found[part].mean() == pytest.approx(halfway, rel=0.1)
+        assert (
+            weak[:, 1].mean() < 0.6 * real[:, 1].mean()
+            and weak[:, 2, 8:24, 8:24].mean() < 0.6 * real[:, 2, 8:24, 8:24].mean()
+        )
+    assert torch.equal(prior.scale.shift, free.shift)
 
 
 def test_batch_statistics_are_measured_for_the_weights_as_they_are(vqvae, latents):

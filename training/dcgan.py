@@ -35,6 +35,7 @@ class PlainUpdate:
 
     fit_scale = LatentScale.of_codebook  # (vqvae, train_set) -> the map between latents and the generator's range
     quantized = True  # whether real latents are embeddings, or the encoder's output before quantization
+    calibrated = False  # whether samples are, by `latents.Prior.calibrate`
     average_decay = 0.0  # of the EMA of the generator's weights, which draws the samples
     most_start_steps = 0  # in which the generator learns real latents before it meets a discriminator
     generated = seen = staticmethod(lambda x: x)  # the methods of `LatentScale`
@@ -87,13 +88,13 @@ class BalancedUpdate(PlainUpdate):
 
     - Real latents are continuous, cut to what decodes to heads, with a flatter spectrum (`LatentScale.fit`); the
       discriminator sees where it is (`LatentScale.seen`).
-    - The generator begins with smooth heads, learned from data (`training.start`); samples are drawn with its EMA.
+    - The generator begins with smooth heads, learned from data (`training.start`). Samples are of its EMA, calibrated.
     - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ is 0.3 while the
       discriminator's lead d, the running mean of D(x) - D(G(z)), is below 0.4, and 0.3 exp(10 (d - 0.4)) above.
     """
 
     fit_scale = LatentScale.fit
-    quantized = False
+    quantized, calibrated = False, True
     average_decay = 0.995
     most_start_steps = 400
     least_gamma, guard, tolerated_lead, lead_decay = 0.3, 10.0, 0.4, 0.98
@@ -217,10 +218,13 @@ class DCGANStage(Stage):
         return self.update(batch, noise, distributed.weight(n))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Measure BatchNorm's statistics. `n_measures` times in a run, compare samples with the validation split."""
+        """Calibrate the prior. `n_measures` times in a run, compare its samples with the validation split."""
         measures = {key: value.item() for key, value in self.update.state_dict().items()}
+        noise = self._noise(512, "calibration")
         if self.update.average_decay:
-            self.prior.measure_statistics(self._noise(512, "statistics"))
+            self.prior.measure_statistics(noise)
+        if self.update.calibrated:
+            self.prior.calibrate(self.latents.power, self.scale, noise)
         now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
         if now > before and distributed.is_first():
             found = self.held_out.measure(self.prior.sample_images(self.eval_noise))
@@ -229,8 +233,8 @@ class DCGANStage(Stage):
 
     @cached_property
     def held_out(self) -> generation.HeldOut:
-        n, seed = len(self.eval_noise), self.run.config.seed
-        return generation.HeldOut(self.vqvae, self.validate_set, self.train_set, n, seed)
+        sides = self.vqvae, self.validate_set, self.train_set
+        return generation.HeldOut(*sides, n=len(self.eval_noise), seed=self.run.config.seed)
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
         self._draw_samples(row["epoch"], f"after epoch {row['epoch']}")  # a signal may end the program here
@@ -255,17 +259,12 @@ class DCGANStage(Stage):
         self.run.say(f"Generator loss: {row['g_loss']:.4f}")
         self.run.say(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}")
         if "swd_mean" in row:
+            shown = (("swd_mean", 1), ("grey_values", 3), ("coherence", 3), ("texture_auc", 2), ("coverage", 2))
+            swd, grey, coherence, auc, coverage = (f"{row[key]:.{n}f} ({self.floor[key]:.{n}f})" for key, n in shown)
             self.run.say(
-                "Distance of generated brains to the validation split: "
-                f"sliced Wasserstein {row['swd_mean']:.1f} (reconstructions: {self.floor['swd_mean']:.1f}), "
-                f"grey values {row['grey_values']:.3f} ({self.floor['grey_values']:.3f})"
+                f"Distance of generated brains (reconstructions): sliced Wasserstein {swd}, grey values {grey}"
             )
-            self.run.say(
-                "Texture: "
-                f"coherence {row['coherence']:.3f} (reconstructions: {self.floor['coherence']:.3f}), "
-                f"AUC {row['texture_auc']:.2f} ({self.floor['texture_auc']:.2f}), "
-                f"coverage {row['coverage']:.2f} ({self.floor['coverage']:.2f})"
-            )
+            self.run.say(f"Their texture (reconstructions): coherence {coherence}, AUC {auc}, coverage {coverage}")
 
     def extra_state(self) -> dict:
         state = {"scale": self.scale.to("cpu").tensors(), "codebook": codebook_hash(self.vqvae)}
@@ -273,8 +272,9 @@ class DCGANStage(Stage):
 
     def load_extra_state(self, state: dict) -> None:
         if state["codebook"] != codebook_hash(self.vqvae):
-            vqvae = self.run.folder / "vqvae.pth"
-            raise UserError(f"{vqvae}: has changed since the DCGAN began; start a new run with it")
+            raise UserError(
+                f"{self.run.folder / 'vqvae.pth'}: has changed since the DCGAN began; start a new run with it"
+            )
         self.set_scale(LatentScale(**state["scale"]))
         self.update.load_state_dict(state["update"])
         self.floor, self.stored = state["floor"], state["stored"]

@@ -3,8 +3,8 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import fields
-from functools import partial
+from dataclasses import fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from modules import VQVAE, Generator
 from support import console, files
 from support.console import in_batches
 from support.device import fits, move
-from training.scale import LatentScale
+from training.scale import LatentScale, power_spectrum
+
+LARGEST_FACTOR = 2.0  # of calibration
 
 
 class Latents(Dataset):
@@ -66,6 +68,12 @@ class Latents(Dataset):
 
     __getitems__ = batch  # what DataLoader calls
 
+    @cached_property
+    def power(self) -> Tensor:
+        """`power_spectrum` of at most 512 images, spaced evenly."""
+        picked = torch.arange(0, len(self), -(-len(self) // 512))
+        return power_spectrum(torch.cat([self.batch(part) for part in picked.split(32)]))
+
 
 class Prior:
     """A generator and what turns its output into brains: the scale of latents, and the VQ-VAE that they belong to.
@@ -103,6 +111,23 @@ class Prior:
         An average of the statistics of past weights is not that of averaged weights.
         """
         update_bn([part.to(self.scale.support.device) for part in noise.split(32)], self.generator)
+
+    @torch.no_grad()
+    def calibrate(self, power: Tensor, fitted: LatentScale, noise: Tensor) -> None:
+        """Bring the power of generated latents half way to that of real ones, at each spatial frequency.
+
+        A discriminator with BatchNorm hardly sees amplitudes, so coefficients may be too weak. Half way, because what
+        has not been learned is noise, which would become grain (docs/results.md).
+
+        Args:
+            power: `power_spectrum` of real coefficients.
+            fitted: the scale that the generator was trained with.
+            noise: (B, noise_dim, 1, 1), on the CPU, of the samples that are compared.
+        """
+        batches = [move(part, fitted.support.device) for part in noise.split(32)]
+        generated = torch.cat([fitted.generated(self.generator.eval()(part)) for part in batches])
+        factor = (power / power_spectrum(generated)) ** 0.25  # of amplitudes: half of the exponent that equals powers
+        self.scale = replace(fitted, scale=fitted.scale / factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR))
 
     def checkpoint(self) -> dict:
         """The contents of generator.pth."""
