@@ -154,7 +154,9 @@ class Prior:
         generator = Generator(embeddings_dim=dim)
         files.load_state(generator, contents["state_dict"])
         scale = LatentScale.from_tensors(contents, dim).to(device)
-        return cls(generator.to(device).eval(), scale, vqvae, bool(contents.get("phantoms", False)))
+        for network in (generator, vqvae):  # as in training, for the same digits
+            network.to(device, memory_format=torch.channels_last).eval()
+        return cls(generator, scale, vqvae, bool(contents.get("phantoms", False)))
 
 
 def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
