@@ -80,7 +80,7 @@ class Config:
     gan_betas: tuple[float, float] = _option(
         (0.5, 0.999), "DCGAN", "betas of Adam", type=ADAM_BETA, nargs=2, metavar=("B1", "B2"))
     gan_training: str = _option(
-        "balanced", "DCGAN", "update rule: balanced (R1, EMA, …) or report (cross entropy alone)",
+        "balanced", "DCGAN", "update rule: balanced (start from data, R1, EMA) or report (cross entropy alone)",
         choices=tuple(dcgan.METHODS))
     # fmt: on
 
