@@ -99,7 +99,7 @@ class LatentScale:
 
     def unmixed(self, t: Tensor) -> Tensor:
         """(B, D, H, W) -> mixᵀ t, (B, K, H, W), within `support`."""
-        return t * self.support if self.all_kept else _multiply(self.mix.T, t) * self.support
+        return t * self.support if self._all_kept else _multiply(self.mix.T, t) * self.support
 
     def clipped(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W), their mixture cut to tanh's range as the generator's output is."""
@@ -111,18 +111,18 @@ class LatentScale:
         A convolution does not know where it is, and with BatchNorm a discriminator does not see how large the values
         are. POSITIONS further channels tell it: row and column in [-0.5, 0.5], and 0.5, mixed like the coefficients.
         """
-        if self.all_kept:
+        if self._all_kept:
             return c
         mixed = _multiply(self.mix, c)
-        return mixed + self.position if with_position else mixed
+        return mixed + self._position if with_position else mixed
 
     @property
-    def all_kept(self) -> bool:
+    def _all_kept(self) -> bool:
         """Whether coefficients are not mixed, for there are as many as channels."""
         return self.mix.shape[0] == self.mix.shape[1]
 
     @cached_property
-    def position(self) -> Tensor:
+    def _position(self) -> Tensor:
         """(D, H, W), orthogonal to what `mix` gives. Where D is too small for it, fewer channels."""
         dim, n = self.mix.shape
         along = torch.linspace(-0.5, 0.5, len(self.support)).to(self.support).expand_as(self.support)
