@@ -5,6 +5,7 @@ fewer images than processes is the exception in the DCGAN: BatchNorm then sees a
 prints. With one process, every function here returns its input or does nothing.
 """
 
+import gc
 import os
 import sys
 import time
@@ -46,6 +47,7 @@ def stop() -> None:
     """Leave the group when all processes have finished."""
     if world_size() > 1:
         dist.barrier()
+        gc.collect()  # of what holds the group: gloo's threads must end before Python does (pytorch issue 190489)
         dist.destroy_process_group()
 
 
