@@ -59,7 +59,7 @@ class Uncalibrated(BalancedUpdate):
 
 
 class SteeredGamma(BalancedUpdate):
-    """γ = exp(5 d), the rule of earlier versions."""
+    """γ = exp(5 max(0, d)); in earlier versions also where d is negative."""
 
     least_gamma, guard, tolerated_lead = 1.0, 5.0, 0.0
 
@@ -165,7 +165,7 @@ ROWS = {
     "whitened": ("spectrum of latents whitened", Whitened),
     "many-directions": ("61 directions", ManyDirections),
     "everywhere": ("positions outside of all heads, too", Everywhere),
-    "steered-gamma": ("R1 with γ = exp(5 d)", SteeredGamma),
+    "steered-gamma": ("R1 with γ = exp(5 max(0, d))", SteeredGamma),
     "fixed-gamma": ("R1 with a fixed γ of 0.3", FixedGamma),
     "weak-gamma": ("R1 with γ = 0.1 exp(5 max(0, d − 0.4))", WeakGamma),
     "falling-gamma": ("R1 with γ falling from 2 to 0.2", FallingGamma),

@@ -23,6 +23,8 @@ from modules import VQVAE
 from preparation import oasis, phantoms
 from support import console
 from training import codebook
+from training.latents import Latents
+from training.scale import LatentScale
 
 PROJECT = Path(__file__).parent.parent
 PRETRAINED = PROJECT / "resources" / "pretrained"
@@ -61,6 +63,12 @@ def vqvae(train_set) -> VQVAE:
     for _ in range(3):
         codebook.k_means_step(model.vector_quantizer, z_e, rng)
     return model
+
+
+@pytest.fixture(scope="session")
+def latents(vqvae, train_set) -> Latents:
+    """The training split's latents, as the balanced DCGAN learns them."""
+    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Between VQ-VAE and DCGAN: encoding a split, snapping to codes, generator.pth."""
+"""Between VQ-VAE and DCGAN: encoding a split, calibration, snapping to codes, generator.pth."""
 
 from dataclasses import replace
 
@@ -11,11 +11,6 @@ from modules import VQVAE, Generator, dcgan_init
 from support import device
 from training.latents import Latents, Prior, codebook_hash, walk
 from training.scale import LatentScale
-
-
-@pytest.fixture(scope="module")
-def latents(vqvae, train_set):
-    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
 
 
 def test_quantized_latents_are_embeddings(vqvae, train_set):

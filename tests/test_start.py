@@ -8,14 +8,7 @@ import torch.nn.functional as F
 
 from modules import Generator, dcgan_init
 from support.device import FastPath
-from training.latents import Latents
-from training.scale import LatentScale
 from training.start import principal_scores, start_generator
-
-
-@pytest.fixture(scope="module")
-def latents(vqvae, train_set):
-    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
 
 
 def test_scores_are_scipys_principal_components(latents):
