@@ -20,14 +20,15 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from ablation import begin, find_run, parser, run_folder, train_missing  # noqa: E402
+from augmentation import NUMBERS, changed  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
-from training.dcgan import BalancedUpdate, DCGANStage, PlainUpdate  # noqa: E402
+from training.dcgan import DCGANStage  # noqa: E402
 from training.fit import fit  # noqa: E402
+from training.gan_update import BalancedUpdate, PlainUpdate  # noqa: E402
 from training.scale import LatentScale  # noqa: E402
 
 
@@ -39,9 +40,10 @@ class Unplaced(BalancedUpdate):
     """Without the channels that tell the discriminator its position."""
 
     def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
-        seen, self.seen = self.seen, partial(self.seen, with_position=False)
+        seen, basis = self.seen, self.basis
+        self.seen, self.basis = PlainUpdate.seen, basis[:, : real.shape[1]]
         values = super().__call__(real, noise, weight)
-        self.seen = seen
+        self.seen, self.basis = seen, basis
         return values
 
 
@@ -90,32 +92,27 @@ class FallingGamma(BalancedUpdate):
 
 
 class Augmented(BalancedUpdate):
-    """What D sees is moved by up to 4 positions, and a square of 15 cut out (DiffAugment, arXiv 2006.10738)."""
+    """What the discriminator sees is moved a little, and loses a square. R1 is at what it sees."""
 
     def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
-        seen = self.seen
-        self.seen = lambda c: self.changed(seen(c))
-        values = super().__call__(real, noise, weight)
-        self.seen = seen
+        generated = self.generated
+        self.generated = lambda t: self.changed(generated(t))
+        values = super().__call__(self.changed(real), noise, weight)
+        self.generated = generated
         return values
 
-    def changed(self, x: Tensor) -> Tensor:
-        moved, size = F.pad(x, (4, 4, 4, 4)), x.shape[-1]
-        top, left = torch.randint(9, (2, len(x))).tolist()
-        x = torch.stack(
-            [moved[i, :, a : a + size, b : b + size] for i, (a, b) in enumerate(zip(top, left, strict=True))]
-        )
-        middle = torch.randint(size + 1, (2, len(x), 1))
-        near = ((torch.arange(size) - middle).abs() * 8 < size).to(x)
-        return x * (1 - near[0][:, None, :, None] * near[1][:, None, None, :])
+    @staticmethod
+    def changed(c: Tensor) -> Tensor:
+        return changed(c, torch.rand(len(c), NUMBERS).to(c.device))
 
 
-class Flipped(BalancedUpdate):
-    """Half of the real latents are mirrored left to right."""
+class Flipped(Augmented):
+    """Half of what the discriminator sees is mirrored left to right."""
 
-    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
-        mirrored = (torch.rand(len(real), 1, 1, 1) < 0.5).to(real.device)
-        return super().__call__(torch.where(mirrored, real.flip(3), real), noise, weight)
+    @staticmethod
+    def changed(c: Tensor) -> Tensor:
+        mirrored = (torch.rand(len(c), 1, 1, 1) < 0.5).to(c.device)
+        return torch.where(mirrored, c.flip(3), c)
 
 
 class Unflattened(BalancedUpdate):
@@ -169,8 +166,8 @@ ROWS = {
     "fixed-gamma": ("R1 with a fixed γ of 0.3", FixedGamma),
     "weak-gamma": ("R1 with γ = 0.1 exp(5 max(0, d − 0.4))", WeakGamma),
     "falling-gamma": ("R1 with γ falling from 2 to 0.2", FallingGamma),
-    "augmented": ("latents moved and cut out before the discriminator", Augmented),
-    "flipped": ("real latents mirrored at random", Flipped),
+    "augmented": ("what the discriminator sees moved and cut out", Augmented),
+    "flipped": ("half of what it sees mirrored", Flipped),
     "quantized": ("embeddings as the real side", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),
     "short-average": ("samples with weights averaged over at most 20 steps", ShortAverage),

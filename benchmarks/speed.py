@@ -231,7 +231,7 @@ def plain_dcgan(stored: bool, device, folder: Path) -> Work:
     vqvae, train_set = few_images(device, folder)
     latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), stored=stored)
     batch = real_batches(latents)
-    return Work(peers.dcgan_step(lambda: latents.scale.seen(batch()), device), BATCH)
+    return Work(peers.dcgan_step(lambda: latents.scale.mixed(batch()), device), BATCH)
 
 
 DCGAN = {

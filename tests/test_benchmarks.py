@@ -141,19 +141,21 @@ def test_each_row_of_the_dcgan_ablation_updates_both_networks(name, vqvae, train
     before = [[p.detach().clone() for p in network.parameters()] for network in networks]
     update = method(*networks, [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks])
     scale = method.fit_scale(vqvae, train_set)
-    update.n_steps, update.generated, update.seen = 9, scale.generated, scale.seen
+    update.n_steps, update.generated, update.seen, update.basis = 9, scale.generated, scale.seen, scale.basis
     c = Latents(vqvae, train_set, scale, method.quantized).batch([0, 7, 14])
     shown = []  # to the discriminator
-    networks[1].net[0].register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0].detach()))
+    logits = networks[1].logits
+    networks[1].logits = lambda x, basis: shown.append((x.detach(), basis)) or logits(x, basis)
     values = update(c.clone(), torch.randn(3, 128, 1, 1))
     assert values.shape == (4,) and values.isfinite().all()
     for network, old in zip(networks, before, strict=True):
         assert all(not torch.equal(p, q) for p, q in zip(network.parameters(), old, strict=True))
     # what sets a row apart, where it is nothing but a number of `BalancedUpdate`
     if name in ("balanced", "unplaced"):
-        assert torch.allclose(shown[0], scale.seen(c), atol=1e-4) == (name == "balanced")
+        n = c.shape[1] if name == "unplaced" else None  # without the channels of the position
+        assert torch.equal(shown[0][0], scale.seen(c)[:, :n]) and torch.equal(shown[0][1], scale.basis[:, :n])
     if name == "unlimited":
-        assert torch.equal(scale.generated(9 * scale.seen(c)), scale.unmixed(9 * scale.seen(c)))
+        assert torch.equal(scale.generated(9 * scale.mixed(c)), scale.unmixed(9 * scale.mixed(c)))
 
 
 def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, capfd):

@@ -17,7 +17,7 @@ from modules import VQVAE, Discriminator, Generator, dcgan_init
 from support import distributed
 from support.console import UserError
 from training import codebook, config
-from training.dcgan import BalancedUpdate
+from training.gan_update import BalancedUpdate
 
 SMALL = ("--batch-size", 7, "--gan-batch-size", 6, "--n-embeddings", 32, "--device", "cpu", "--seed", 5)
 EPOCHS = ("--epochs", 2, "--gan-epochs", 1)

@@ -19,7 +19,7 @@ from report.plots import Figures
 from support import files
 from support.device import FastPath, exact_float32
 from support.run import Run
-from training import codebook, dcgan
+from training import codebook, dcgan, gan_update
 from training.config import Config
 from training.fit import update_average
 from training.latents import Latents
@@ -162,7 +162,7 @@ def test_the_vqvae_never_waits_after_the_first_step_and_has_the_losses_of_the_cp
         assert gpu.waited(lambda: update(stage, batch, 120)) == []
 
 
-@pytest.mark.parametrize("method", dcgan.METHODS)
+@pytest.mark.parametrize("method", gan_update.METHODS)
 def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     stage = new_stage(new_gan, few, gpu.name, tmp_path, gan_training=method)
     stage.set_scale(stage.update.fit_scale(stage.vqvae, stage.train_set))

@@ -158,6 +158,22 @@ def test_discriminator_logits_are_what_the_sigmoid_gets():
     assert torch.equal(discriminator.logits(x).sigmoid(), discriminator(x))
 
 
+def test_discriminator_logits_of_coefficients_are_those_of_latents_with_all_their_gradients():
+    torch.manual_seed(0)
+    discriminator, found = Discriminator().apply(dcgan_init).double(), []
+    basis = torch.linalg.qr(torch.randn(64, 9, dtype=torch.double))[0]
+    c = torch.randn(3, 9, 64, 64, dtype=torch.double, requires_grad=True)
+    for logits in (
+        discriminator.logits(torch.einsum("dk,bkhw->bdhw", basis, c)),
+        discriminator.logits(c, basis),
+    ):
+        (slope,) = torch.autograd.grad(logits.sum(), c, create_graph=True)
+        of_weights = torch.autograd.grad(logits.mean() + slope.square().mean(), discriminator.parameters())
+        found.append([logits, slope, *of_weights])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_dcgan_init():
     torch.manual_seed(0)
     generator = Generator().apply(dcgan_init)

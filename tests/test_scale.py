@@ -50,7 +50,7 @@ def test_scale_maps_there_and_back(scale):
 
 def test_the_discriminator_sees_a_rotation_of_coefficients_and_its_position(scale):
     c = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(0))
-    plain, seen = scale.seen(c, with_position=False), scale.seen(c)
+    plain, seen = scale.mixed(c), torch.einsum("dk,bkhw->bdhw", scale.basis, scale.seen(c))
     torch.testing.assert_close(plain, torch.einsum("dk,bkhw->bdhw", scale.mix, c), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.einsum("dk,bdhw->bkhw", scale.mix, seen), c, rtol=1e-4, atol=1e-4)
     # two channels are left of eight: one for the column, one for the row, of what is inside the support
@@ -64,8 +64,8 @@ def test_the_discriminator_sees_a_rotation_of_coefficients_and_its_position(scal
 def test_a_constant_inside_the_support_is_the_third_channel_of_the_position(train_set):
     torch.manual_seed(0)
     wide = LatentScale.fit(VQVAE(32, 12), train_set)
-    left = scipy.linalg.null_space(wide.mix.T.double().numpy())
-    maps = np.einsum("dk,dhw->khw", left, wide.seen(torch.zeros(1, 6, 64, 64))[0].double().numpy()).reshape(6, -1)
+    left = scipy.linalg.null_space(wide.mix.T.double().numpy()).T @ wide.basis.double().numpy()
+    maps = np.tensordot(left, wide.seen(torch.zeros(1, 6, 64, 64))[0].double().numpy(), 1).reshape(6, -1)
     row, column = np.meshgrid(np.linspace(-0.5, 0.5, 64), np.linspace(-0.5, 0.5, 64), indexing="ij")
     wanted = np.stack([each * wide.support.numpy() for each in (column, row, 0.5 + 0 * row)]).reshape(3, -1)
     np.testing.assert_allclose(maps.T @ maps, wanted.T @ wanted, atol=1e-5)
@@ -176,7 +176,7 @@ def test_scale_of_the_codebook_fits_it_into_tanhs_range(vqvae):
     torch.testing.assert_close(c, z / embeddings.abs().max(), rtol=1e-4, atol=1e-6)
     assert c.abs().max() == pytest.approx(1)
     torch.testing.assert_close(scale.latents(c), z, rtol=1e-4, atol=1e-5)
-    assert torch.equal(scale.seen(c), c) and torch.equal(scale.generated(c), c)
+    assert torch.equal(scale.seen(c), c) and torch.equal(scale.generated(c), c) and scale.basis is None
 
 
 def test_a_codebook_of_one_used_code_has_a_scale(train_set):

@@ -18,7 +18,7 @@ from support import distributed, files
 from support.console import SEED, Number, UserError
 from support.device import FastPath, choose_device, choose_fast_path
 from support.run import RESUME_FILE, Run, open_run
-from training import codebook, dcgan
+from training import codebook, gan_update
 from training.vqvae import first_loss, load_vqvae
 
 STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_")}  # in order: the title and the prefix of its options
@@ -81,7 +81,7 @@ class Config:
         (0.5, 0.999), "DCGAN", "betas of Adam", type=ADAM_BETA, nargs=2, metavar=("B1", "B2"))
     gan_training: str = _option(
         "balanced", "DCGAN", "update rule: balanced (start from data, R1, EMA) or report (cross entropy alone)",
-        choices=tuple(dcgan.METHODS))
+        choices=tuple(gan_update.METHODS))
     # fmt: on
 
     def __post_init__(self) -> None:

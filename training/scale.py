@@ -93,7 +93,7 @@ class LatentScale:
 
     def generated(self, t: Tensor) -> Tensor:
         """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W) float32."""
-        c = self.unmixed(t.float())
+        c = self.unmixed(t).float()
         found = amplitude(c)
         return c * (found.clamp(*self.amplitudes) / found)[:, None, None, None]
 
@@ -101,20 +101,29 @@ class LatentScale:
         """(B, D, H, W) -> mixᵀ t, (B, K, H, W), within `support`."""
         return t * self.support if self._all_kept else _multiply(self.mix.T, t) * self.support
 
+    def mixed(self, c: Tensor) -> Tensor:
+        """Coefficients (B, K, H, W) -> mix c, (B, D, H, W)."""
+        return c if self._all_kept else _multiply(self.mix, c)
+
     def clipped(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W), their mixture cut to tanh's range as the generator's output is."""
-        return self.unmixed(self.seen(c, with_position=False).clamp(-1, 1))
+        return self.unmixed(self.mixed(c).clamp(-1, 1))
 
-    def seen(self, c: Tensor, with_position: bool = True) -> Tensor:
-        """Coefficients (B, K, H, W) -> (B, D, H, W), what a discriminator sees: their mixture, and the position.
+    def seen(self, c: Tensor) -> Tensor:
+        """Coefficients (B, K, H, W) -> (B, K + POSITIONS, H, W): those, and the position.
 
-        A convolution does not know where it is, and with BatchNorm a discriminator does not see how large the values
-        are. POSITIONS further channels tell it: row and column in [-0.5, 0.5], and 0.5, mixed like the coefficients.
+        A discriminator sees `basis` times these. A convolution does not know where it is, and with BatchNorm a
+        discriminator does not see how large the values are. So further channels tell it the row and the column in
+        [-0.5, 0.5], and 0.5. Where D is too small for it, there are fewer, and none where K = D.
         """
-        if self._all_kept:
-            return c
-        mixed = _multiply(self.mix, c)
-        return mixed + self._position if with_position else mixed
+        position = self._position.expand(len(c), -1, -1, -1)
+        return torch.cat([c, position], 1).contiguous(memory_format=torch.channels_last)
+
+    @cached_property
+    def basis(self) -> Tensor | None:
+        """(D, K + POSITIONS), orthonormal columns: `mix`, and those of the position. None where K = D."""
+        dim, n = self.mix.shape
+        return None if self._all_kept else torch.cat([self.mix, _cosines(dim)[:, n : n + POSITIONS].to(self.mix)], 1)
 
     @property
     def _all_kept(self) -> bool:
@@ -123,12 +132,10 @@ class LatentScale:
 
     @cached_property
     def _position(self) -> Tensor:
-        """(D, H, W), orthogonal to what `mix` gives. Where D is too small for it, fewer channels."""
+        """(POSITIONS, H, W) within `support`."""
         dim, n = self.mix.shape
         along = torch.linspace(-0.5, 0.5, len(self.support)).to(self.support).expand_as(self.support)
-        maps = torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
-        columns = _cosines(dim)[:, n : n + POSITIONS].to(self.support)
-        return torch.einsum("dk,khw->dhw", columns, maps)
+        return torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
 
     @classmethod
     def of_codebook(cls, vqvae: VQVAE, dataset: Dataset | None = None) -> "LatentScale":
@@ -180,8 +187,7 @@ class LatentScale:
         )
         power = power_spectrum(found.coefficients(z)).clamp(min=1e-5 * size**2)
         found = replace(found, scale=power ** (-emphasis / 2))
-        mixed = found.seen(found.coefficients(z), with_position=False)
-        values = mixed.permute(0, 2, 3, 1)[head].abs().flatten()
+        values = found.mixed(found.coefficients(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
         found = replace(found, scale=found.scale / largest)
         ends = torch.tensor([AMPLITUDES_CUT, 1 - AMPLITUDES_CUT])
@@ -217,8 +223,8 @@ def _cosines(n: int) -> Tensor:
 
 
 def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
-    """The matrix (M, C) times the vector at each position of x (B, C, H, W): (B, M, H, W), in channels_last."""
-    return F.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)
+    """The matrix (M, C) times the vector at each position of x (B, C, H, W): (B, M, H, W)."""
+    return F.conv2d(x, matrix[:, :, None, None])
 
 
 def _around(head: Tensor) -> Tensor:

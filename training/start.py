@@ -43,10 +43,9 @@ def start_generator(
     with console.progress(total=n_steps, desc="Start of the generator", unit=" steps", leave=False) as bar:
         for indices in order:
             with fast_path.autocast():
-                t = generator(move(noise[indices], scale.support.device)[:, :, None, None])
-            c = latents.batch(picked[indices])
+                made = scale.unmixed(generator(move(noise[indices], scale.support.device)[:, :, None, None]))
             optimizer.zero_grad()
-            (F.mse_loss(scale.unmixed(t.float()), c) / c.square().mean()).backward()
+            F.mse_loss(made.float(), latents.batch(picked[indices])).backward()
             optimizer.step()
             bar.update(1)
             console.stop_if_signalled()
