@@ -28,7 +28,8 @@ def changed(c: Tensor, numbers: Tensor) -> Tensor:
     angle, zoom, x, y = ((2 * numbers[:, 2:6] - 1) * moved[:, None]).unbind(1)
     turn = torch.polar((ZOOM * zoom).exp(), math.radians(ANGLE) * angle)
     rows = turn.real, -turn.imag, 2 * SHIFT * x, turn.imag, turn.real, 2 * SHIFT * y  # in half widths, as x and y are
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3).to(c.dtype), list(c.shape), align_corners=False)
+    with torch.autocast(c.device.type, enabled=False):  # it multiplies matrices, and positions need their precision
+        grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3).to(c.dtype), list(c.shape), align_corners=False)
     c = F.grid_sample(c, grid, "bicubic", align_corners=False)
     at = torch.arange(c.shape[-1], device=c.device) + 0.5
     inside = (at - numbers[:, 6:, None] * c.shape[-1]).abs() < SQUARE / 2 * c.shape[-1]

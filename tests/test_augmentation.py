@@ -65,3 +65,10 @@ def test_gradients_reach_what_was_changed(c):
     (slope,) = torch.autograd.grad(changed(x, given).square().sum(), x)
     sides = [changed(x + e * direction, given).square().sum().item() for e in (1e-5, -1e-5)]
     assert (slope * direction).sum().item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5)
+
+
+def test_autocast_changes_nothing(c):
+    given = torch.rand(3, NUMBERS, generator=torch.Generator().manual_seed(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = changed(c, given)
+    assert torch.equal(found, changed(c, given))
