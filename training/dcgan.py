@@ -11,7 +11,7 @@ from evaluation import generation
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 from report.plots import Figures
 from support import distributed, files, seeds
-from support.console import UserError
+from support.console import UserError, in_batches
 from support.device import move
 from support.run import Run
 from training.fit import Stage
@@ -117,10 +117,10 @@ class DCGANStage(Stage):
 
     def _judge_validation(self) -> float:
         """Mean D(x) of the validation split. Far below `d_real` where D knows the training split by heart."""
-        discriminator, latents = self.networks["discriminator"], self.validate_latents
+        discriminator = self.networks["discriminator"]
         kept = copy.deepcopy(discriminator.state_dict())  # BatchNorm's statistics change
-        batches = torch.arange(len(latents)).split(self.batch_size)
-        judged = torch.cat([self.update.judged(latents.batch(indices)) for indices in batches])
+        batches = in_batches(self.validate_latents, size=self.batch_size, desc="Judging")
+        judged = torch.cat([self.update.judged(c) for c in batches])
         discriminator.load_state_dict(kept)
         return judged.mean().item()
 

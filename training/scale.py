@@ -116,6 +116,8 @@ class LatentScale:
         discriminator does not see how large the values are. So further channels tell it the row and the column in
         [-0.5, 0.5], and 0.5. Where D is too small for it, there are fewer, and none where K = D.
         """
+        if self._all_kept:
+            return c
         position = self._position.expand(len(c), -1, -1, -1)
         return torch.cat([c, position], 1).contiguous(memory_format=torch.channels_last)
 
