@@ -10,6 +10,7 @@ Everything is written to a new folder, gen_imgs/<date_time>_predict/. README.md 
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ from modules import VQVAE
 from report import page
 from report.plots import NOTE, Figures
 from support import console, files, seeds
-from support.console import SEED, Number, in_batches
+from support.console import SEED, Number, UserError, in_batches
 from support.device import choose_device, exact_float32, keep_freed_memory
 from support.run import environment, mark, new_folder, read_record
-from training.latents import Prior, load_prior, walk
+from training.prior import STEPS, FlowPrior, Prior, load_prior, walk
 from training.vqvae import load_vqvae
 
 N_WALKS = 4
@@ -94,6 +95,10 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Decode new brains and walks between others. With --data, measure as many brains as the split has images."""
     prior, splits = load_prior(files.find(o.generator), vqvae), []
+    if isinstance(prior, FlowPrior):
+        prior.steps = o.steps or STEPS
+    elif o.steps is not None:
+        raise UserError(f"--steps is for a flow, and {o.generator} is none; leave it out")
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     seed, n = o.seed or 0, o.samples or 64
@@ -111,7 +116,9 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
 
 def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
     """Decode n new brains as a grid and one file each, and walks between others. Returns the folder."""
+    started = time.perf_counter()
     images = prior.sample_images(prior.noise(n, seeds.generator(seed, "samples")))
+    seconds = time.perf_counter() - started
     ends = prior.noise(2 * N_WALKS, seeds.generator(seed, "walks"))
     walks = torch.cat([walk(start, end, 8) for start, end in zip(ends[::2], ends[1::2], strict=True)])
     folder = new_folder(out, "_predict")
@@ -124,7 +131,7 @@ def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
     for i, image in enumerate((images[:, 0] * 255).round().byte().cpu().numpy()):
         with files.atomically(folder / f"sample_{i:03d}.png") as temporary:
             Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
-    print(f"Decoded {n} new brains.{mark(prior.phantoms)}")
+    print(f"Decoded {n} new brains in {seconds:.1f} s.{mark(prior.phantoms)}")
     return folder
 
 
@@ -206,17 +213,19 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group.add_argument("--export-codes", metavar="FILE", help="write the split's codes to this .npz file; no scores")
     count = Number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
     group = parser.add_argument_group("new brains, instead of scores")
-    group.add_argument("--generator", metavar="PATH", help="generator.pth that was trained with this vqvae.pth")
+    group.add_argument("--generator", metavar="PATH", help="generator.pth or flow.pth trained with this vqvae.pth")
     group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
     group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
+    steps = Number(int, 1, "a whole number from 1 to 1000", below=1001)
+    group.add_argument("--steps", metavar="N", type=steps, help=f"of a flow's solver (default: {STEPS})")
     o = parser.parse_args(words)
     if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
     if o.export_codes and o.generator:
         parser.error("--export-codes and --generator contradict each other; give one of them")
-    for name, value in (("--samples", o.samples), ("--seed", o.seed)):
+    for name, value in (("--samples", o.samples), ("--seed", o.seed), ("--steps", o.steps)):
         if value is not None and not o.generator:
-            parser.error(f"{name} is for new brains; name the generator.pth with --generator, or leave it out")
+            parser.error(f"{name} is for new brains; name the generator with --generator, or leave it out")
     if o.generator and o.data is None and (o.split != "test" or o.skip_bad):
         parser.error("--split and --skip-bad are for scans; name those with --data, or leave them out")
     if o.generator and o.split == "train":

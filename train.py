@@ -1,9 +1,10 @@
-"""Train the VQ-VAE on brain slices, then the DCGAN on its latents.
+"""Train the VQ-VAE on brain slices, then the DCGAN, or a flow, on its latents.
 
     python train.py                                      # $OASIS_DIR or ./keras_png_slices_data, else a demo
     python train.py --data DIR                           # OASIS elsewhere
     python train.py --resume gen_imgs/<run>              # continue after the last complete epoch
     python train.py --only gan --vqvae PATH/vqvae.pth    # the DCGAN alone
+    python train.py --prior flow                         # flow matching instead of the DCGAN
     torchrun --nproc-per-node=8 train.py --data DIR      # several processes, one GPU each
 
 Everything is written to a new folder, gen_imgs/<date_time>/. docs/usage.md lists its files.
@@ -20,7 +21,8 @@ from support.run import Run
 from training import config
 from training.dcgan import DCGANStage
 from training.fit import fit
-from training.latents import Prior
+from training.flow import FlowStage
+from training.prior import Prior
 from training.vqvae import VQVAEStage, load_vqvae
 
 
@@ -34,12 +36,13 @@ def main(words: list[str] | None = None) -> None:
     run = distributed.from_first(lambda: config.make_run(given))
     try:
         train_set, validate_set = begin_run(run)
-        if run.config.only == "gan":
+        if run.config.vqvae:
             vqvae = copy_vqvae(run)
         else:
             vqvae = train_vqvae(run, train_set, validate_set)
         if run.config.only != "vqvae":
-            train_gan(run, vqvae, train_set, validate_set)
+            train_prior = train_flow if run.config.prior == "flow" else train_gan
+            train_prior(run, vqvae, train_set, validate_set)
     except console.Stopped:
         print(config.how_to_resume(run), file=sys.stderr)
         raise
@@ -94,8 +97,15 @@ def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: Oas
     return stage.prior
 
 
+def train_flow(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> Prior:
+    """Train the flow instead: as `train_gan`. Return the prior of the epoch with the lowest validation loss."""
+    stage = FlowStage(run, vqvae, train_set, validate_set)
+    fit(stage, run)
+    return stage.best()
+
+
 def copy_vqvae(run: Run) -> VQVAE:
-    """Load the VQ-VAE of `--only gan` and copy it into the run's folder, so that the folder is self-contained."""
+    """Load the VQ-VAE of `--vqvae` and copy it into the run's folder, so that the folder is self-contained."""
     vqvae = distributed.from_first(lambda: load_vqvae(run.config.vqvae))
     if distributed.is_first():
         files.save(files.cpu_state(vqvae), run.folder / "vqvae.pth")

@@ -20,7 +20,7 @@ from evaluation.texture import Features, features  # noqa: E402
 from evaluation.two_sample import Interval, compare, mean_indices, numbered  # noqa: E402
 from support import console, seeds  # noqa: E402
 from support.device import exact_float32  # noqa: E402
-from training.latents import load_prior  # noqa: E402
+from training.prior import load_prior  # noqa: E402
 from training.vqvae import load_vqvae  # noqa: E402
 
 

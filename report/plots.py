@@ -24,8 +24,6 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-
-
 NOTE = "data: phantoms (synthetic)"
 
 
@@ -126,13 +124,15 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def recon_losses(self, name: str, losses: list[float], rows: list[dict]) -> None:
-        """Reconstruction loss of each step, and the mean of each epoch; rows of metrics.csv."""
-        steps, means = (np.asarray([row[key] for row in rows]) for key in ("updates", "training_loss"))
-        figure, axes = self._axes(6.4, 4.2, "Training reconstruction loss")
+    def losses(self, name: str, losses: list[float], rows: list[dict], title: str, *columns: str) -> None:
+        """The loss of each step, and `columns` of metrics.csv: its mean in an epoch, that of validation after it."""
+        updates, *values = (np.asarray([row[key] for row in rows]) for key in ("updates", *columns))
+        figure, axes = self._axes(6.4, 4.2, title)
         axes.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, linewidth=0.6, alpha=0.6, label="each step")
-        middle = np.cumsum(steps) - (steps - 1) / 2
-        axes.plot(middle, means, color=ORANGE, marker="o", markersize=4, label="epoch mean")
+        places = np.cumsum(updates) - (updates - 1) / 2, np.cumsum(updates)
+        looks = (ORANGE, "epoch mean"), (GREY, "validation split, averaged weights")
+        for x, y, (colour, label) in zip(places, values, looks, strict=False):
+            axes.plot(x, y, color=colour, marker="o", markersize=4, label=label)
         axes.set(xlabel="step", ylabel="mean squared error (log scale)", yscale="log")
         axes.legend()
         self._save(figure, name)
@@ -174,7 +174,7 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def gan_measures(self, name: str, rows: list[dict], reference: dict) -> None:
+    def measures(self, name: str, rows: list[dict], reference: dict) -> None:
         """Distance of generated brains to the validation split by epoch, beside reconstructed training images.
 
         `rows` of metrics.csv that have measures; `reference`, the same of reconstructed training images.
@@ -198,7 +198,7 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def gan_texture(self, name: str, rows: list[dict], floor: dict) -> None:
+    def texture(self, name: str, rows: list[dict], floor: dict) -> None:
         """Indices of texture, and how generated brains are told from real ones, by epoch, beside reconstructions.
 
         `rows` of metrics.csv that have measures; `floor`, the same of reconstructions: above of the validation split,

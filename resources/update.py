@@ -23,7 +23,7 @@ from dataset import OasisDataset  # noqa: E402
 from report.plots import Figures  # noqa: E402
 from support import files, seeds  # noqa: E402
 from support.run import read_record  # noqa: E402
-from training.latents import load_prior  # noqa: E402
+from training.prior import load_prior  # noqa: E402
 from training.vqvae import load_vqvae  # noqa: E402
 
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")

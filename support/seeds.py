@@ -6,7 +6,8 @@ import torch
 # Each stream has random numbers of its own, so that the length of one stage never changes the numbers of another.
 # A stream's seed depends on its position: append new ones.
 STREAMS = ("vqvae weights", "vqvae", "gan weights", "gan", "gan samples", "samples", "measures", "measured images")
-STREAMS += ("walks", "calibration", "independent codes", "resampling", "gan start")
+STREAMS += ("walks", "calibration", "independent codes", "resampling", "gan start", "judging")
+STREAMS += ("flow", "flow weights", "flow validation")
 
 
 def derived_seed(seed: int, stream: str, epoch: int = 0) -> int:

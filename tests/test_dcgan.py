@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dataset import OasisDataset
+from evaluation import generation
 from support.device import FastPath
 from support.run import Run
 from training import dcgan
@@ -26,8 +27,8 @@ def test_the_generator_and_its_average_start_from_the_same_weights(data, vqvae, 
     run = Run(Config(embeddings_dim=8, gan_batch_size=4, gan_epochs=epochs), tmp_path, fast_path=FastPath("cpu"))
     stage = dcgan.DCGANStage(run, vqvae, *(OasisDataset(data, split) for split in ("train", "validate")))
     before = copy.deepcopy(stage.average.state_dict())
-    monkeypatch.setattr(stage, "_draw_samples", lambda *words: None)
-    monkeypatch.setattr(dcgan.generation.HeldOut, "floor", lambda self: {})
+    monkeypatch.setattr(stage, "draw_samples", lambda *words: None)
+    monkeypatch.setattr(generation.HeldOut, "floor", lambda self: {})
     stage.start()
     assert asked == [n_steps]  # at most half as many as follow, of four batches an epoch
     for network in (stage.average, stage.networks["generator"]):

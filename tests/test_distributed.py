@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,12 @@ from conftest import PRETRAINED, PROJECT, resume_file, run_program
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 from support import distributed
 from support.console import UserError
+from support.device import FastPath
+from support.run import Run
 from training import codebook, config
+from training.flow import FlowStage
 from training.gan_update import BalancedUpdate
+from training.scale import LatentScale
 
 SMALL = ("--batch-size", 7, "--gan-batch-size", 6, "--n-embeddings", 32, "--device", "cpu", "--seed", 5)
 EPOCHS = ("--epochs", 2, "--gan-epochs", 1)
@@ -184,6 +189,33 @@ def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
         for key, value in expected.items():
             rtol = 0.02 if "bfloat16" in key else 1e-9
             torch.testing.assert_close(found[key], value, rtol=rtol, atol=1e-12, msg=key)
+
+
+def _flow_step(rank):
+    """The gradient, clipped, that the flow is updated with on a batch of 5, and the loss."""
+    torch.manual_seed(0)
+    vqvae, c = VQVAE(16, 6), torch.randn(5, 6, 64, 64)
+    stage = FlowStage(
+        Run(config.Config(embeddings_dim=6, flow_epochs=10**6), Path(), fast_path=FastPath("cpu")), vqvae, None, None
+    )
+    stage.latents = c
+    stage.set_scale(LatentScale.of_codebook(vqvae))
+    stage.set_factor(0.7)
+    for parameter in stage.network.parameters():  # some begin as 0
+        torch.nn.init.normal_(parameter, std=0.3)
+    loss = stage.step(distributed.part(c), 5, 199, torch.Generator().manual_seed(1))
+    found = {key: parameter.grad for key, parameter in stage.network.named_parameters()}
+    return found | {"loss": distributed.total(loss * distributed.weight(5))}
+
+
+def test_a_flow_update_of_two_processes_is_that_of_one(tmp_path):
+    expected = _flow_step(0)
+    norm = torch.cat([value.flatten() for key, value in expected.items() if key != "loss"]).norm()
+    assert norm.item() == pytest.approx(1, rel=1e-3)
+    for found in in_two_processes(_flow_step, tmp_path):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6, msg=key)
 
 
 def _codebook(rank):

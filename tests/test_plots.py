@@ -63,12 +63,12 @@ def test_every_title_says_that_the_data_are_phantoms(figures, tmp_path):
     drawn.single_image(name, image, "T")
     drawn.code_map(name, torch.zeros(64, 64, dtype=torch.long), torch.arange(512), "T")
     drawn.ssim_by_epoch(name, [dict(epoch=1, ssim_mean=0.5, ssim_min=0.4, ssim_max=0.6)])
-    drawn.recon_losses(name, [0.5, 0.4], [dict(updates=2, training_loss=0.45)])
+    drawn.losses(name, [0.5, 0.4], [dict(updates=2, training_loss=0.45)], "T", "training_loss")
     drawn.gan_losses(name, history)
     drawn.scores(name, [0.5], [1], 0.6, "T")
     measures = {"swd_mean": 50.0, "grey_values": 0.1} | {f"swd_{256 >> level}": 60.0 - level for level in range(5)}
-    drawn.gan_measures(name, [measures | {"epoch": 1}], measures)
-    drawn.gan_texture(name, [dict.fromkeys(TEXTURE, 0.5) | {"epoch": 1}], dict.fromkeys(TEXTURE, 0.4))
+    drawn.measures(name, [measures | {"epoch": 1}], measures)
+    drawn.texture(name, [dict.fromkeys(TEXTURE, 0.5) | {"epoch": 1}], dict.fromkeys(TEXTURE, 0.4))
     row = dict(epoch=1, psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
     drawn.rate_distortion(name, [row])
     assert len(figures) == 10
@@ -124,32 +124,33 @@ def test_code_map_tells_neighbours_apart_and_ranks_usage(figures):
     assert right.get_title().startswith("3 of 4 codes")
 
 
-def test_gan_measures_show_each_level_and_the_floor(figures):
+def test_measures_show_each_level_and_the_floor(figures):
     floor = {"swd_mean": 20.0, "grey_values": 0.02}
     rows = [
         {"epoch": n, "swd_mean": 90.0 - n, "grey_values": 0.1 / n}
         | {f"swd_{256 >> level}": n + level for level in range(5)}
         for n in (1, 2)
     ]
-    FIGURES.gan_measures("x.png", rows, floor)
+    FIGURES.measures("x.png", rows, floor)
     upper, lower = figures[0].axes
     assert [list(line.get_ydata()) for line in upper.lines[:5]] == [[1 + level, 2 + level] for level in range(5)]
     assert list(upper.lines[5].get_ydata()) == [89, 88] and upper.lines[6].get_ydata()[0] == 20
     assert list(lower.lines[0].get_ydata()) == [0.1, 0.05] and lower.lines[1].get_ydata()[0] == 0.02
 
 
-def test_gan_texture_shows_each_measure_and_the_floor(figures):
+def test_texture_shows_each_measure_and_the_floor(figures):
     rows = [{key: n + i for i, key in enumerate(TEXTURE)} | {"epoch": n} for n in (1, 2)]
-    FIGURES.gan_texture("x.png", rows, {key: 10 + i for i, key in enumerate(TEXTURE)})
+    FIGURES.texture("x.png", rows, {key: 10 + i for i, key in enumerate(TEXTURE)})
     for i, axes in enumerate(figures[0].axes):
         values, floor = axes.lines
         assert list(values.get_ydata()) == [1 + i, 2 + i] and floor.get_ydata()[0] == 10 + i
 
 
-def test_epoch_means_stand_in_the_middle_of_their_updates(figures):
-    rows = [dict(updates=2, training_loss=3.0), dict(updates=2, training_loss=1.0)]
-    FIGURES.recon_losses("x.png", [4.0, 2.0, 1.0, 1.0], rows)
-    each, means = figures[0].axes[0].lines
+def test_epoch_means_stand_in_the_middle_of_their_updates_and_validation_after_them(figures):
+    rows = [dict(updates=2, a=3.0, b=4.0), dict(updates=2, a=1.0, b=2.0)]
+    FIGURES.losses("x.png", [4.0, 2.0, 1.0, 1.0], rows, "T", "a", "b")
+    each, means, validation = figures[0].axes[0].lines
+    assert validation.get_xdata().tolist() == [2, 4] and validation.get_ydata().tolist() == [4.0, 2.0]
     assert each.get_xdata().tolist() == [1, 2, 3, 4]
     assert means.get_xdata().tolist() == [1.5, 3.5] and means.get_ydata().tolist() == [3.0, 1.0]
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import (
     EPOCHS,
     PROJECT,
     SMALL,
+    Done,
     assert_same_history,
     assert_same_weights,
     new_run,
@@ -260,6 +262,56 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     refused(run_program("train.py", "--data", tmp_path / "no", "--dry-run", cwd=tmp_path), "no")
 
 
+FLOW = ("--only", "flow", "--flow-epochs", 2, "--flow-batch-size", 6, "--flow-steps", 2, "--seed", 5, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def flowed(trained, data, folder) -> tuple[Done, Path]:
+    """A complete run of the flow: what it printed, and its folder."""
+    words = ("--data", data, *FLOW, "--vqvae", trained[1] / "vqvae.pth", "--out", "flow")
+    done = run_program("train.py", *words, cwd=folder)
+    return done, new_run(done, folder / "flow")
+
+
+def test_the_flows_folder(flowed):
+    done, run = flowed
+    expected = {f"flow_epoch_{n}.png" for n in range(3)} | {"flow_losses.png", "flow_measures.png", "flow_texture.png"}
+    expected |= {"vqvae.pth", "flow.pth", "run.json", "metrics.csv", "resume.pth", "index.html"}
+    assert {path.name for path in run.iterdir()} == expected
+    found = rows(run, "flow")
+    assert [row["epoch"] for row in found] == ["1", "2"] and all(row["swd_mean"] for row in found)
+    best = min(found, key=lambda row: float(row["validation_loss"]))
+    assert (
+        f"Best epoch: {best['epoch']}, validation loss {float(best['validation_loss']):.4f} (phantoms)" in done.stdout
+    )
+    saved = torch.load(run / "flow.pth", weights_only=True)["state_dict"]
+    if best is found[-1]:
+        average = resume_file(run)["state"]["flow"]["averages"]["flow"]
+        assert all(torch.equal(saved[key], value.half()) for key, value in average.items())
+
+
+def test_a_killed_flow_resumed_equals_an_uninterrupted_one(flowed, trained, data, folder):
+    words = ("--data", data, *FLOW, "--vqvae", trained[1] / "vqvae.pth", "--out", "flow_killed")
+    kill_after([sys.executable, PROJECT / "train.py", *words], folder, "Epoch: 2", 1)
+    (killed,) = (folder / "flow_killed").iterdir()
+    assert len(rows(killed, "flow")) == 1
+    done = run_program("train.py", "--resume", killed, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(flowed[1], killed, ["flow.pth"])
+    assert_same_history(flowed[1], killed, ["flow"])
+
+
+def test_new_brains_of_a_flow(flowed, trained, folder):
+    words = ("predict.py", flowed[1] / "vqvae.pth", "--samples", 2)
+    done = run_program(*words, "--generator", flowed[1] / "flow.pth", "--steps", 1, "--out", "flow_brains", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Decoded 2 new brains in \d+\.\d s\. \(phantoms\)", done.stdout)
+    (made,) = (folder / "flow_brains").iterdir()
+    assert {"sample_000.png", "sample_001.png", "samples.png", "walk.png"} <= {path.name for path in made.iterdir()}
+    generator = ("--generator", trained[1] / "generator.pth")
+    refused(run_program(*words, *generator, "--steps", 1, cwd=folder), "--steps", "generator.pth")
+
+
 @pytest.mark.parametrize(
     "words, name",
     [
@@ -275,6 +327,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
         (("--plain", "--precision", "bfloat16"), "--plain and --precision"),
         (("--precision", "float16"), "--precision"),
         (("--vqvae", "x.pth"), "--only gan"),
+        (("--prior", "flow", "--only", "gan"), "--only gan and --prior flow"),
+        (("--prior", "flow", "--gan-lr", "1"), "--gan-lr is for --prior dcgan"),
+        (("--flow-epochs", "3"), "--flow-epochs is for --prior flow"),
     ],
 )
 def test_bad_options_are_refused_by_name(tmp_path, words, name):

@@ -19,9 +19,12 @@ from support.console import SEED, Number, UserError
 from support.device import FastPath, choose_device, choose_fast_path
 from support.run import RESUME_FILE, Run, open_run
 from training import codebook, gan_update
+from training.prior import STEPS
 from training.vqvae import first_loss, load_vqvae
 
-STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_")}  # in order: the title and the prefix of its options
+# in order: the title, and the prefix of its options
+STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_"), "flow": ("Flow", "flow_")}
+PRIORS = {"dcgan": "gan", "flow": "flow"}  # the stages of --prior, and their files
 
 
 COUNT = Number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
@@ -59,8 +62,11 @@ class Config:
         "auto", "run", "precision of the encoder and of the DCGAN; auto is bfloat16 on GPUs that have it, else float32",
         choices=("auto", "float32", "bfloat16"))
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
-    only: str | None = _option(None, "run", "train only this stage; gan needs --vqvae", choices=tuple(STAGES))
-    vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only gan", metavar="PATH")
+    prior: str = _option(
+        "dcgan", "run", "what learns to generate codes: dcgan, or flow (flow matching)", choices=tuple(PRIORS))
+    only: str | None = _option(
+        None, "run", "train only this stage; gan and flow need --vqvae", choices=tuple(STAGES))
+    vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only gan or flow", metavar="PATH")
 
     epochs: int = _option(
         12, "VQ-VAE", "passes over the training images", demo=5, resumable=True, type=COUNT, metavar="N")
@@ -82,6 +88,13 @@ class Config:
     gan_training: str = _option(
         "balanced", "DCGAN", "update rule: balanced (start from data, R1, EMA) or report (cross entropy alone)",
         choices=tuple(gan_update.METHODS))
+
+    flow_epochs: int = _option(
+        50, "flow", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
+    flow_batch_size: int = _option(32, "flow", "latents in a step (of all processes together)", type=COUNT, metavar="N")
+    flow_lr: float = _option(1e-3, "flow", "highest learning rate of Adam", type=RATE, metavar="RATE")
+    flow_steps: int = _option(
+        STEPS, "flow", "solver's steps for a sample drawn in the run", resumable=True, type=COUNT, metavar="N")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -112,7 +125,7 @@ def stages(config: Config) -> list[tuple[str, str, int, int]]:
     return [
         (name, title, getattr(config, f"{prefix}epochs"), getattr(config, f"{prefix}batch_size"))
         for name, (title, prefix) in STAGES.items()
-        if config.only in (None, name)
+        if config.only in (None, name) and name in ("vqvae", PRIORS[config.prior])
     ]
 
 
@@ -164,8 +177,17 @@ def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
         raise UserError("--demo and --data contradict each other; give one of them")
     if given.get("plain") and given.get("precision") == "bfloat16":
         raise UserError("--plain and --precision bfloat16 contradict each other; give one of them")
-    if (given.get("only") == "gan") != ("vqvae" in given):
-        raise UserError("--only gan needs --vqvae PATH, and only then is it used")
+    if given.get("only") in PRIORS.values():
+        (prior,) = (prior for prior, stage in PRIORS.items() if stage == given["only"])
+        if given.setdefault("prior", prior) != prior:
+            words = f"--only {given['only']} and --prior {given['prior']}"
+            raise UserError(f"{words} contradict each other; give one of them")
+    if (given.get("only") in PRIORS.values()) != ("vqvae" in given):
+        raise UserError("--only gan and --only flow need --vqvae PATH, and only then is it used")
+    for prior, stage in PRIORS.items():
+        unused = [flag(name) for name in given if name.startswith(f"{stage}_")]
+        if unused and prior != given.get("prior", Config.prior):
+            raise UserError(f"{unused[0]} is for --prior {prior}; leave it out")
     choose_device(given.get("device", Config.device))  # fail before phantoms are written
     if "vqvae" in given:
         given["vqvae"] = str(files.find(given["vqvae"]).resolve())
@@ -191,19 +213,22 @@ def _resumed_run(given: dict[str, Any]) -> Run:
         if not FIELDS[name].metadata["resumable"]:
             raise UserError(f"{flag(name)} cannot change on resuming; leave it out")
         before = getattr(run.config, name)
-        if name in ("epochs", "gan_epochs") and value < before:
+        if name.endswith("epochs") and value < before:
             raise UserError(f"{flag(name)} {value}: the run has {before}; it can only increase")
     if "data" in given:
         given["data"] = str(find_data(given["data"]).resolve())
     run.config = dataclasses.replace(run.config, **given)
-    if run.config.only == "gan":
+    prior = PRIORS[run.config.prior]
+    if run.config.only == prior:
         run.config.vqvae = str((run.folder / "vqvae.pth").resolve())
     print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
-    if "gan" in run.state and run.config.only != "gan" and run.state["vqvae"]["epoch"] < run.config.epochs:
-        print("The VQ-VAE trains further, so the DCGAN begins anew; its weights and figures will be replaced.")
-        del run.state["gan"]
+    if prior in run.state and run.config.only != prior and run.state["vqvae"]["epoch"] < run.config.epochs:
+        title = STAGES[prior][0]
+        print(f"The VQ-VAE trains further, so the {title} begins anew; its weights and figures will be replaced.")
+        del run.state[prior]
         run.rows = run.rows_of("vqvae")
-        run.outdated = [run.folder / "generator.pth", run.folder / "discriminator.pth", *run.folder.glob("gan_*.png")]
+        files_of = ("generator.pth", "discriminator.pth", "flow.pth")
+        run.outdated = [*(run.folder / name for name in files_of), *run.folder.glob(f"{prior}_*.png")]
     return run
 
 
@@ -211,10 +236,10 @@ def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
     """The run's fast path: kept as far as it works when it is resumed, chosen anew on another type of device."""
     config = run.config
     kept = run.fast_path if run.fast_path and run.fast_path.device == run.device.type else None
-    if kept and run.state.get("vqvae", {"epoch": 0})["epoch"] >= config.epochs:  # only the DCGAN is left
+    if kept and run.state.get("vqvae", {"epoch": 0})["epoch"] >= config.epochs:  # only the prior is left
         return kept
-    # the DCGAN is not compiled
-    n_steps = 0 if config.only == "gan" else config.epochs * math.ceil(n_images / config.batch_size)
+    # priors are not compiled
+    n_steps = 0 if config.only in PRIORS.values() else config.epochs * math.ceil(n_images / config.batch_size)
     compute_loss = partial(first_loss, config, run.device)
     return choose_fast_path(run.device, config.precision, config.plain, n_steps, compute_loss, kept)
 

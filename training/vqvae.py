@@ -106,7 +106,8 @@ class VQVAEStage(Stage):
         self.figures.image_grid(f"epoch_{epoch}.png", x_hat, f"Reconstructions after epoch {epoch}")
         self.figures.single_image(f"epoch_{epoch}_single.png", x_hat[0], f"Reconstruction after epoch {epoch}")
         self.figures.ssim_by_epoch("train_ssim_scores.png", rows)
-        self.figures.recon_losses("train_recon_losses.png", history["training_loss"], rows)
+        losses, title = history["training_loss"], "Training reconstruction loss"
+        self.figures.losses("train_recon_losses.png", losses, rows, title, "training_loss")
         self.figures.rate_distortion("rate_distortion.png", rows)
 
     def save_weights(self, row: dict) -> None:

@@ -1,0 +1,190 @@
+"""The priors: sampling, snapping to codes, calibration, and their files."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modules import VQVAE, Generator, UNet, dcgan_init
+from support.console import UserError
+from training.latents import codebook_hash
+from training.prior import FlowPrior, GeneratorPrior, load_prior, walk
+
+
+def test_samples_are_snapped_to_the_codebook(vqvae, latents):
+    torch.manual_seed(0)
+    prior = GeneratorPrior(Generator(embeddings_dim=8).eval(), latents.scale, vqvae)
+    noise = prior.noise(5, torch.Generator().manual_seed(0))
+    codes = prior.sample(noise)
+    coefficients = latents.scale.generated(prior.network(noise).detach())
+    continuous = latents.scale.latents(coefficients).permute(0, 2, 3, 1).reshape(-1, 8)
+    nearest = torch.cdist(continuous.double(), vqvae.vector_quantizer.embedding.weight.double()).argmin(1)
+    assert codes.shape == (5, 64, 64) and (codes.flatten() == nearest).float().mean() > 0.999
+    images = prior.sample_images(noise, size=2)
+    assert images.shape == (5, 1, 256, 256) and 0 <= images.min() and images.max() <= 1
+    torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_calibration_brings_generated_power_half_way_to_that_of_real_latents(vqvae, latents):
+    class Weak(torch.nn.Module):
+        """A generator that draws real latents, some of them too weak or blurred: its noise holds their numbers."""
+
+        def forward(self, noise):
+            c = latents.batch([int(n) for n in noise[:, 0, 0, 0]])
+            c[:, 1] *= 0.7
+            c[:, 2] = (c[:, 2] + F.avg_pool2d(c[:, 2:3], 3, 1, 1)[:, 0]) / 2
+            return torch.einsum("dk,bkhw->bdhw", latents.scale.mix, c)
+
+    free = replace(latents.scale, outline=torch.zeros(()), amplitudes=torch.tensor([0.0, 1e9]))
+    prior, numbers = GeneratorPrior(Weak().eval(), free, vqvae), torch.arange(15.0).view(15, 1, 1, 1)
+    for _ in range(2):  # a second time changes nothing
+        prior.calibrate(latents.power, free, numbers)
+        before, after = (
+            free.coefficients(scale.latents(free.generated(prior.network(numbers)))) for scale in (free, prior.scale)
+        )
+        weak, found, real = (np.abs(np.fft.fft2(c.numpy())) ** 2 for c in (before, after, latents.batch(range(15))))
+        for k in range(real.shape[1]):
+            for part in (np.s_[:, k], np.s_[:, k, 8:24, 8:24]):
+                halfway = (weak[part].mean() * real[part].mean()) ** 0.5
+                assert found[part].mean() == pytest.approx(halfway, rel=0.1)
+        assert (
+            weak[:, 1].mean() < 0.6 * real[:, 1].mean()
+            and weak[:, 2, 8:24, 8:24].mean() < 0.6 * real[:, 2, 8:24, 8:24].mean()
+        )
+    assert torch.equal(prior.scale.shift, free.shift)
+
+
+def test_batch_statistics_are_measured_for_the_weights_as_they_are(vqvae, latents):
+    generator = Generator(embeddings_dim=8).apply(dcgan_init)
+    prior, noise = GeneratorPrior(generator, latents.scale, vqvae), torch.randn(64, 128, 1, 1)
+    prior.measure_statistics(noise)
+    first, after = generator.net[0][0], generator.net[0][1]
+    with torch.no_grad():
+        mean = torch.stack([first(part).mean((0, 2, 3)) for part in noise.split(32)]).mean(0)
+    torch.testing.assert_close(after.running_mean, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_walk_goes_from_one_noise_vector_to_the_other_in_equal_angles():
+    rng = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 128, 1, 1, generator=rng)
+    steps = walk(start, 1.5 * end, 7)
+    assert steps.shape == (7, 128, 1, 1)
+    torch.testing.assert_close(steps[0], start)
+    torch.testing.assert_close(steps[-1], 1.5 * end)
+    lengths = steps.flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.linspace(start.norm(), 1.5 * end.norm(), 7))
+    units = (steps.flatten(1) / lengths[:, None]).double()
+    angles = torch.acos((units[:-1] * units[1:]).sum(1))
+    torch.testing.assert_close(angles, angles[:1].expand(6), rtol=1e-4, atol=0)
+    torch.testing.assert_close(walk(start, start, 3), start.expand(3, -1, -1, -1))
+
+
+@pytest.fixture
+def priors(vqvae, latents):
+    torch.manual_seed(0)
+    network = UNet()
+    for parameter in network.parameters():  # some begin as 0
+        torch.nn.init.normal_(parameter, std=0.05)
+    return {
+        "generator": GeneratorPrior(Generator(embeddings_dim=8), latents.scale, vqvae),
+        "flow": FlowPrior(network, 0.8, latents.scale, vqvae, steps=2),
+    }
+
+
+class Straight(torch.nn.Module):
+    """The velocity whose paths lead from noise e straight to a e + b, at any time: x_t = (1 - t) e + t (a e + b)."""
+
+    a, b = 0.3, 0.5
+
+    def forward(self, x, t):
+        t = t[:, None, None, None]
+        e = (x - t * self.b) / (1 - t + t * self.a)
+        return (self.a - 1) * e + self.b
+
+
+class Growing(torch.nn.Module):
+    """dx/dt = x, which leads from e to exp(1) e."""
+
+    def forward(self, x, t):
+        return x
+
+
+def test_the_solver_follows_straight_paths_exactly_and_others_at_second_order(vqvae, latents):
+    noise = torch.randn(2, 24, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def solved(network, steps):
+        return FlowPrior(network.eval(), 1.0, latents.scale, vqvae, steps=steps).coefficients(noise)
+
+    expected = F.pixel_shuffle(0.3 * noise + 0.5, 2)
+    torch.testing.assert_close(solved(Straight(), 3), expected, rtol=1e-4, atol=1e-5)
+    errors = [(solved(Growing(), n) / F.pixel_shuffle(noise, 2) - math.e).abs().mean().item() for n in (20, 40)]
+    assert errors[0] < 0.02 and 3 < errors[0] / errors[1] < 5
+
+
+def test_what_a_flow_learns_are_2x2_positions_as_channels(vqvae, latents):
+    prior = FlowPrior(UNet(), 0.5, latents.scale, vqvae)
+    c = torch.randn(2, 6, 64, 64)
+    x = prior.packed(c)
+    assert prior.noise_shape == x.shape[1:] == (24, 32, 32)
+    for channel, row, column in ((0, 0, 0), (3, 1, 0), (5, 1, 1)):
+        found = x[:, 4 * channel + 2 * row + column]
+        assert torch.equal(found, c[:, channel, row::2, column::2] / 2)
+
+
+@pytest.mark.parametrize("kind, tolerance", [("generator", 1e-5), ("flow", 1e-2)])  # flow.pth is in half precision
+def test_a_file_there_and_back(priors, vqvae, tmp_path, kind, tolerance):
+    prior, path = priors[kind], tmp_path / "x.pth"
+    torch.save(prior.checkpoint(), path)
+    again = load_prior(path, vqvae)
+    assert type(again) is type(prior) and again.noise_shape == prior.noise_shape
+    noise = torch.randn(2, *prior.noise_shape, generator=torch.Generator().manual_seed(1))
+    if kind == "flow":
+        again.steps = 2
+    with torch.no_grad():
+        torch.testing.assert_close(again.coefficients(noise), prior.coefficients(noise), rtol=0, atol=tolerance)
+    if kind == "flow":
+        assert path.stat().st_size < 12e6
+        assert max(value.element_size() for value in prior.checkpoint()["state_dict"].values()) == 2
+
+
+@pytest.mark.parametrize("kind", ["generator", "flow"])
+def test_the_file_of_another_codebook_is_refused(priors, vqvae, tmp_path, kind):
+    torch.save(priors[kind].checkpoint(), tmp_path / "x.pth")
+    other = VQVAE(64, 8)
+    assert codebook_hash(other) != codebook_hash(vqvae)
+    with pytest.raises(UserError, match="another codebook"):
+        load_prior(tmp_path / "x.pth", other)
+
+
+@pytest.mark.parametrize(
+    "kind, key, value, message",
+    [
+        ("generator", "state_dict", 3, "weights of a Generator"),
+        ("generator", "state_dict", {}, "is missing"),
+        ("generator", "shift", 1.0, "'shift'"),
+        ("generator", "shift", torch.zeros(7), "'shift'"),
+        ("generator", "scale", torch.full((6, 64, 33), torch.nan), "'scale'"),
+        ("generator", "scale", torch.zeros(6, 64, 33), "'scale' has values that are not positive"),
+        ("generator", "scale", torch.ones(6, 64, 64), "'scale' is not 6 x 64 x 33"),
+        ("generator", "scale", 1.0, "'scale' is not"),
+        ("generator", "mix", torch.zeros(8, 5), "'mix' is not 8 x 6"),
+        ("generator", "amplitudes", torch.tensor([2.0, 1.0]), "'amplitudes' are not in order"),
+        ("flow", "state_dict", {}, "weights of this UNet"),
+        ("flow", "factor", 0.0, "'factor'"),
+        ("flow", "factor", torch.ones(1), "'factor'"),
+    ],
+)
+def test_a_spoiled_file_is_refused(priors, vqvae, tmp_path, kind, key, value, message):
+    torch.save(priors[kind].checkpoint() | {key: value}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        load_prior(tmp_path / "x.pth", vqvae)
+
+
+@pytest.mark.parametrize("contents", [{}, [], {"state_dict": {}}, VQVAE(64, 8).state_dict()])
+def test_what_is_no_prior_is_refused(vqvae, tmp_path, contents):
+    torch.save(contents, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no prior"):
+        load_prior(tmp_path / "x.pth", vqvae)

@@ -1,0 +1,142 @@
+"""The flow's training stage: flow matching along straight paths (Lipman et al. 2022, arXiv 2210.02747)."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dataset import OasisDataset
+from modules import VQVAE, UNet
+from support import distributed, files, seeds
+from support.console import in_batches
+from support.device import move
+from support.run import Run
+from training.fit import batch_sizes
+from training.prior import FlowPrior, load_prior
+from training.prior_stage import PriorStage
+from training.scale import DIRECTIONS, LatentScale
+
+STD = 0.7  # of what the network learns, where heads are
+AVERAGE_DECAY = 0.999
+WARM_UP = 200  # steps
+LAST_RATE = 0.02  # the last step's learning rate, as a share of the highest
+GRADIENT_NORM = 1.0  # at most
+
+
+class FlowStage(PriorStage):
+    """Train a U-Net v on x_t = (1 - t) ε + t x to predict x - ε, of noise ε and latents x (arXiv 2210.02747, eq. 23).
+
+    flow.pth has the EMA of the weights after the epoch with the lowest validation loss, for later ones may know the
+    training split by heart.
+
+    Args:
+        run, vqvae, train_set, validate_set, n_measures: as in `PriorStage`.
+    """
+
+    name, title = "flow", "Flow"
+    columns = ("flow_loss",)
+    average_decay = AVERAGE_DECAY
+
+    def __init__(
+        self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, n_measures: int = 10
+    ):
+        super().__init__(run, vqvae, train_set, validate_set, n_measures)
+        config, fast_path = run.config, run.fast_path
+        self.epochs, self.batch_size, self.lr = config.flow_epochs, config.flow_batch_size, config.flow_lr
+        torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
+        embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
+        self.network = UNet(4 * min(DIRECTIONS, embeddings_dim)).to(run.device, memory_format=fast_path.layout)
+        self.average = copy.deepcopy(self.network)
+        self.networks, self.averages = {"flow": self.network}, {"flow": self.average}
+        self.optimizers = {"flow": fast_path.adam(self.network, self.lr)}
+
+    def start(self) -> None:
+        scale = distributed.from_first(lambda: LatentScale.fit(self.vqvae, self.train_set).to("cpu"))
+        self.set_scale(scale)
+        picked = range(0, len(self.data()), -(-len(self.data()) // 512))
+        heads = self.data().batch(picked)[:, :, self.scale.support.bool()]
+        self.set_factor(STD / max(heads.std().item(), 1e-6))
+        self.begin()
+
+    def set_factor(self, factor: float) -> None:
+        """Set the factor from coefficients to what the network learns."""
+        self.prior = FlowPrior(self.average, factor, self.scale, self.vqvae, phantoms=self.run.phantoms)
+        self.prior.steps, self.prior.autocast = self.run.config.flow_steps, self.run.fast_path.autocast
+
+    def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
+        """One update on coefficients of latents (B, K, 64, 64). Returns the loss."""
+        optimizer = self.optimizers["flow"]
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * self.rate(step)
+        drawn = (move(distributed.part(each), batch.device) for each in self.drawn(n, rng))
+        loss = self.losses(self.network, batch, *drawn).mean()
+        optimizer.zero_grad()
+        (loss * distributed.weight(n)).backward()
+        distributed.sum_gradients(self.network)
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
+        optimizer.step()
+        return loss.detach()[None]
+
+    def rate(self, step: int) -> float:
+        """A step's learning rate as a share of the highest: it rises in WARM_UP steps and falls along a cosine."""
+        n_steps = self.epochs * len(batch_sizes(len(self.data()), self.batch_size))
+        falling = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1.0, step / n_steps))) / 2
+        return min(1.0, (step + 1) / WARM_UP) * falling
+
+    def drawn(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Times (n,) with a normal logit (arXiv 2403.03206, section 3.1), and the noise of n images; on the CPU."""
+        return torch.randn(n, generator=rng).sigmoid(), self.prior.noise(n, rng)
+
+    def losses(self, network: UNet, c: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The mean squared error of each image, of coefficients (B, K, 64, 64) at times (B,): (B,)."""
+        x = self.prior.packed(c)
+        with self.run.fast_path.autocast():
+            found = network(torch.lerp(noise, x, t[:, None, None, None]), t)
+        return (found.float() - (x - noise)).square().mean((1, 2, 3))
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """The validation loss, and the measures when they are due."""
+        return {"validation_loss": self.validation_loss()} | (self.measure() if self.measured_now(epoch) else {})
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """The mean loss of the averaged weights on the validation split, each time with the same noise."""
+        rng, losses = seeds.generator(self.run.config.seed, "flow validation"), []
+        for c in in_batches(self.validate_latents, desc="Validating"):
+            drawn = (move(each, c.device) for each in self.drawn(len(c), rng))
+            losses.append(self.losses(self.average.eval(), c, *drawn))
+        return torch.cat(losses).mean().item()
+
+    def drawn_now(self, epoch: int) -> bool:
+        """After the first epoch, and with each measure: samples take a third of an epoch's time."""
+        return epoch == 1 or self.measured_now(epoch)
+
+    def print_losses(self, row: dict) -> None:
+        self.run.say(f"Training loss: {row['flow_loss']:.4f}")
+        self.run.say(f"Validation loss: {row['validation_loss']:.4f}")
+
+    def draw_losses(self, history: dict[str, list[float]]) -> None:
+        losses, rows = history["flow_loss"], self.run.rows_of(self.name)
+        self.figures.losses("flow_losses.png", losses, rows, "Flow training", "flow_loss", "validation_loss")
+
+    def save_weights(self, row: dict) -> None:
+        if row is self._best_row():
+            files.save(self.prior.checkpoint(), self.run.folder / "flow.pth")
+
+    def _best_row(self) -> dict:
+        return min(self.run.rows_of(self.name), key=lambda row: row["validation_loss"])  # the earliest of equal ones
+
+    def best(self) -> FlowPrior:
+        """The prior in flow.pth, on the run's device."""
+        if distributed.is_first():
+            row = self._best_row()
+            self.run.say(f"Best epoch: {row['epoch']}, validation loss {row['validation_loss']:.4f}")
+        return load_prior(self.run.folder / "flow.pth", self.vqvae)
+
+    def extra_state(self) -> dict:
+        return super().extra_state() | {"factor": self.prior.factor}
+
+    def load_extra_state(self, state: dict) -> None:
+        super().load_extra_state(state)
+        self.set_factor(state["factor"])

@@ -1,0 +1,205 @@
+"""The priors, which sample codes: the DCGAN's generator and the flow; and their files, generator.pth and flow.pth."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from modules import VQVAE, Generator, UNet
+from support import console, files
+from support.device import move
+from training.latents import codebook_hash
+from training.scale import LatentScale, power_spectrum
+
+LARGEST_FACTOR = 2.0  # of calibration
+STEPS, FINER = 16, 1.5  # of the flow's solver: as near to 100 equal steps as 25 equal ones (docs/results.md)
+
+
+class Prior:
+    """A network that makes coefficients of noise, and what turns these into brains: their scale and the VQ-VAE.
+
+    All are on one device. What is made from samples of a prior trained on phantoms says so. A subclass has
+    `noise_shape` and `coefficients`.
+    """
+
+    def __init__(self, network: nn.Module, scale: LatentScale, vqvae: VQVAE, phantoms: bool = False):
+        self.network, self.scale, self.vqvae, self.phantoms = network, scale, vqvae, phantoms
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """The noise of one image is (C, H, W)."""
+        raise NotImplementedError
+
+    def coefficients(self, noise: Tensor) -> Tensor:
+        """Noise (B, *noise_shape), on the network's device -> coefficients (B, K, 64, 64) of `scale`."""
+        raise NotImplementedError
+
+    def noise(self, n: int, rng: torch.Generator) -> Tensor:
+        """The noise of n images (n, *noise_shape) from N(0, 1), on the CPU."""
+        return torch.randn(n, *self.noise_shape, generator=rng)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor) -> Tensor:
+        """Noise (B, *noise_shape) -> codes (B, 64, 64): generated latents snapped to the nearest embeddings."""
+        c = self.coefficients(noise.to(self.scale.support.device))
+        return self.vqvae.vector_quantizer.nearest(self.scale.latents(c))
+
+    def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:
+        """Noise (B, *noise_shape) -> brains (B, 1, 256, 256) in [0, 1], made `size` at a time."""
+        images = []
+        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False) as bar:
+            for part in noise.split(size):
+                images.append(self.vqvae.decode(self.sample(part)).clamp(0, 1))
+                bar.update(len(part))
+                console.stop_if_signalled()
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def calibrate(self, power: Tensor, fitted: LatentScale, noise: Tensor) -> None:
+        """Bring the power of generated latents half way to that of real ones, at each spatial frequency.
+
+        A discriminator with BatchNorm hardly sees amplitudes, so coefficients may be too weak. Half way, because what
+        has not been learned is noise, which would become grain (docs/results.md).
+
+        Args:
+            power: `power_spectrum` of real coefficients.
+            fitted: the scale that the network was trained with.
+            noise: (B, *noise_shape), on the CPU, of the samples that are compared.
+        """
+        parts = [move(part, fitted.support.device) for part in noise.split(32)]
+        generated = torch.cat([self.coefficients(part) for part in parts])
+        factor = (power / power_spectrum(generated)) ** 0.25  # of amplitudes: half of the exponent that equals powers
+        self.scale = replace(fitted, scale=fitted.scale / factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR))
+
+    def checkpoint(self) -> dict:
+        """The contents of the prior's file."""
+        return {
+            "state_dict": files.cpu_state(self.network),
+            **self.scale.to("cpu").tensors(),
+            "codebook": codebook_hash(self.vqvae),
+            "phantoms": self.phantoms,
+        }
+
+    @classmethod
+    def build(cls, contents: dict, scale: LatentScale, vqvae: VQVAE) -> "Prior":
+        """The prior of a `checkpoint` with its scale, for the VQ-VAE that it belongs to. Raises ValueError."""
+        raise NotImplementedError
+
+
+class GeneratorPrior(Prior):
+    """The DCGAN's generator. Its noise vectors are (128, 1, 1)."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        return self.network.net[0][0].in_channels, 1, 1
+
+    def coefficients(self, noise: Tensor) -> Tensor:
+        return self.scale.generated(self.network.eval()(noise))
+
+    def measure_statistics(self, noise: Tensor) -> None:
+        """Set the statistics of the generator's BatchNorm to those that its weights have for noise (on the CPU).
+
+        An average of the statistics of past weights is not that of averaged weights.
+        """
+        update_bn([part.to(self.scale.support.device) for part in noise.split(32)], self.network)
+
+    @classmethod
+    def build(cls, contents: dict, scale: LatentScale, vqvae: VQVAE) -> "GeneratorPrior":
+        network = Generator(embeddings_dim=len(scale.shift))
+        files.load_state(network, contents["state_dict"])
+        return cls(network, scale, vqvae, bool(contents.get("phantoms", False)))
+
+
+class FlowPrior(Prior):
+    """The flow from noise (4K, 32, 32) to coefficients, 2x2 positions as channels, times `factor`.
+
+    It solves dx/dt = v(x, t) from t = 0 to 1 (arXiv 2210.02747, eq. 1) by Heun's method in `steps` steps, the last one
+    Euler's. They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s.
+    """
+
+    def __init__(self, network: UNet, factor: float, *words, steps: int = STEPS, **settings):
+        super().__init__(network, *words, **settings)
+        self.factor, self.steps, self.autocast = factor, steps, nullcontext
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        h, w = self.scale.support.shape
+        return 4 * len(self.scale.scale), h // 2, w // 2
+
+    def packed(self, c: Tensor) -> Tensor:
+        """Coefficients (B, K, 64, 64) -> what the network learns, (B, 4K, 32, 32)."""
+        return F.pixel_unshuffle(c * self.factor, 2).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def coefficients(self, noise: Tensor) -> Tensor:
+        self.network.eval()
+        x = noise.contiguous(memory_format=torch.channels_last)
+        times = (1 - (1 - torch.linspace(0, 1, self.steps + 1)) ** FINER).tolist()
+        for t, later in pairwise(times):
+            slope = self.velocity(x, t)
+            if later < 1:
+                slope = (slope + self.velocity(x + (later - t) * slope, later)) / 2
+            x = x + (later - t) * slope
+            console.stop_if_signalled()
+        return F.pixel_shuffle(x, 2) / self.factor
+
+    def velocity(self, x: Tensor, t: float) -> Tensor:
+        """The network's at one time: (B, 4K, 32, 32) float32."""
+        with self.autocast():
+            return self.network(x, x.new_full((len(x),), t)).float()
+
+    def checkpoint(self) -> dict:
+        contents = super().checkpoint() | {"factor": self.factor}
+        contents["state_dict"] = {name: value.half() for name, value in contents["state_dict"].items()}
+        return contents
+
+    @classmethod
+    def build(cls, contents: dict, scale: LatentScale, vqvae: VQVAE) -> "FlowPrior":
+        network, factor = UNet(4 * len(scale.scale)), contents["factor"]
+        if not isinstance(factor, float) or not 0 < factor < math.inf:
+            raise ValueError("its 'factor' is not a positive number")
+        files.load_state(network, contents["state_dict"])
+        return cls(network, factor, scale, vqvae, phantoms=bool(contents.get("phantoms", False)))
+
+
+def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
+    """The prior in a generator.pth or flow.pth, on the VQ-VAE's device.
+
+    Raises UserError if the file holds none, or not one for this VQ-VAE.
+    """
+
+    def build(contents: dict) -> Prior:
+        needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentScale)}
+        if not isinstance(contents, dict) or not needed <= contents.keys():
+            raise ValueError("it holds no prior of this version (name the generator.pth or flow.pth of a run)")
+        if contents["codebook"] != codebook_hash(vqvae):
+            raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+        weight = vqvae.vector_quantizer.embedding.weight
+        scale = LatentScale.from_tensors(contents, weight.shape[1]).to(weight.device)
+        prior = (FlowPrior if "factor" in contents else GeneratorPrior).build(contents, scale, vqvae)
+        for network in (prior.network, vqvae):  # as in training, for the same digits
+            network.to(weight.device, memory_format=torch.channels_last).eval()
+        return prior
+
+    return files.load(path, build)
+
+
+def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
+    """n noises (n, C, H, W) from one (C, H, W) to another, in equal steps of angle.
+
+    On a straight line they would be shorter half way than any that the generator was trained on (White 2016,
+    arXiv 1609.04468).
+    """
+    device, start, end = start.device, start.cpu().double(), end.cpu().double()  # MPS has no float64
+    a, b = start / start.norm(), end / end.norm()
+    angle = torch.acos((a * b).sum().clamp(-1, 1))
+    steps = torch.linspace(0, 1, n, dtype=torch.double).view(-1, 1, 1, 1)
+    from_start, from_end = (torch.sinc(part * angle / torch.pi) * part for part in (1 - steps, steps))
+    lengths = (1 - steps) * start.norm() + steps * end.norm()
+    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float().to(device)
