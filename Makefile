@@ -2,7 +2,8 @@
 PYTHON ?= python3
 
 brains: .venv/installed
-	.venv/bin/python predict.py resources/pretrained/vqvae.pth --generator resources/pretrained/generator.pth
+	for prior in generator flow; do \
+	.venv/bin/python predict.py resources/pretrained/vqvae.pth --generator resources/pretrained/$$prior.pth || exit 1; done
 
 demo: .venv/installed
 	.venv/bin/python train.py --demo --out gen_imgs/demo

@@ -5,8 +5,8 @@
 
 A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and its data the upper row of
 resources/strip.png, whose other rows the pretrained weights draw. A run on
-real scans goes to resources/oasis/ and gives only what shows no scan: scores and curves. A run of --only gan, with a
-folder of predict.py --generator, gives curves, generated images, and the generator of resources/pretrained/.
+real scans goes to resources/oasis/ and gives only what shows no scan: scores and curves. A run of --only gan or --only
+flow, with a folder of predict.py --generator, gives curves, generated images, and the prior of resources/pretrained/.
 """
 
 import csv
@@ -29,6 +29,7 @@ from training.vqvae import load_vqvae  # noqa: E402
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
 OF_SCANS = ("train_ssim_scores", "train_recon_losses")
+OF_SCANS_FLOW = ("flow_losses", "flow_measures", "flow_texture", "flow_epoch_0", "flow_epoch_1")
 OF_SCANS_GAN = ("gan_losses", "gan_measures", "gan_texture", "gan_epoch_0", "gan_epoch_1")
 
 
@@ -54,6 +55,11 @@ def main(run: Path, predicted: Path | None = None) -> None:
             shown[run / f"gan_epoch_{epoch}.png"] = f"gan_epoch_{name}"
         shown[predicted / "walk.png"] = "walk"
         generator = run / "generator.pth"
+    elif options["only"] == "flow":
+        shown = {run / f"{name}.png": name for name in OF_SCANS_FLOW}
+        shown[run / f"flow_epoch_{options['flow_epochs']}.png"] = "flow_epoch_last"
+        shown[predicted / "walk.png"] = "flow_walk"
+        shutil.copy(run / "flow.pth", HERE / "pretrained")  # in half precision already
     else:
         shown = {predicted / "test_ssim_scores.png": "test_ssim_scores"}
         shown |= {run / f"{name}.png": name for name in OF_SCANS}
@@ -78,14 +84,16 @@ def save_generator(path: Path) -> None:
 
 @torch.no_grad()
 def draw_strip(data: Path) -> None:
-    """Eight validation phantoms, what the pretrained VQ-VAE makes of them, and eight brains of the generator."""
+    """Eight validation phantoms, what the pretrained VQ-VAE makes of them, and eight brains of each prior."""
     dataset = OasisDataset(data, "validate")
     x = dataset.batch([i * len(dataset) // 8 for i in range(8)])
     vqvae = load_vqvae(HERE / "pretrained" / "vqvae.pth")
-    prior = load_prior(HERE / "pretrained" / "generator.pth", vqvae)
-    images = prior.sample_images(prior.noise(8, seeds.generator(0, "samples")))
-    images = torch.cat([x, vqvae.decode(vqvae.encode(x)), images])
-    title = "Synthetic slices; decoded from their 64×64 codes; decoded from noise"
+    rows = [x, vqvae.decode(vqvae.encode(x))]
+    for name in ("generator.pth", "flow.pth"):
+        prior = load_prior(HERE / "pretrained" / name, vqvae)
+        rows.append(prior.sample_images(prior.noise(8, seeds.generator(0, "samples"))))
+    images = torch.cat(rows)
+    title = "Synthetic slices; decoded from their 64×64 codes; new brains of the DCGAN; of the flow"
     Figures(HERE).image_grid("strip.png", images, title)
 
 
