@@ -9,6 +9,7 @@
 Everything is written to a new folder, gen_imgs/<date_time>_predict/. README.md says what is in it.
 """
 
+import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import time
 from pathlib import Path

@@ -10,6 +10,7 @@
 Everything is written to a new folder, gen_imgs/<date_time>/. docs/usage.md lists its files.
 """
 
+import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import sys
 from pathlib import Path
 

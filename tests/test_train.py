@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import (
     EPOCHS,
+    PRETRAINED,
     PROJECT,
     SMALL,
     Done,
@@ -251,6 +252,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     for words, said in (
         (("--data", data, "--batch-size", 4), ("VQ-VAE: 12 epochs of 4 steps, 0 complete", "DCGAN: 25 epochs of 1 ")),
         (("--gan-epochs", 3), ("would be written to", "VQ-VAE: 5 epochs of 16 steps", "DCGAN: 3 epochs")),
+        (("--prior", "flow", "--flow-epochs", 3), ("VQ-VAE: 5 epochs of 16 steps", "Flow: 3 epochs")),
         (("--resume", run, "--epochs", 4), ("VQ-VAE: 2 epochs of 4 steps, 2 complete", f"Folder: {run}")),
     ):
         done = run_program("train.py", *words, "--dry-run", cwd=tmp_path)
@@ -313,6 +315,21 @@ def test_new_brains_of_a_flow(flowed, trained, folder):
 
 
 @pytest.mark.parametrize(
+    "words, unused, stage",
+    [
+        (("--prior", "flow", "--gan-lr", 1), "--gan-lr", "DCGAN"),
+        (("--flow-epochs", 3), "--flow-epochs", "Flow"),
+        (("--only", "vqvae", "--gan-epochs", 3), "--gan-epochs", "DCGAN"),
+        (("--only", "gan", "--vqvae", PRETRAINED / "vqvae.pth", "--lr", 1), "--lr", "VQ-VAE"),
+    ],
+)
+def test_an_option_of_a_stage_that_is_not_trained_is_named(data, tmp_path, words, unused, stage):
+    done = run_program("train.py", "--data", data, *words, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == f"warning: {unused} is for training the {stage}, which this run does not\n"
+
+
+@pytest.mark.parametrize(
     "words, name",
     [
         (("--data", "/nowhere"), "/nowhere"),
@@ -328,8 +345,6 @@ def test_new_brains_of_a_flow(flowed, trained, folder):
         (("--precision", "float16"), "--precision"),
         (("--vqvae", "x.pth"), "--only gan"),
         (("--prior", "flow", "--only", "gan"), "--only gan and --prior flow"),
-        (("--prior", "flow", "--gan-lr", "1"), "--gan-lr is for --prior dcgan"),
-        (("--flow-epochs", "3"), "--flow-epochs is for --prior flow"),
     ],
 )
 def test_bad_options_are_refused_by_name(tmp_path, words, name):
@@ -344,6 +359,19 @@ def test_a_program_of_its_own_refuses_in_one_line_and_finds_its_modules_from_any
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 1 and done.stdout == ""
         assert re.fullmatch(rf"{re.escape(script)}: error: nowhere.*\n", done.stderr)
+
+
+def test_what_ends_a_program_while_it_imports_is_one_line(tmp_path):
+    for name, raised, code, said in (
+        ("torch", "KeyboardInterrupt", -signal.SIGINT, "Stopped before anything was done."),
+        ("torch", "ModuleNotFoundError('no', name='torch')", 1, "error: the package torch is not installed"),
+    ):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "__init__.py").write_text(f"raise {raised}")
+        for script in ("train.py", "predict.py"):
+            words = [sys.executable, PROJECT / script, "x.pth"]
+            done = subprocess.run(words, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+            assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == 1
 
 
 def test_going_on_without_bad_scans_and_with_names_that_are_no_text(data, tmp_path):

@@ -22,10 +22,9 @@ from training import codebook, gan_update
 from training.prior import STEPS
 from training.vqvae import first_loss, load_vqvae
 
-# in order: the title, and the prefix of its options
+# in order: the title, and the prefix of options
 STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_"), "flow": ("Flow", "flow_")}
-PRIORS = {"dcgan": "gan", "flow": "flow"}  # the stages of --prior, and their files
-
+PRIORS = {"gan": "dcgan", "flow": "flow"}  # the stages that train one, and its name
 
 COUNT = Number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
 SIZE = Number(int, 1, "a whole number from 1 to 65536", below=65537)
@@ -62,10 +61,8 @@ class Config:
         "auto", "run", "precision of the encoder and of the DCGAN; auto is bfloat16 on GPUs that have it, else float32",
         choices=("auto", "float32", "bfloat16"))
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
-    prior: str = _option(
-        "dcgan", "run", "what learns to generate codes: dcgan, or flow (flow matching)", choices=tuple(PRIORS))
-    only: str | None = _option(
-        None, "run", "train only this stage; gan and flow need --vqvae", choices=tuple(STAGES))
+    prior: str = _option("dcgan", "run", "what generates codes: dcgan or flow", choices=tuple(PRIORS.values()))
+    only: str | None = _option(None, "run", "train only this; gan and flow need --vqvae", choices=tuple(STAGES))
     vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only gan or flow", metavar="PATH")
 
     epochs: int = _option(
@@ -90,11 +87,10 @@ class Config:
         choices=tuple(gan_update.METHODS))
 
     flow_epochs: int = _option(
-        50, "flow", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
-    flow_batch_size: int = _option(32, "flow", "latents in a step (of all processes together)", type=COUNT, metavar="N")
-    flow_lr: float = _option(1e-3, "flow", "highest learning rate of Adam", type=RATE, metavar="RATE")
-    flow_steps: int = _option(
-        STEPS, "flow", "solver's steps for a sample drawn in the run", resumable=True, type=COUNT, metavar="N")
+        50, "Flow", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
+    flow_batch_size: int = _option(32, "Flow", "latents in a step (of all processes together)", type=COUNT, metavar="N")
+    flow_lr: float = _option(1e-3, "Flow", "highest learning rate of Adam", type=RATE, metavar="RATE")
+    flow_steps: int = _option(STEPS, "Flow", "solver's steps of samples", resumable=True, type=COUNT, metavar="N")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -125,7 +121,7 @@ def stages(config: Config) -> list[tuple[str, str, int, int]]:
     return [
         (name, title, getattr(config, f"{prefix}epochs"), getattr(config, f"{prefix}batch_size"))
         for name, (title, prefix) in STAGES.items()
-        if config.only in (None, name) and name in ("vqvae", PRIORS[config.prior])
+        if config.only in (None, name) and PRIORS.get(name, config.prior) == config.prior
     ]
 
 
@@ -177,22 +173,17 @@ def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
         raise UserError("--demo and --data contradict each other; give one of them")
     if given.get("plain") and given.get("precision") == "bfloat16":
         raise UserError("--plain and --precision bfloat16 contradict each other; give one of them")
-    if given.get("only") in PRIORS.values():
-        (prior,) = (prior for prior, stage in PRIORS.items() if stage == given["only"])
-        if given.setdefault("prior", prior) != prior:
-            words = f"--only {given['only']} and --prior {given['prior']}"
-            raise UserError(f"{words} contradict each other; give one of them")
-    if (given.get("only") in PRIORS.values()) != ("vqvae" in given):
+    only = given.get("only")
+    if only in PRIORS and given.setdefault("prior", PRIORS[only]) != PRIORS[only]:
+        raise UserError(f"--only {only} and --prior {given['prior']} contradict each other; give one of them")
+    if (only in PRIORS) != ("vqvae" in given):
         raise UserError("--only gan and --only flow need --vqvae PATH, and only then is it used")
-    for prior, stage in PRIORS.items():
-        unused = [flag(name) for name in given if name.startswith(f"{stage}_")]
-        if unused and prior != given.get("prior", Config.prior):
-            raise UserError(f"{unused[0]} is for --prior {prior}; leave it out")
     choose_device(given.get("device", Config.device))  # fail before phantoms are written
     if "vqvae" in given:
         given["vqvae"] = str(files.find(given["vqvae"]).resolve())
         load_vqvae(given["vqvae"])
     data = None if given.get("demo") else find_data(given.get("data"))
+    _name_unused(given, Config(**given))
     if data is not None:
         return Run(Config(**given | {"data": str(data.resolve())}))
     print("=" * 78)
@@ -202,6 +193,15 @@ def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
     data = phantoms.DEMO_FOLDER if dry else phantoms.write_demo()
     defaults = {name: field.metadata["demo"] for name, field in FIELDS.items() if field.metadata["demo"] is not None}
     return Run(Config(**defaults | given | {"demo": True, "data": str(data.resolve())}))
+
+
+def _name_unused(given: dict[str, Any], config: Config) -> None:
+    """Warn of options that were given for a stage that is not trained."""
+    groups = {title for title, _ in STAGES.values()} - {title for _, title, _, _ in stages(config)}
+    for name in given:
+        group = FIELDS[name].metadata["group"]
+        if group in groups:
+            print(f"warning: {flag(name)} is for training the {group}, which this run does not", file=sys.stderr)
 
 
 def _resumed_run(given: dict[str, Any]) -> Run:
@@ -217,18 +217,18 @@ def _resumed_run(given: dict[str, Any]) -> Run:
             raise UserError(f"{flag(name)} {value}: the run has {before}; it can only increase")
     if "data" in given:
         given["data"] = str(find_data(given["data"]).resolve())
+    _name_unused(given, run.config)
     run.config = dataclasses.replace(run.config, **given)
-    prior = PRIORS[run.config.prior]
+    (prior,) = (stage for stage, name in PRIORS.items() if name == run.config.prior)
     if run.config.only == prior:
         run.config.vqvae = str((run.folder / "vqvae.pth").resolve())
     print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
     if prior in run.state and run.config.only != prior and run.state["vqvae"]["epoch"] < run.config.epochs:
-        title = STAGES[prior][0]
-        print(f"The VQ-VAE trains further, so the {title} begins anew; its weights and figures will be replaced.")
+        print(f"The VQ-VAE trains further, so the {STAGES[prior][0]} begins anew; its files will be replaced.")
         del run.state[prior]
         run.rows = run.rows_of("vqvae")
-        files_of = ("generator.pth", "discriminator.pth", "flow.pth")
-        run.outdated = [*(run.folder / name for name in files_of), *run.folder.glob(f"{prior}_*.png")]
+        patterns = ("generator.pth", "discriminator.pth", "flow.pth", f"{prior}_*.png")
+        run.outdated = [path for pattern in patterns for path in run.folder.glob(pattern)]
     return run
 
 
@@ -239,7 +239,7 @@ def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
     if kept and run.state.get("vqvae", {"epoch": 0})["epoch"] >= config.epochs:  # only the prior is left
         return kept
     # priors are not compiled
-    n_steps = 0 if config.only in PRIORS.values() else config.epochs * math.ceil(n_images / config.batch_size)
+    n_steps = 0 if config.only in PRIORS else config.epochs * math.ceil(n_images / config.batch_size)
     compute_loss = partial(first_loss, config, run.device)
     return choose_fast_path(run.device, config.precision, config.plain, n_steps, compute_loss, kept)
 
