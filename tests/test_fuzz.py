@@ -4,6 +4,7 @@ A few hundred by default; `make fuzz` tries 10,000 PNGs and 10,000 checkpoints.
 """
 
 import contextlib
+import copy
 import io
 import os
 import re
@@ -15,13 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused, run_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from dataset import DataError, read_png
-from modules import VQVAE
+from modules import VQVAE, Generator, UNet
 from support.console import UserError
+from support.device import FastPath
+from support.run import Run
+from training.config import Config
+from training.prior import FlowPrior, GeneratorPrior, load_prior
 from training.vqvae import load_vqvae
 
 FUZZ = settings(
@@ -172,3 +178,75 @@ def test_a_damaged_checkpoint_is_read_as_it_was_or_refused(path, model, checkpoi
             assert str(error).startswith(f"{path}: ") and str(error).isprintable()
             return
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.state_dict().items())
+
+
+VALUES = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "x\n", b"x", [], {}, (1, 2), {"a": 1}]
+VALUES += [torch.zeros(0), torch.zeros(3), torch.full((2, 2), torch.nan), torch.ones(2, dtype=torch.long)]
+VALUES += [torch.ones(3, dtype=torch.bool), torch.zeros(2, 2).to_sparse(), torch.tensor(1.0)]
+
+
+@st.composite
+def changed(draw, contents):
+    """`contents` with one to three of its parts, at any depth, replaced, left out or added."""
+    contents = copy.deepcopy(contents)
+    for _ in range(draw(st.integers(1, 3))):
+        at = contents
+        while isinstance(at, dict | list) and len(at):
+            key = draw(st.sampled_from(list(at) if isinstance(at, dict) else range(len(at))))
+            if not isinstance(at[key], dict | list) or not len(at[key]) or draw(st.integers(0, 3)) == 0:
+                break
+            at = at[key]
+        if not isinstance(at, dict | list) or not len(at):
+            continue
+        match draw(st.sampled_from(("replace", "replace", "leave out", "add"))):
+            case "replace":
+                at[key] = draw(st.sampled_from(VALUES))
+            case "leave out":
+                del at[key]
+            case "add" if isinstance(at, dict):
+                at[draw(st.sampled_from(("x", 1, None)))] = draw(st.sampled_from(VALUES))
+    return contents
+
+
+@pytest.fixture(scope="module", params=["generator", "flow"])
+def prior(request, latents, vqvae):
+    torch.manual_seed(0)
+    if request.param == "generator":
+        return GeneratorPrior(Generator(embeddings_dim=8), latents.scale, vqvae)
+    return FlowPrior(UNet(), 0.8, latents.scale, vqvae)
+
+
+@settings(FUZZ, max_examples=FUZZ.max_examples // 2)
+@given(choices=st.data())
+def test_a_strange_prior_samples_or_is_refused(path, prior, vqvae, choices):
+    path = path.with_suffix(".pth")
+    torch.save(choices.draw(changed(prior.checkpoint())), path)
+    try:
+        found = load_prior(path, vqvae)
+    except UserError as error:
+        assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+        return
+    if isinstance(found, GeneratorPrior):
+        assert found.sample(found.noise(1, torch.Generator())).shape == (1, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def saved_run(data, tmp_path_factory) -> tuple[Path, dict]:
+    """The folder of a run after its first epoch, as far as `train.py --resume --dry-run` looks, and its resume.pth."""
+    folder = tmp_path_factory.mktemp("run")
+    row = {"stage": "vqvae", "epoch": 1, "updates": 4, "seconds": 1.0, "ssim_mean": 0.5}
+    state = {"epoch": 1, "history": {"training_loss": [0.1]}, "networks": {}, "extra": {}}
+    run = Run(Config(data=str(data)), folder, {"vqvae": state}, [row], fast_path=FastPath("cpu"))
+    run.save()
+    return folder, torch.load(folder / "resume.pth", weights_only=True)
+
+
+@settings(FUZZ, max_examples=FUZZ.max_examples // 2)
+@given(choices=st.data())
+def test_a_strange_resume_file_resumes_or_is_refused(saved_run, choices):
+    folder, contents = saved_run
+    torch.save(choices.draw(changed(contents)), folder / "resume.pth")
+    done = run_program("train.py", "--resume", folder, "--dry-run", cwd=folder)
+    if done.returncode:
+        refused(done)
+        assert done.stderr.count("\n") == 1
