@@ -99,10 +99,10 @@ def fit(stage: Stage, run: Run) -> None:
         with run.restoring():
             stage.load_state_dict(saved)
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
-    else:
-        with exact_float32():
+    with exact_float32():
+        if not saved["epoch"]:
             stage.start()
-    data = stage.data()
+        data = stage.data()
 
     for epoch in range(saved["epoch"] + 1, stage.epochs + 1):
         # Train.

@@ -54,8 +54,7 @@ class FlowStage(PriorStage):
     def start(self) -> None:
         scale = distributed.from_first(lambda: LatentScale.fit(self.vqvae, self.train_set).to("cpu"))
         self.set_scale(scale)
-        picked = range(0, len(self.data()), -(-len(self.data()) // 512))
-        heads = self.data().batch(picked)[:, :, self.scale.support.bool()]
+        heads = self.data().spaced()[:, :, self.scale.support.bool()]
         self.set_factor(STD / max(heads.std().item(), 1e-6))
         self.begin()
 

@@ -64,9 +64,13 @@ class Latents(Dataset):
 
     @cached_property
     def power(self) -> Tensor:
-        """`power_spectrum` of at most 512 images, spaced evenly."""
-        picked = torch.arange(0, len(self), -(-len(self) // 512))
-        return power_spectrum(torch.cat([self.batch(part) for part in picked.split(32)]))
+        """`power_spectrum` of `spaced` images."""
+        return power_spectrum(self.spaced())
+
+    def spaced(self, most: int = 512) -> Tensor:
+        """At most so many images, spaced evenly: (N, K, 64, 64)."""
+        picked = torch.arange(0, len(self), -(-len(self) // most))
+        return torch.cat([self.batch(part) for part in picked.split(32)])
 
 
 def codebook_hash(vqvae: VQVAE) -> str:
