@@ -96,10 +96,10 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Decode new brains and walks between others. With --data, measure as many brains as the split has images."""
     prior, splits = load_prior(files.find(o.generator), vqvae), []
-    if isinstance(prior, FlowPrior):
-        prior.steps = o.steps or STEPS
-    elif o.steps is not None:
-        raise UserError(f"--steps is for a flow, and {o.generator} is none; leave it out")
+    if o.steps is not None:
+        if not isinstance(prior, FlowPrior):
+            raise UserError(f"--steps is for a flow, and {o.generator} is none; leave it out")
+        prior.steps = o.steps
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     seed, n = o.seed or 0, o.samples or 64

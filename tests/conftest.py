@@ -5,7 +5,9 @@ import io
 import os
 import re
 import signal
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +106,12 @@ def run_program(script: str, *words, cwd: Path) -> Done:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return Done(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+def png_of(chunks) -> bytes:
+    """A PNG of chunks, each a kind and its data, with checksums that are right."""
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def refused(done: Done, *words: str) -> None:

@@ -8,6 +8,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from conftest import png_of
 from PIL import Image, PngImagePlugin
 
 from dataset import (
@@ -103,9 +104,7 @@ def test_loader_shuffles_afresh_keeps_the_last_batch_and_repeats_by_seed(data):
 def grey_png(stream: bytes, interlaced: int = 0) -> bytes:
     """An 8-bit grey PNG of 256x256 pixels whose filtered rows are `stream`, with checksums that are right."""
     header = struct.pack(">IIBBBBB", 256, 256, 8, 0, 0, 0, interlaced)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(stream)), (b"IEND", b""))
-    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return png_of(((b"IHDR", header), (b"IDAT", zlib.compress(stream)), (b"IEND", b"")))
 
 
 def test_an_interlaced_png_is_read_and_one_without_its_last_byte_is_refused(folder):

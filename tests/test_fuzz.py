@@ -10,13 +10,12 @@ import os
 import re
 import struct
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run_program
+from conftest import png_of, refused, run_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -96,8 +95,7 @@ def damaged_chunks(draw) -> bytes:
                 for kind, data in chunks[i : i + 1]:
                     place = draw(st.integers(0, len(data)))
                     chunks[i] = (kind, data[:place] + new[1] + data[place + len(new[1]) :])
-    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return content[:8] + b"".join(parts)
+    return png_of(chunks)
 
 
 def memory(line: str) -> float:

@@ -85,7 +85,7 @@ class DCGANStage(PriorStage):
             self.prior.measure_statistics(noise)
         if self.update.calibrated:
             self.prior.calibrate(self.latents.power, self.scale, noise)
-        return measures | (self.measure() if self.measured_now(epoch) else {})
+        return measures | self.measure(epoch)
 
     def _judge_validation(self) -> float:
         """Mean D(x) of the validation split. Far below `d_real` where D knows the training split by heart."""

@@ -96,7 +96,7 @@ class FlowStage(PriorStage):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """The validation loss, and the measures when they are due."""
-        return {"validation_loss": self.validation_loss()} | (self.measure() if self.measured_now(epoch) else {})
+        return {"validation_loss": self.validation_loss()} | self.measure(epoch)
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -87,8 +87,11 @@ class Prior:
         }
 
     @classmethod
-    def build(cls, contents: dict, scale: LatentScale, vqvae: VQVAE) -> "Prior":
-        """The prior of a `checkpoint` with its scale, for the VQ-VAE that it belongs to. Raises ValueError."""
+    def untrained(cls, contents: dict, *words) -> "Prior":
+        """A prior with a network of the size that a `checkpoint` has. `words` are the arguments after the network.
+
+        Raises ValueError if the contents do not say the size.
+        """
         raise NotImplementedError
 
 
@@ -110,10 +113,9 @@ class GeneratorPrior(Prior):
         update_bn([part.to(self.scale.support.device) for part in noise.split(32)], self.network)
 
     @classmethod
-    def build(cls, contents: dict, scale: LatentScale, vqvae: VQVAE) -> "GeneratorPrior":
-        network = Generator(embeddings_dim=len(scale.shift))
-        files.load_state(network, contents["state_dict"])
-        return cls(network, scale, vqvae, bool(contents.get("phantoms", False)))
+    def untrained(cls, contents: dict, *words) -> "GeneratorPrior":
+        scale = words[0]
+        return cls(Generator(embeddings_dim=len(scale.shift)), *words)
 
 
 class FlowPrior(Prior):
@@ -160,12 +162,11 @@ class FlowPrior(Prior):
         return contents
 
     @classmethod
-    def build(cls, contents: dict, scale: LatentScale, vqvae: VQVAE) -> "FlowPrior":
-        network, factor = UNet(4 * len(scale.scale)), contents["factor"]
+    def untrained(cls, contents: dict, *words) -> "FlowPrior":
+        scale, factor = words[0], contents["factor"]
         if not isinstance(factor, float) or not 0 < factor < math.inf:
             raise ValueError("its 'factor' is not a positive number")
-        files.load_state(network, contents["state_dict"])
-        return cls(network, factor, scale, vqvae, phantoms=bool(contents.get("phantoms", False)))
+        return cls(UNet(4 * len(scale.scale)), factor, *words)
 
 
 def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
@@ -182,7 +183,9 @@ def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
             raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
         weight = vqvae.vector_quantizer.embedding.weight
         scale = LatentScale.from_tensors(contents, weight.shape[1]).to(weight.device)
-        prior = (FlowPrior if "factor" in contents else GeneratorPrior).build(contents, scale, vqvae)
+        kind = FlowPrior if "factor" in contents else GeneratorPrior
+        prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
+        files.load_state(prior.network, contents["state_dict"])
         for network in (prior.network, vqvae):  # as in training, for the same digits
             network.to(weight.device, memory_format=torch.channels_last).eval()
         return prior

@@ -85,9 +85,9 @@ class PriorStage(Stage):
         """Whether samples are drawn after an epoch."""
         return True
 
-    def measure(self) -> dict[str, float]:
-        """Measures of as many samples as there are validation images, on rank 0."""
-        if not distributed.is_first():
+    def measure(self, epoch: int) -> dict[str, float]:
+        """Measures of as many samples as there are validation images, where they are due; on rank 0."""
+        if not self.measured_now(epoch) or not distributed.is_first():
             return {}
         found = self.held_out.measure(self.prior.sample_images(self.eval_noise))
         return {name: measure.value for name, measure in found.items()}
