@@ -191,21 +191,42 @@ def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
             torch.testing.assert_close(found[key], value, rtol=rtol, atol=1e-12, msg=key)
 
 
-def _flow_step(rank):
-    """The gradient, clipped, that the flow is updated with on a batch of 5, and the loss."""
+def _flow(folder: Path | None = None) -> FlowStage:
+    """A stage without data, its weights random and the same in each process."""
     torch.manual_seed(0)
-    vqvae, c = VQVAE(16, 6), torch.randn(5, 6, 64, 64)
-    stage = FlowStage(
-        Run(config.Config(embeddings_dim=6, flow_epochs=10**6), Path(), fast_path=FastPath("cpu")), vqvae, None, None
-    )
-    stage.latents = c
+    vqvae = VQVAE(16, 6)
+    run = Run(config.Config(embeddings_dim=6, flow_epochs=10**6), folder, fast_path=FastPath("cpu"))
+    stage = FlowStage(run, vqvae, None, None)
     stage.set_scale(LatentScale.of_codebook(vqvae))
     stage.set_factor(0.7)
-    for parameter in stage.network.parameters():  # some begin as 0
-        torch.nn.init.normal_(parameter, std=0.3)
-    loss = stage.step(distributed.part(c), 5, 199, torch.Generator().manual_seed(1))
+    for network in (stage.network, stage.average):
+        for parameter in network.parameters():  # some begin as 0
+            torch.nn.init.normal_(parameter, std=0.3)
+    return stage
+
+
+def _flow_step(rank):
+    """The gradient, clipped, that the flow is updated with on a batch of 5, and the loss."""
+    stage = _flow()
+    stage.latents = torch.randn(5, 6, 64, 64)
+    loss = stage.step(distributed.part(stage.latents), 5, 199, torch.Generator().manual_seed(1))
     found = {key: parameter.grad for key, parameter in stage.network.named_parameters()}
     return found | {"loss": distributed.total(loss * distributed.weight(5))}
+
+
+def _best_flow(folder, rank):
+    """The weights that the stage ends with. Only rank 0 knows the run's folder."""
+    stage = _flow(folder if rank == 0 else None)
+    if rank == 0:
+        stage.run.rows = [{"stage": "flow", "epoch": 1, "validation_loss": 0.5}]
+        stage.save_weights(stage.run.rows[0])
+    return stage.best().network.state_dict()
+
+
+def test_each_process_ends_with_the_flow_that_rank_0_wrote(tmp_path):
+    expected = _flow().average.state_dict()
+    for found in in_two_processes(partial(_best_flow, tmp_path), tmp_path):
+        assert all(torch.equal(found[key], value.half().float()) for key, value in expected.items())
 
 
 def test_a_flow_update_of_two_processes_is_that_of_one(tmp_path):

@@ -13,7 +13,7 @@ from support.console import in_batches
 from support.device import move
 from support.run import Run
 from training.fit import batch_sizes
-from training.prior import FlowPrior, load_prior
+from training.prior import FlowPrior, prior_of
 from training.prior_stage import PriorStage
 from training.scale import DIRECTIONS, LatentScale
 
@@ -128,10 +128,12 @@ class FlowStage(PriorStage):
 
     def best(self) -> FlowPrior:
         """The prior in flow.pth, on the run's device."""
-        if distributed.is_first():
-            row = self._best_row()
-            self.run.say(f"Best epoch: {row['epoch']}, validation loss {row['validation_loss']:.4f}")
-        return load_prior(self.run.folder / "flow.pth", self.vqvae)
+        return prior_of(distributed.from_first(self._read_best), self.vqvae)
+
+    def _read_best(self) -> dict:
+        row = self._best_row()
+        self.run.say(f"Best epoch: {row['epoch']}, validation loss {row['validation_loss']:.4f}")
+        return files.load(self.run.folder / "flow.pth")
 
     def extra_state(self) -> dict:
         return super().extra_state() | {"factor": self.prior.factor}

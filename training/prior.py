@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -174,23 +175,24 @@ def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
 
     Raises UserError if the file holds none, or not one for this VQ-VAE.
     """
+    return files.load(path, partial(prior_of, vqvae=vqvae))
 
-    def build(contents: dict) -> Prior:
-        needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentScale)}
-        if not isinstance(contents, dict) or not needed <= contents.keys():
-            raise ValueError("it holds no prior of this version (name the generator.pth or flow.pth of a run)")
-        if contents["codebook"] != codebook_hash(vqvae):
-            raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
-        weight = vqvae.vector_quantizer.embedding.weight
-        scale = LatentScale.from_tensors(contents, weight.shape[1]).to(weight.device)
-        kind = FlowPrior if "factor" in contents else GeneratorPrior
-        prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
-        files.load_state(prior.network, contents["state_dict"])
-        for network in (prior.network, vqvae):  # as in training, for the same digits
-            network.to(weight.device, memory_format=torch.channels_last).eval()
-        return prior
 
-    return files.load(path, build)
+def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
+    """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if it is none, or not this VQ-VAE's."""
+    needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentScale)}
+    if not isinstance(contents, dict) or not needed <= contents.keys():
+        raise ValueError("it holds no prior of this version (name the generator.pth or flow.pth of a run)")
+    if contents["codebook"] != codebook_hash(vqvae):
+        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+    weight = vqvae.vector_quantizer.embedding.weight
+    scale = LatentScale.from_tensors(contents, weight.shape[1]).to(weight.device)
+    kind = FlowPrior if "factor" in contents else GeneratorPrior
+    prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
+    files.load_state(prior.network, contents["state_dict"])
+    for network in (prior.network, vqvae):  # as in training, for the same digits
+        network.to(weight.device, memory_format=torch.channels_last).eval()
+    return prior
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
