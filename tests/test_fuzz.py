@@ -198,11 +198,11 @@ def changed(draw, contents):
             continue
         match draw(st.sampled_from(("replace", "replace", "leave out", "add"))):
             case "replace":
-                at[key] = draw(st.sampled_from(VALUES))
+                at[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))  # it may be changed, too
             case "leave out":
                 del at[key]
             case "add" if isinstance(at, dict):
-                at[draw(st.sampled_from(("x", 1, None)))] = draw(st.sampled_from(VALUES))
+                at[draw(st.sampled_from(("x", 1, None)))] = copy.deepcopy(draw(st.sampled_from(VALUES)))
     return contents
 
 
