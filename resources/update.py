@@ -57,8 +57,7 @@ def main(run: Path, predicted: Path | None = None) -> None:
         generator = run / "generator.pth"
     elif options["only"] == "flow":
         shown = {run / f"{name}.png": name for name in OF_SCANS_FLOW}
-        shown[run / f"flow_epoch_{options['flow_epochs']}.png"] = "flow_epoch_last"
-        shown[predicted / "walk.png"] = "flow_walk"
+        shown[predicted / "samples.png"] = "flow_samples"
         shutil.copy(run / "flow.pth", HERE / "pretrained")  # in half precision already
     else:
         shown = {predicted / "test_ssim_scores.png": "test_ssim_scores"}

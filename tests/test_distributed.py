@@ -191,12 +191,19 @@ def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
             torch.testing.assert_close(found[key], value, rtol=rtol, atol=1e-12, msg=key)
 
 
+class Images(list):
+    """A data set as far as `Latents` look."""
+
+    def batch(self, indices) -> torch.Tensor:
+        return torch.stack([self[int(i)] for i in indices])
+
+
 def _flow(folder: Path | None = None) -> FlowStage:
     """A stage without data, its weights random and the same in each process."""
     torch.manual_seed(0)
     vqvae = VQVAE(16, 6)
     run = Run(config.Config(embeddings_dim=6, flow_epochs=10**6), folder, fast_path=FastPath("cpu"))
-    stage = FlowStage(run, vqvae, None, None)
+    stage = FlowStage(run, vqvae, Images(torch.rand(2, 1, 256, 256)), None)
     stage.set_scale(LatentScale.of_codebook(vqvae))
     stage.set_factor(0.7)
     for network in (stage.network, stage.average):

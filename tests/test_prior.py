@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from modules import VQVAE, Generator, UNet, dcgan_init
 from support.console import UserError
 from training.latents import codebook_hash
-from training.prior import FlowPrior, GeneratorPrior, load_prior, walk
+from training.prior import TEMPERATURE, FlowPrior, GeneratorPrior, load_prior, walk
 
 
 def test_samples_are_snapped_to_the_codebook(vqvae, latents):
@@ -28,7 +28,8 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
 
 
-def test_calibration_brings_generated_power_half_way_to_that_of_real_latents(vqvae, latents):
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_calibration_brings_generated_power_towards_that_of_real_latents(vqvae, latents, share):
     class Weak(torch.nn.Module):
         """A generator that draws real latents, some of them too weak or blurred: its noise holds their numbers."""
 
@@ -40,6 +41,7 @@ def test_calibration_brings_generated_power_half_way_to_that_of_real_latents(vqv
 
     free = replace(latents.scale, outline=torch.zeros(()), amplitudes=torch.tensor([0.0, 1e9]))
     prior, numbers = GeneratorPrior(Weak().eval(), free, vqvae), torch.arange(15.0).view(15, 1, 1, 1)
+    prior.calibration = share
     for _ in range(2):  # a second time changes nothing
         prior.calibrate(latents.power, free, numbers)
         before, after = (
@@ -48,8 +50,8 @@ def test_calibration_brings_generated_power_half_way_to_that_of_real_latents(vqv
         weak, found, real = (np.abs(np.fft.fft2(c.numpy())) ** 2 for c in (before, after, latents.batch(range(15))))
         for k in range(real.shape[1]):
             for part in (np.s_[:, k], np.s_[:, k, 8:24, 8:24]):
-                halfway = (weak[part].mean() * real[part].mean()) ** 0.5
-                assert found[part].mean() == pytest.approx(halfway, rel=0.1)
+                expected = weak[part].mean() ** (1 - share) * real[part].mean() ** share
+                assert found[part].mean() == pytest.approx(expected, rel=0.1)
         assert (
             weak[:, 1].mean() < 0.6 * real[:, 1].mean()
             and weak[:, 2, 8:24, 8:24].mean() < 0.6 * real[:, 2, 8:24, 8:24].mean()
@@ -115,12 +117,15 @@ class Growing(torch.nn.Module):
 def test_the_solver_follows_straight_paths_exactly_and_others_at_second_order(vqvae, latents):
     noise = torch.randn(2, 24, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    def solved(network, steps):
-        return FlowPrior(network.eval(), 1.0, latents.scale, vqvae, steps=steps).coefficients(noise)
+    everywhere = replace(latents.scale, support=torch.ones(64, 64))
 
-    expected = F.pixel_shuffle(0.3 * noise + 0.5, 2)
+    def solved(network, steps):
+        return FlowPrior(network.eval(), 1.0, everywhere, vqvae, steps=steps).coefficients(noise)
+
+    start = TEMPERATURE * noise
+    expected = F.pixel_shuffle(0.3 * start + 0.5, 2)
     torch.testing.assert_close(solved(Straight(), 3), expected, rtol=1e-4, atol=1e-5)
-    errors = [(solved(Growing(), n) / F.pixel_shuffle(noise, 2) - math.e).abs().mean().item() for n in (20, 40)]
+    errors = [(solved(Growing(), n) / F.pixel_shuffle(start, 2) - math.e).abs().mean().item() for n in (20, 40)]
     assert errors[0] < 0.02 and 3 < errors[0] / errors[1] < 5
 
 

@@ -28,8 +28,14 @@ from conftest import (
 )
 from PIL import Image
 
+from dataset import OasisDataset
 from modules import VQVAE
+from support import seeds
 from training.config import FIELDS, flag
+from training.latents import Latents
+from training.prior import LARGEST_FACTOR, load_prior
+from training.scale import LatentScale, power_spectrum
+from training.vqvae import load_vqvae
 
 
 def test_the_runs_folder(trained):
@@ -290,6 +296,18 @@ def test_the_flows_folder(flowed):
     if best is found[-1]:
         average = resume_file(run)["state"]["flow"]["averages"]["flow"]
         assert all(torch.equal(saved[key], value.half()) for key, value in average.items())
+
+
+def test_the_flow_is_calibrated_in_the_end(flowed, data):
+    run = flowed[1]
+    vqvae = load_vqvae(run / "vqvae.pth")
+    prior = load_prior(run / "flow.pth", vqvae)
+    fitted = LatentScale(**resume_file(run)["state"]["flow"]["extra"]["scale"])
+    generated = prior.coefficients(prior.noise(15, seeds.generator(5, "calibration")))
+    real = Latents(vqvae, OasisDataset(data, "train"), fitted).batch(range(15))
+    factor = (power_spectrum(real) / power_spectrum(generated)).sqrt().clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+    assert ((1 / LARGEST_FACTOR < factor) & (factor < LARGEST_FACTOR)).double().mean() > 0.2
+    torch.testing.assert_close(prior.scale.scale, fitted.scale / factor, rtol=1e-3, atol=0)
 
 
 def test_a_killed_flow_resumed_equals_an_uninterrupted_one(flowed, trained, data, folder):

@@ -10,10 +10,10 @@ from dataset import OasisDataset
 from modules import VQVAE, UNet
 from support import distributed, files, seeds
 from support.console import in_batches
-from support.device import move
+from support.device import exact_float32, move
 from support.run import Run
 from training.fit import batch_sizes
-from training.prior import FlowPrior, prior_of
+from training.prior import FlowPrior, load_prior, prior_of
 from training.prior_stage import PriorStage
 from training.scale import DIRECTIONS, LatentScale
 
@@ -22,13 +22,14 @@ AVERAGE_DECAY = 0.999
 WARM_UP = 200  # steps
 LAST_RATE = 0.02  # the last step's learning rate, as a share of the highest
 GRADIENT_NORM = 1.0  # at most
+CALIBRATION = 128  # samples
 
 
 class FlowStage(PriorStage):
     """Train a U-Net v on x_t = (1 - t) ε + t x to predict x - ε, of noise ε and latents x (arXiv 2210.02747, eq. 23).
 
     flow.pth has the EMA of the weights after the epoch with the lowest validation loss, for later ones may know the
-    training split by heart.
+    training split by heart. In the end it is calibrated.
 
     Args:
         run, vqvae, train_set, validate_set, n_measures: as in `PriorStage`.
@@ -95,7 +96,9 @@ class FlowStage(PriorStage):
         return (found.float() - (x - noise)).square().mean((1, 2, 3))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """The validation loss, and the measures when they are due."""
+        """The validation loss; and, when they are due, the measures of the calibrated prior."""
+        if self.measured_now(epoch) and distributed.is_first():
+            self.calibrate(self.prior)
         return {"validation_loss": self.validation_loss()} | self.measure(epoch)
 
     @torch.no_grad()
@@ -106,6 +109,10 @@ class FlowStage(PriorStage):
             drawn = (move(each, c.device) for each in self.drawn(len(c), rng))
             losses.append(self.losses(self.average.eval(), c, *drawn))
         return torch.cat(losses).mean().item()
+
+    def calibrate(self, prior: FlowPrior) -> None:
+        noise = self.noise(min(CALIBRATION, len(self.train_set)), "calibration")
+        prior.calibrate(self.data().power, self.scale, noise)
 
     def drawn_now(self, epoch: int) -> bool:
         """After the first epoch, and with each measure: samples take a third of an epoch's time."""
@@ -120,20 +127,26 @@ class FlowStage(PriorStage):
         self.figures.losses("flow_losses.png", losses, rows, "Flow training", "flow_loss", "validation_loss")
 
     def save_weights(self, row: dict) -> None:
+        self.prior.scale = self.scale  # `best` calibrates it
         if row is self._best_row():
             files.save(self.prior.checkpoint(), self.run.folder / "flow.pth")
 
     def _best_row(self) -> dict:
         return min(self.run.rows_of(self.name), key=lambda row: row["validation_loss"])  # the earliest of equal ones
 
+    @exact_float32()
     def best(self) -> FlowPrior:
-        """The prior in flow.pth, on the run's device."""
-        return prior_of(distributed.from_first(self._read_best), self.vqvae)
+        """Calibrate the prior in flow.pth, and return it, on the run's device."""
+        return prior_of(distributed.from_first(self._calibrate_best), self.vqvae)
 
-    def _read_best(self) -> dict:
-        row = self._best_row()
+    def _calibrate_best(self) -> dict:
+        row, path = self._best_row(), self.run.folder / "flow.pth"
         self.run.say(f"Best epoch: {row['epoch']}, validation loss {row['validation_loss']:.4f}")
-        return files.load(self.run.folder / "flow.pth")
+        prior = load_prior(path, self.vqvae)  # samples as predict.py will
+        self.calibrate(prior)
+        contents = prior.checkpoint()
+        files.save(contents, path)
+        return contents
 
     def extra_state(self) -> dict:
         return super().extra_state() | {"factor": self.prior.factor}

@@ -20,14 +20,17 @@ from training.scale import LatentScale, power_spectrum
 
 LARGEST_FACTOR = 2.0  # of calibration
 STEPS, FINER = 16, 1.5  # of the flow's solver: as near to 100 equal steps as 25 equal ones (docs/results.md)
+TEMPERATURE = 0.92  # of its noise
 
 
 class Prior:
     """A network that makes coefficients of noise, and what turns these into brains: their scale and the VQ-VAE.
 
     All are on one device. What is made from samples of a prior trained on phantoms says so. A subclass has
-    `noise_shape` and `coefficients`.
+    `noise_shape`, `coefficients` and `calibration`.
     """
+
+    calibration: float  # how far it goes, from 0 to 1 (docs/results.md)
 
     def __init__(self, network: nn.Module, scale: LatentScale, vqvae: VQVAE, phantoms: bool = False):
         self.network, self.scale, self.vqvae, self.phantoms = network, scale, vqvae, phantoms
@@ -63,10 +66,10 @@ class Prior:
 
     @torch.no_grad()
     def calibrate(self, power: Tensor, fitted: LatentScale, noise: Tensor) -> None:
-        """Bring the power of generated latents half way to that of real ones, at each spatial frequency.
+        """Bring the power of generated latents towards that of real ones, at each spatial frequency.
 
-        A discriminator with BatchNorm hardly sees amplitudes, so coefficients may be too weak. Half way, because what
-        has not been learned is noise, which would become grain (docs/results.md).
+        A discriminator with BatchNorm hardly sees amplitudes, and a mean squared error favours small ones, so
+        coefficients may be too weak.
 
         Args:
             power: `power_spectrum` of real coefficients.
@@ -75,7 +78,7 @@ class Prior:
         """
         parts = [move(part, fitted.support.device) for part in noise.split(32)]
         generated = torch.cat([self.coefficients(part) for part in parts])
-        factor = (power / power_spectrum(generated)) ** 0.25  # of amplitudes: half of the exponent that equals powers
+        factor = (power / power_spectrum(generated)) ** (self.calibration / 2)  # of amplitudes
         self.scale = replace(fitted, scale=fitted.scale / factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR))
 
     def checkpoint(self) -> dict:
@@ -98,6 +101,8 @@ class Prior:
 
 class GeneratorPrior(Prior):
     """The DCGAN's generator. Its noise vectors are (128, 1, 1)."""
+
+    calibration = 0.5  # what it has not learned is noise, which would become grain
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -123,8 +128,11 @@ class FlowPrior(Prior):
     """The flow from noise (4K, 32, 32) to coefficients, 2x2 positions as channels, times `factor`.
 
     It solves dx/dt = v(x, t) from t = 0 to 1 (arXiv 2210.02747, eq. 1) by Heun's method in `steps` steps, the last one
-    Euler's. They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s.
+    Euler's. They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s. It starts from the noise times
+    TEMPERATURE; calibration restores the power that this costs.
     """
+
+    calibration = 1.0
 
     def __init__(self, network: UNet, factor: float, *words, steps: int = STEPS, **settings):
         super().__init__(network, *words, **settings)
@@ -142,7 +150,7 @@ class FlowPrior(Prior):
     @torch.no_grad()
     def coefficients(self, noise: Tensor) -> Tensor:
         self.network.eval()
-        x = noise.contiguous(memory_format=torch.channels_last)
+        x = TEMPERATURE * noise.contiguous(memory_format=torch.channels_last)
         times = (1 - (1 - torch.linspace(0, 1, self.steps + 1)) ** FINER).tolist()
         for t, later in pairwise(times):
             slope = self.velocity(x, t)
@@ -150,7 +158,7 @@ class FlowPrior(Prior):
                 slope = (slope + self.velocity(x + (later - t) * slope, later)) / 2
             x = x + (later - t) * slope
             console.stop_if_signalled()
-        return F.pixel_shuffle(x, 2) / self.factor
+        return F.pixel_shuffle(x, 2) / self.factor * self.scale.support
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
         """The network's at one time: (B, 4K, 32, 32) float32."""
@@ -160,7 +168,7 @@ class FlowPrior(Prior):
     def checkpoint(self) -> dict:
         contents = super().checkpoint() | {"factor": self.factor}
         contents["state_dict"] = {name: value.half() for name, value in contents["state_dict"].items()}
-        return contents
+        return contents | {"shift": contents["shift"].half()}
 
     @classmethod
     def untrained(cls, contents: dict, *words) -> "FlowPrior":
