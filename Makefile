@@ -18,9 +18,9 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
-# longer versions of two tests, by hand: 30,000 damaged files; 100 kills
+# longer versions of some tests, by hand: 100,000 strange inputs; 300 kills
 fuzz: .venv/installed
-	FUZZ=10000 .venv/bin/python -m pytest tests/test_fuzz.py
+	FUZZ=10000 .venv/bin/python -m pytest tests/test_fuzz*.py
 
 kills: .venv/installed
 	KILLS=100 .venv/bin/python -m pytest -s tests/test_interruption.py -k killed

@@ -86,9 +86,18 @@ def record(volume: Volume, folder: Path) -> dict:
 
 
 def read_subjects(dest: Path) -> list[dict[str, str]]:
-    """The rows of subjects.csv."""
-    with open(dest / "subjects.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of subjects.csv. Raises UserError if it is not as `finish` wrote it."""
+    path = dest / "subjects.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        numbers = [number for row in rows for number in (row["case"], row["session"], *row["slices"].split())]
+        complete = all(row["slices"] and row["source"] and row["split"] in sources.SHARES for row in rows)
+        if not rows or not complete or not all(number.isdecimal() for number in numbers):
+            raise ValueError
+    except (ValueError, KeyError, AttributeError, csv.Error):  # a field of a short row is None
+        raise UserError(f"{path}: was changed, or is damaged; name another DEST, and convert again") from None
+    return rows
 
 
 def is_complete(dest: Path, plan: dict) -> bool:
@@ -261,13 +270,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--split", metavar="FILE", help="CSV file with columns subject and split, instead of drawing")
     add("--skip-bad", action="store_true", help="leave out volumes that cannot be used, and list them")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add(
-        "--workers",
-        metavar="N",
-        type=WORKERS,
-        default=cores,
-        help=f"processes (default: {cores}, the cores)",
-    )
+    add("--workers", metavar="N", type=WORKERS, default=cores, help=f"processes (default: {cores}, the cores)")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     add("--preview", action="store_true", help="also draw some slices, as DEST/preview.png")
     return parser.parse_args(words)

@@ -204,10 +204,12 @@ def _read_split(path: Path, volumes: list[Volume]) -> dict[int, str]:
     found: dict[int, str] = {}
     for row in rows:
         if row["split"] not in SHARES:
-            raise UserError(f"{path}: {row['split']!r} of {row['subject']} is no split; there are {', '.join(SHARES)}")
+            raise UserError(
+                f"{path}: {row['split']!r} of {row['subject']!r} is no split; there are {', '.join(SHARES)}"
+            )
         case = cases.get(row["subject"])
         if case is not None and found.setdefault(case, row["split"]) != row["split"]:
-            raise UserError(f"{path}: {row['subject']} is in two splits; remove one")
+            raise UserError(f"{path}: {row['subject']!r} is in two splits; remove one")
     missing = [name for case, name in subjects.items() if case not in found]
     if missing:
         raise UserError(f"{path}: does not name {missing[0]} ({len(missing)} of {len(subjects)} subjects are missing)")

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import logging
+import math
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.fileholders import FileHolder
 from nibabel.processing import resample_to_output
+from nibabel.spaces import vox2out_vox
 
 from support.console import UserError
 
@@ -114,6 +116,9 @@ def read(volume: Volume) -> Scan:
             raise VolumeError(f"{volume.name}: has voxels of {zooms} mm; correct its header")
         image = nib.as_closest_canonical(nib.squeeze_image(image))
         if any(abs(zoom - 1) > 0.01 for zoom in zooms):
+            voxels = math.prod(vox2out_vox(image, (1, 1, 1))[0])
+            if voxels > MOST_VOXELS:
+                raise VolumeError(f"{volume.name}: would have {voxels} voxels of 1 mm; correct its header")
             image = resample_to_output(image, (1, 1, 1), order=1)
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
     except VolumeError:

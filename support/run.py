@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from support import files
+from support import distributed, files
 from support.console import UserError
 from support.device import FastPath
 
@@ -177,7 +177,7 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": distributed.world_size(),
     }
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars; read when tqdm is imported
 os.environ.pop("OASIS_DIR", None)
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,19 @@ def run_program(script: str, *words, cwd: Path) -> Done:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return Done(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+CONVERSION = ("--slices", 2, "--least-brain", 0.8, "--workers", 1)  # of `write_heads`
+
+
+def write_heads(folder: Path, n: int = 3) -> np.ndarray:
+    """Write n small volumes as sub-<i>.nii, bright in the middle. Returns the first's voxels (24, 24, 24) int16."""
+    folder.mkdir(exist_ok=True)
+    grid = np.stack(np.meshgrid(*3 * [np.arange(24) - 11.5], indexing="ij"))
+    head = (1000 * (np.linalg.norm(grid, axis=0) < 9)).astype(np.int16)
+    for i in range(n):
+        nib.save(nib.Nifti1Image(np.roll(head, i, 0), np.eye(4)), folder / f"sub-{i + 1}.nii")
+    return head
 
 
 def png_of(chunks) -> bytes:

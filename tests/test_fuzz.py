@@ -1,22 +1,19 @@
 """Files with random damage: each loads or is refused by our own error, without a traceback, a hang or much memory.
 
-A few hundred by default; `make fuzz` tries 10,000 PNGs and 10,000 checkpoints.
+PNGs, checkpoints and resume.pth; test_fuzz_formats.py has the other formats. At most 200 of each by default, and 10,000
+with `make fuzz`.
 """
 
-import contextlib
-import copy
 import io
-import os
-import re
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import png_of, refused, run_program
-from hypothesis import HealthCheck, given, settings
+from fuzzing import FUZZ, bounded, changed, damaged
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,11 +26,6 @@ from training.config import Config
 from training.prior import FlowPrior, GeneratorPrior, load_prior
 from training.vqvae import load_vqvae
 
-FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
-SECONDS, MEGABYTES = 5, 100  # for one file
-
 
 def png(mode: str, seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (256, 256), np.uint8)
@@ -44,32 +36,6 @@ def png(mode: str, seed: int) -> bytes:
 
 
 PNGS = [png(mode, seed) for seed, mode in enumerate(("L", "1", "P", "LA", "RGB", "RGBA", "I;16"))]
-
-
-@st.composite
-def damaged(draw, originals: list[bytes]) -> bytes:
-    """One of the originals, cut, overwritten, doubled or filled at random places."""
-    content = bytearray(draw(st.sampled_from(originals)))
-    for _ in range(draw(st.integers(1, 4))):
-        # damage near the start and the end, where headers and tables are, is as likely as anywhere else
-        place = st.one_of(st.integers(0, 200), st.integers(0, len(content)), st.integers(-200, -1))
-        at = draw(place) % (len(content) + 1)
-        length = draw(st.one_of(st.integers(0, 8), st.integers(0, len(content))))
-        match draw(st.sampled_from(("overwrite", "insert", "cut", "end", "double", "zero"))):
-            case "overwrite":
-                new = draw(st.binary(max_size=16))
-                content[at : at + len(new)] = new
-            case "insert":
-                content[at:at] = draw(st.binary(max_size=64))
-            case "cut":
-                del content[at : at + length]
-            case "end":
-                del content[at:]
-            case "double":
-                content[at:at] = content[at : at + length]
-            case "zero":
-                content[at : at + length] = bytes(len(content[at : at + length]))
-    return bytes(content)
 
 
 @st.composite
@@ -96,22 +62,6 @@ def damaged_chunks(draw) -> bytes:
                     place = draw(st.integers(0, len(data)))
                     chunks[i] = (kind, data[:place] + new[1] + data[place + len(new[1]) :])
     return png_of(chunks)
-
-
-def memory(line: str) -> float:
-    """Megabytes that a line of Linux's /proc/self/status names."""
-    (found,) = re.findall(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found) / 1024
-
-
-@contextlib.contextmanager
-def bounded():
-    """What is done here takes little time and little memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, at what is used now
-    before, started = memory("VmRSS"), time.monotonic()
-    yield
-    assert time.monotonic() - started < SECONDS
-    assert memory("VmHWM") - before < MEGABYTES
 
 
 @pytest.fixture(scope="module")
@@ -176,34 +126,6 @@ def test_a_damaged_checkpoint_is_read_as_it_was_or_refused(path, model, checkpoi
             assert str(error).startswith(f"{path}: ") and str(error).isprintable()
             return
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.state_dict().items())
-
-
-VALUES = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "x\n", b"x", [], {}, (1, 2), {"a": 1}]
-VALUES += [torch.zeros(0), torch.zeros(3), torch.full((2, 2), torch.nan), torch.ones(2, dtype=torch.long)]
-VALUES += [torch.ones(3, dtype=torch.bool), torch.zeros(2, 2).to_sparse(), torch.tensor(1.0)]
-
-
-@st.composite
-def changed(draw, contents):
-    """`contents` with one to three of its parts, at any depth, replaced, left out or added."""
-    contents = copy.deepcopy(contents)
-    for _ in range(draw(st.integers(1, 3))):
-        at = contents
-        while isinstance(at, dict | list) and len(at):
-            key = draw(st.sampled_from(list(at) if isinstance(at, dict) else range(len(at))))
-            if not isinstance(at[key], dict | list) or not len(at[key]) or draw(st.integers(0, 3)) == 0:
-                break
-            at = at[key]
-        if not isinstance(at, dict | list) or not len(at):
-            continue
-        match draw(st.sampled_from(("replace", "replace", "leave out", "add"))):
-            case "replace":
-                at[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))  # it may be changed, too
-            case "leave out":
-                del at[key]
-            case "add" if isinstance(at, dict):
-                at[draw(st.sampled_from(("x", 1, None)))] = copy.deepcopy(draw(st.sampled_from(VALUES)))
-    return contents
 
 
 @pytest.fixture(scope="module", params=["generator", "flow"])

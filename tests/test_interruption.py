@@ -1,8 +1,9 @@
 """Runs that are killed, told to stop, or run out of disk: nothing is lost but the epoch at hand, nothing is torn.
 
-A few kills by default; `make kills` makes 100.
+A few kills by default; `make kills` makes 100 of each prior's run, and 20 of each other use of a program.
 """
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -14,14 +15,27 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, assert_same_history, assert_same_weights, new_run, resume_file, run_program
+from conftest import (
+    CONVERSION,
+    PROJECT,
+    assert_same_history,
+    assert_same_weights,
+    new_run,
+    resume_file,
+    run_program,
+    write_heads,
+)
 from PIL import Image
 
+import predict
 import train
+from preparation import oasis, phantoms
 from support import files
 from training.vqvae import load_vqvae
 
@@ -35,30 +49,45 @@ if KILLS > 3:  # tests/test_train.py kills a flow once
     PRIORS["flow"] = (FLOW, ("vqvae.pth", "flow.pth"))
 
 
-def in_a_child(folder: str, words: list[str]) -> None:
+MAINS = {
+    "train": train.main,
+    "predict": predict.main,
+    "oasis": oasis.main,
+    "phantoms": lambda words: phantoms.write(words[0], {"train": [1], "validate": [2], "test": [3]}, 4),
+}
+
+
+def in_a_child(folder: str, program: str, words: list[str]) -> None:
     os.chdir(folder)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.set_num_threads(1)
-    train.main(words)
+    for name in ("fsync", "replace"):  # a pause before each, so that kills fall between them
+        setattr(os, name, partial(after_a_pause, getattr(os, name)))
+    MAINS[program](words)
+
+
+def after_a_pause(function, *words):
+    time.sleep(0.005)
+    return function(*words)
 
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts train.py's main in a new process, without the seconds that importing takes each time."""
+    """Starts a program's main in a new process, without the seconds that importing takes each time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "predict", "preparation.oasis"])
 
-    def start(folder: Path, *words) -> multiprocessing.Process:
-        process = context.Process(target=in_a_child, args=(str(folder), [str(word) for word in words]))
+    def start(folder: Path, program: str, *words) -> multiprocessing.Process:
+        process = context.Process(target=in_a_child, args=(str(folder), program, [str(word) for word in words]))
         process.start()
         return process
 
     return start
 
 
-def assert_nothing_is_torn(run: Path) -> None:
-    for path in run.iterdir():
-        if path.name.startswith("."):
+def assert_nothing_is_torn(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.name.startswith(".") or path.is_dir():
             continue  # a temporary name
         if path.suffix == ".png":
             Image.open(path).load()
@@ -66,18 +95,27 @@ def assert_nothing_is_torn(run: Path) -> None:
             torch.load(path, weights_only=True)
         elif path.suffix == ".html":
             assert path.read_text().endswith("</html>\n")
-        elif path.name == "run.json":
-            assert files.read_json(path)["seed"] == 2
+        elif path.suffix == ".json":
+            assert files.read_json(path)
+        elif path.suffix == ".npz":
+            assert len(np.load(path)["codes"]) == 10
+        elif path.suffix == ".csv":
+            assert all(None not in row.values() for row in csv.DictReader(path.open(newline="")))
         else:
-            rows = list(csv.DictReader(path.open(newline="")))
-            assert path.name == "metrics.csv" and all(None not in row.values() for row in rows)
+            assert path.suffix == ".txt", path
 
 
 def wait(process: multiprocessing.Process, seconds: float, out: Path, for_a_save: bool) -> None:
     """Until the process has ended, or the time is over and, if wanted, a file is being written."""
     process.join(seconds)
-    while for_a_save and process.exitcode is None and not any(out.glob("*/.*.tmp")):
+    while for_a_save and process.exitcode is None and not is_being_written(out):
         time.sleep(0.0002)
+
+
+def is_being_written(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # a folder that is renamed or removed meanwhile
+        return any(folder.rglob(".*.tmp"))
+    return False
 
 
 @pytest.mark.parametrize("stage", PRIORS)
@@ -85,7 +123,7 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
     """The end is bit for bit that of a run which was never interrupted."""
     words, weights = PRIORS[stage]
     begun = time.monotonic()
-    whole = start(tmp_path, "--data", data, *words, "--out", "whole")
+    whole = start(tmp_path, "train", "--data", data, *words, "--out", "whole")
     whole.join()
     assert whole.exitcode == 0
     seconds = time.monotonic() - begun
@@ -97,7 +135,8 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
         while not done:
             run = next(out.iterdir(), None) if out.is_dir() else None
             resumable = run is not None and (run / "resume.pth").exists()
-            process = start(tmp_path, *(("--resume", run) if resumable else ("--data", data, *words, "--out", out)))
+            more = ("--resume", run) if resumable else ("--data", data, *words, "--out", out)
+            process = start(tmp_path, "train", *more)
             if run is not None and not resumable:
                 shutil.rmtree(run)  # killed before its first epoch was complete: a new run is begun
             if kills < KILLS:
@@ -119,6 +158,45 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
         kept = {path.name for path in run.iterdir() if not path.name.startswith(".")}
         assert kept == {path.name for path in whole.iterdir()}
     print(f"{kills} kills in {number} runs")
+
+
+@pytest.fixture
+def heads(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    write_heads(folder)
+    return folder
+
+
+@pytest.mark.parametrize("use", ["scores", "codes", "samples", "slices", "phantoms"])
+def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start, data, trained, heads, tmp_path, use):
+    predicted = ("predict", trained[1] / "vqvae.pth", "--data", data, "--split", "validate", "--out", tmp_path / "out")
+    words = {
+        "scores": predicted,
+        "codes": (*predicted, "--export-codes", tmp_path / "codes.npz"),
+        "samples": (*predicted, "--samples", 3, "--generator", trained[1] / "generator.pth"),
+        "slices": ("oasis", heads, tmp_path / "out", *CONVERSION),
+        "phantoms": ("phantoms", tmp_path / "out"),
+    }[use]
+    rng, seconds = random.Random(1), 0
+    for kill in range(max(1, KILLS // 5)):
+        if use in ("slices", "phantoms"):
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        process = start(tmp_path, *words)
+        wait(process, rng.uniform(0, seconds), tmp_path, kill == 0 or rng.random() < 0.7)
+        process.kill()
+        process.join()
+        assert_nothing_is_torn(tmp_path)
+        begun = time.monotonic()
+        for _ in range(50):  # workers of a conversion end by themselves, and hold the folder until then
+            again = start(tmp_path, *words)
+            again.join()
+            if again.exitcode == 0:
+                break
+            assert use == "slices"
+            time.sleep(0.1)
+        seconds = seconds or time.monotonic() - begun
+        assert again.exitcode == 0
+        assert_nothing_is_torn(tmp_path)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -232,6 +232,19 @@ def test_from_oasis_to_scores(heads, tmp_path):
     assert "SSIM mean: " in run_program("predict.py", run / "vqvae.pth", cwd=tmp_path).stdout
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda text: text.replace(",", ";"), lambda text: text.splitlines()[0], lambda text: text.replace("train", "", 1)],
+    ids=["semicolons", "no rows", "fewer columns"],
+)
+def test_a_table_of_subjects_that_was_changed_is_refused(converted, nifti_source, tmp_path, change):
+    dest = shutil.copytree(converted, tmp_path / "slices")
+    table = dest / "subjects.csv"
+    text = change(table.read_text())
+    table.write_text(text.replace(",,", ",") if ",," in text else text)
+    refused(convert(nifti_source, dest, "--preview"), f"{table}: was changed")
+
+
 def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
     found = [volumes.Volume("", f"OAS1_{i:04d}_MR1", i, 1, Path()) for i in range(1, 355)]
     split = sources.split_subjects(found, 0)
@@ -245,8 +258,8 @@ def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
     assert sources.split_subjects(found[:4], 0, file) == {1: "test", 2: "train", 3: "validate", 4: "train"}
     for text, words in (
         ("subject,split\n1,test\n", "does not name OAS1_0002_MR1 (3 of 4"),
-        ("subject,split\n1,test\n0001,train\n", "0001 is in two splits"),
-        ("subject,split\n1,tset\n", "'tset' of 1 is no split"),
+        ("subject,split\n1,test\n0001,train\n", "'0001' is in two splits"),
+        ("subject,split\n1,tset\n", "'tset' of '1' is no split"),
         ("name,split\n1,test\n", "no columns named subject and split"),
         ("", "no columns"),
     ):
@@ -256,6 +269,12 @@ def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
         assert words in str(error.value) and str(file) in str(error.value)
     with pytest.raises(UserError, match="2 subjects cannot be split in three"):
         sources.split_subjects(found[:2], 0)
+
+
+def test_a_volume_that_would_not_fit_into_memory_at_1_mm_is_refused(tmp_path):
+    path = write_nifti(tmp_path / "large.nii", np.zeros((128, 128, 128), np.uint8), np.diag([5.0, 5, 5, 1]))
+    with pytest.raises(UserError, match="large.nii: would have 257259456 voxels of 1 mm"):
+        volumes.read(volume(path))
 
 
 def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from support import files, seeds
 from support.console import UserError
 from support.device import FastPath
-from support.run import Run, new_folder, open_run, read_record
+from support.run import Run, environment, new_folder, open_run, read_record
 
 STAGES = ("vqvae", "gan")
 
@@ -19,6 +19,11 @@ STAGES = ("vqvae", "gan")
 class Options:
     seed: int = 0
     data: str | None = None
+
+
+def test_the_record_counts_processes_that_joined_whatever_a_variable_says(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert environment(torch.device("cpu"))["processes"] == 1
 
 
 def test_folders_of_the_same_second_are_numbered(tmp_path, monkeypatch):

@@ -1,0 +1,166 @@
+"""A disk that is full, a quota that is reached, a file system without locks: at each file that a program writes."""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CONVERSION,
+    EPOCHS,
+    SMALL,
+    assert_same_history,
+    assert_same_weights,
+    new_run,
+    refused,
+    run_program,
+    write_heads,
+)
+from PIL import Image
+
+from preparation import phantoms
+from support.files import lock
+from support.run import new_folder
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`failing(pattern, n)`: the n-th file with such a name cannot be written, nor one after it. None fails by default.
+
+    Writing fails when the file is complete and would get its name, as where space is only found short then.
+    """
+    replace = os.replace
+
+    def fail(pattern: str = "", n: int = 1, number: int = errno.ENOSPC) -> None:
+        left = [n]
+
+        def fault(source, target):
+            if re.fullmatch(pattern, Path(target).name):
+                left[0] -= 1
+                if left[0] <= 0:
+                    raise OSError(number, os.strerror(number), str(source))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", fault)
+
+    return fail
+
+
+def assert_all_load(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        assert not path.name.startswith("."), "a temporary file is left"
+        if path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".pth":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".npz":
+            assert np.load(path)["codes"].size
+
+
+def test_a_run_goes_on_after_each_file_that_could_not_be_written(trained, data, tmp_path, failing):
+    """And ends as one that was left alone. What could not be saved before the first epoch is begun anew."""
+    begin = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", tmp_path / "out")
+    for name, n in (("run.json", 1), ("vqvae.pth", 1), ("resume.pth", 2)):
+        failing(re.escape(name), n)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        done = run_program("train.py", *begin, cwd=tmp_path)
+        refused(done, f"{name}: No space left on device")
+        assert_all_load(tmp_path / "out")
+    (run,) = (tmp_path / "out").iterdir()  # its first epoch is complete
+    for name, n, number in (
+        ("resume.pth", 1, errno.EROFS),
+        ("metrics.csv", 2, errno.EIO),
+        ("discriminator.pth", 1, errno.EDQUOT),
+    ):
+        failing(re.escape(name), n, number)
+        refused(run_program("train.py", "--resume", run, cwd=tmp_path), f"{name}: {os.strerror(number)}")
+        assert_all_load(run)
+    failing()
+    assert run_program("train.py", "--resume", run, cwd=tmp_path).returncode == 0
+    assert_same_weights(trained[1], run)
+    assert_same_history(trained[1], run)
+
+
+def test_a_flow_that_could_not_be_written_is_trained_or_calibrated_again(trained, data, tmp_path, failing):
+    words = ("--only", "flow", "--vqvae", trained[1] / "vqvae.pth", "--flow-epochs", 1, "--flow-steps", 1)
+    words = ("--data", data, *words, "--device", "cpu", "--out", tmp_path / "out")
+    failing("flow.pth", 2)  # when it is calibrated
+    refused(run_program("train.py", *words, cwd=tmp_path), "flow.pth: No space left on device")
+    (run,) = (tmp_path / "out").iterdir()
+    assert_all_load(run)
+    before = torch.load(run / "flow.pth", weights_only=True)["scale"]
+    failing()
+    assert run_program("train.py", "--resume", run, cwd=tmp_path).returncode == 0
+    assert not torch.equal(torch.load(run / "flow.pth", weights_only=True)["scale"], before)
+
+
+def test_figures_and_pages_that_cannot_be_written_cost_a_warning_each(data, tmp_path, failing):
+    failing(r".*\.png|index\.html")
+    words = ("--data", data, *SMALL, "--epochs", 1, "--gan-epochs", 1, "--out", tmp_path / "out")
+    done = run_program("train.py", *words, cwd=tmp_path)
+    run = new_run(done, tmp_path / "out")
+    assert {path.suffix for path in run.iterdir()} == {".pth", ".json", ".csv"}
+    assert_all_load(run)
+    lines = done.stderr.splitlines()
+    assert len(lines) > 10 and all(re.match(r"warning: \S+: could not be written", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        ((), ["scores.csv"]),
+        (("--export-codes", "codes.npz"), ["codes.npz"]),
+        (("--samples", 2, "--generator", "generator.pth"), ["sample_000.png", "sample_001.png"]),
+    ],
+    ids=["scores", "codes", "samples"],
+)
+def test_predict_ends_with_one_line_at_each_file_that_cannot_be_written(trained, data, tmp_path, failing, words, names):
+    words = [trained[1] / word if word == "generator.pth" else word for word in words]
+    words = ("predict.py", trained[1] / "vqvae.pth", "--data", data, "--out", tmp_path / "out", *words)
+    for name in names:
+        failing(re.escape(name))
+        refused(run_program(*words, cwd=tmp_path), f"{name}: No space left on device")
+        assert_all_load(tmp_path)
+
+
+def test_a_conversion_goes_on_after_each_file_that_could_not_be_written(tmp_path, failing):
+    write_heads(tmp_path / "heads")
+    words = (tmp_path / "heads", tmp_path / "slices", *CONVERSION, "--preview")
+    for name in ("conversion.json", "case_002_slice_1.nii.png", "002_1.json", "subjects.csv", "preview.png"):
+        failing(re.escape(name))
+        done = run_program("preparation.oasis", *words, cwd=tmp_path)
+        refused(done, f"{name}: No space left on device")
+        assert_all_load(tmp_path)
+    failing()
+    assert run_program("preparation.oasis", *words, cwd=tmp_path).returncode == 0
+    assert len(list((tmp_path / "slices").glob("*/case_*.png"))) == 6
+
+
+def test_phantoms_are_complete_or_known_not_to_be(tmp_path, failing):
+    failing(r"case_.*_slice_31\.nii\.png")
+    with pytest.raises(OSError, match="No space left"):
+        phantoms.write(tmp_path / "phantoms", {"train": [1], "validate": [2], "test": [3]}, slices=2)
+    assert not phantoms.is_complete(tmp_path / "phantoms")
+    assert_all_load(tmp_path)
+
+
+def test_a_file_system_without_locks_is_used_without_them(tmp_path, monkeypatch):
+    def without_locks(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    os.close(lock(tmp_path))
+
+
+def test_a_clock_that_jumps_back_costs_no_folder(tmp_path, monkeypatch):
+    now = iter((1_700_003_600.0, 1_700_000_000.0, 1_700_003_600.0))
+    localtime, strftime = time.localtime, time.strftime
+    monkeypatch.setattr(time, "strftime", lambda form: strftime(form, localtime(next(now))))
+    found = [new_folder(tmp_path) for _ in range(3)]
+    assert len(set(found)) == 3 and found[2].name == f"{found[0].name}_2"

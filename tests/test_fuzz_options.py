@@ -1,0 +1,92 @@
+"""Options and environments in random combinations: each is used, or refused in one line."""
+
+import pytest
+from conftest import refused, run_program
+from fuzzing import FUZZ
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ODD = [
+    "",
+    "x",
+    "0",
+    "1",
+    "-1",
+    "2",
+    "1e3",
+    "nan",
+    "inf",
+    "99999999999",
+    "0.5",
+    "cpu",
+    "flow",
+    "gan",
+    "é",
+    "a b",
+    "/",
+    ".",
+]
+
+
+def words_of(choices, options: dict[str, list[str]]) -> list[str]:
+    """One to five options, in any order, with good and odd values."""
+    words = []
+    for name in choices.draw(st.lists(st.sampled_from(list(options)), min_size=1, max_size=5)):
+        words.append(name)
+        values = options[name]
+        words += [choices.draw(st.sampled_from(values + values + ODD))] if values else []
+    return words
+
+
+TRAIN = {
+    **dict.fromkeys(("--demo", "--skip-bad", "--allow-shared-cases", "--plain"), []),
+    **dict.fromkeys(("--epochs", "--batch-size", "--gan-epochs", "--gan-batch-size", "--flow-epochs"), ["1", "3"]),
+    **dict.fromkeys(("--n-embeddings", "--embeddings-dim", "--flow-batch-size", "--flow-steps", "--seed"), ["1", "8"]),
+    **dict.fromkeys(("--lr", "--gan-lr", "--flow-lr", "--beta"), ["0.1", "1e-5"]),
+    "--precision": ["auto", "float32", "bfloat16"],
+    "--device": ["auto", "cuda", "cuda:7", "mps"],
+    "--prior": ["dcgan", "flow"],
+    "--only": ["vqvae", "gan", "flow"],
+    "--codebook": ["kmeans", "paper", "ema"],
+    "--gan-training": ["balanced", "report"],
+    "--vqvae": ["nowhere.pth"],
+    "--resume": ["nowhere"],
+    "--out": ["out"],
+}
+PREDICT = {
+    **dict.fromkeys(("--skip-bad",), []),
+    **dict.fromkeys(("--samples", "--seed", "--steps"), ["1"]),
+    "--generator": ["nowhere.pth"],
+    "--export-codes": ["codes.npz"],
+    "--split": ["train", "validate", "test"],
+    "--data": ["nowhere"],
+    "--device": ["auto"],
+    "--out": ["out"],
+}
+
+
+@FUZZ
+@given(choices=st.data())
+def test_options_in_any_combination_do_what_they_say_or_are_refused(data, tmp_path_factory, choices):
+    folder = tmp_path_factory.getbasetemp()
+    if choices.draw(st.booleans()):
+        words = ("train.py", *words_of(choices, TRAIN), "--data", data, "--dry-run")
+    else:
+        words = ("predict.py", choices.draw(st.sampled_from(("nowhere.pth", "", "/"))), *words_of(choices, PREDICT))
+    done = run_program(*words, cwd=folder)
+    if done.returncode:
+        refused(done)
+    assert "Traceback" not in done.stderr
+
+
+@settings(FUZZ, max_examples=FUZZ.max_examples // 4)
+@given(values=st.dictionaries(st.sampled_from(("OASIS_DIR", "COLUMNS", "HOME", "TMPDIR")), st.sampled_from(ODD)))
+def test_programs_work_or_say_why_with_odd_values_in_the_environment(data, tmp_path_factory, values):
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        for words in (("train.py", "--dry-run"), ("preparation.oasis", data, "nowhere", "--dry-run")):
+            done = run_program(*words, cwd=folder)
+            if done.returncode:
+                refused(done)
