@@ -169,11 +169,12 @@ def heads(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("use", ["scores", "codes", "samples", "slices", "phantoms"])
 def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start, data, trained, heads, tmp_path, use):
-    predicted = ("predict", trained[1] / "vqvae.pth", "--data", data, "--split", "validate", "--out", tmp_path / "out")
+    drawn = ("predict", trained[1] / "vqvae.pth", "--out", tmp_path / "out")
+    predicted = (*drawn, "--data", data, "--split", "validate")
     words = {
         "scores": predicted,
         "codes": (*predicted, "--export-codes", tmp_path / "codes.npz"),
-        "samples": (*predicted, "--samples", 3, "--generator", trained[1] / "generator.pth"),
+        "samples": (*drawn, "--samples", 3, "--generator", trained[1] / "generator.pth"),
         "slices": ("oasis", heads, tmp_path / "out", *CONVERSION),
         "phantoms": ("phantoms", tmp_path / "out"),
     }[use]
