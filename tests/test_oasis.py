@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import PROJECT, new_run, refused, run_program
+from fuzzing import bounded
 from PIL import Image
 
 from preparation import phantoms, sources, volumes
@@ -274,6 +275,15 @@ def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
 def test_a_volume_that_would_not_fit_into_memory_at_1_mm_is_refused(tmp_path):
     path = write_nifti(tmp_path / "large.nii", np.zeros((128, 128, 128), np.uint8), np.diag([5.0, 5, 5, 1]))
     with pytest.raises(UserError, match="large.nii: would have 257259456 voxels of 1 mm"):
+        volumes.read(volume(path))
+
+
+def test_an_analyze_header_that_announces_more_than_there_is_asks_for_no_memory(tmp_path):
+    path = write_analyze(tmp_path / "long.hdr", np.zeros((24, 24, 24), np.int16))
+    header = nib.AnalyzeHeader.from_fileobj(io.BytesIO(path.read_bytes()))
+    header.set_data_shape((24, 24, 5, 18433))
+    path.write_bytes(header.binaryblock)
+    with bounded(), pytest.raises(UserError, match="long.hdr: is damaged or ends early"):
         volumes.read(volume(path))
 
 
