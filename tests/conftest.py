@@ -18,13 +18,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import predict
 import train
 from dataset import OasisDataset
 from modules import VQVAE
 from preparation import oasis, phantoms
-from support import console
+from support import console, files
 from training import codebook
 from training.latents import Latents
 from training.scale import LatentScale
@@ -151,6 +152,27 @@ def rows(run: Path, stage: str) -> list[dict[str, str]]:
 
 def resume_file(run: Path) -> dict:
     return torch.load(run / "resume.pth", weights_only=True)
+
+
+def assert_nothing_is_torn(folder: Path) -> None:
+    """Each file in a folder of what programs wrote is complete, but for those with temporary names."""
+    for path in folder.rglob("*"):
+        if path.name.startswith(".") or path.is_dir():
+            continue  # a temporary name
+        if path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".pth":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".html":
+            assert path.read_text().endswith("</html>\n")
+        elif path.suffix == ".json":
+            assert files.read_json(path)
+        elif path.suffix == ".npz":
+            assert len(np.load(path)["codes"]) == 10
+        elif path.suffix == ".csv":
+            assert all(None not in row.values() for row in csv.DictReader(path.open(newline="")))
+        else:
+            assert path.suffix == ".txt", path
 
 
 def assert_same_weights(one: Path, other: Path, names=("vqvae.pth", "generator.pth", "discriminator.pth")):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
+FEW = settings(FUZZ, max_examples=FUZZ.max_examples // 4)
 SECONDS, MEGABYTES = 5, 100  # for one file
 
 

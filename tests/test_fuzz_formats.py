@@ -11,8 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import CONVERSION, refused, run_program, write_heads
-from fuzzing import FUZZ, JSON_VALUES, bounded, changed, damaged
-from hypothesis import given, settings
+from fuzzing import FEW, FUZZ, JSON_VALUES, bounded, changed, damaged
+from hypothesis import given
 from hypothesis import strategies as st
 
 from preparation import sources, volumes
@@ -22,7 +22,6 @@ from support.device import FastPath
 from support.run import Run
 from training.config import Config
 
-FEW = settings(FUZZ, max_examples=FUZZ.max_examples // 4)
 SPLITS = ["train", "validate", "test"]
 ROW = {"stage": "vqvae", "epoch": 1, "updates": 4, "seconds": 1.0, "ssim_mean": 0.5}
 

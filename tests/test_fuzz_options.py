@@ -2,8 +2,8 @@
 
 import pytest
 from conftest import refused, run_program
-from fuzzing import FUZZ
-from hypothesis import given, settings
+from fuzzing import FEW, FUZZ
+from hypothesis import given
 from hypothesis import strategies as st
 
 ODD = [
@@ -79,7 +79,7 @@ def test_options_in_any_combination_do_what_they_say_or_are_refused(data, tmp_pa
     assert "Traceback" not in done.stderr
 
 
-@settings(FUZZ, max_examples=FUZZ.max_examples // 4)
+@FEW
 @given(values=st.dictionaries(st.sampled_from(("OASIS_DIR", "COLUMNS", "HOME", "TMPDIR")), st.sampled_from(ODD)))
 def test_programs_work_or_say_why_with_odd_values_in_the_environment(data, tmp_path_factory, values):
     folder = tmp_path_factory.getbasetemp()

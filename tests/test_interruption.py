@@ -4,7 +4,6 @@ A few kills by default; `make kills` makes 100 of each prior's run, and 20 of ea
 """
 
 import contextlib
-import csv
 import multiprocessing
 import os
 import random
@@ -18,12 +17,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
     CONVERSION,
     PROJECT,
+    assert_nothing_is_torn,
     assert_same_history,
     assert_same_weights,
     new_run,
@@ -31,12 +30,10 @@ from conftest import (
     run_program,
     write_heads,
 )
-from PIL import Image
 
 import predict
 import train
 from preparation import oasis, phantoms
-from support import files
 from training.vqvae import load_vqvae
 
 KILLS = int(os.environ.get("KILLS", 3))
@@ -83,26 +80,6 @@ def start():
         return process
 
     return start
-
-
-def assert_nothing_is_torn(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.name.startswith(".") or path.is_dir():
-            continue  # a temporary name
-        if path.suffix == ".png":
-            Image.open(path).load()
-        elif path.suffix == ".pth":
-            torch.load(path, weights_only=True)
-        elif path.suffix == ".html":
-            assert path.read_text().endswith("</html>\n")
-        elif path.suffix == ".json":
-            assert files.read_json(path)
-        elif path.suffix == ".npz":
-            assert len(np.load(path)["codes"]) == 10
-        elif path.suffix == ".csv":
-            assert all(None not in row.values() for row in csv.DictReader(path.open(newline="")))
-        else:
-            assert path.suffix == ".txt", path
 
 
 def wait(process: multiprocessing.Process, seconds: float, out: Path, for_a_save: bool) -> None:
