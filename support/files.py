@@ -101,11 +101,21 @@ def load(path: str | Path, build: Callable[[Any], Any] = lambda contents: conten
             f"{path}: is damaged, or is not a checkpoint of torch 1.6 or later; it was not loaded"
         ) from None
     try:
+        _refuse_repetition(contents)
         return build(contents)
     except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from None
     except Exception:  # a file of another origin can hold anything: sparse, quantized, complex tensors, …
         raise UserError(f"{path}: does not hold what is expected here; it was not loaded") from None
+
+
+def _refuse_repetition(contents: Any) -> None:
+    """Raise ValueError for a tensor that repeats few numbers and would take far more memory than the file has."""
+    if isinstance(contents, Tensor) and contents.nbytes > contents.untyped_storage().nbytes():
+        raise ValueError("a tensor in it is larger than the file")
+    if isinstance(contents, dict | list | tuple):
+        for part in contents.values() if isinstance(contents, dict) else contents:
+            _refuse_repetition(part)
 
 
 def cpu_state(network: nn.Module) -> dict[str, Tensor]:

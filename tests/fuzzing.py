@@ -64,6 +64,7 @@ JSON_VALUES = [None, True, -1, 0, 1.5, 10**20, float("nan"), "", "x\n", "\udc80"
 VALUES = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "x\n", b"x", [], {}, (1, 2), {"a": 1}]
 VALUES += [torch.zeros(0), torch.zeros(3), torch.full((2, 2), torch.nan), torch.ones(2, dtype=torch.long)]
 VALUES += [torch.ones(3, dtype=torch.bool), torch.zeros(2, 2).to_sparse(), torch.tensor(1.0)]
+VALUES += [torch.zeros(1).expand(2**15, 2**15)]  # 4 GB, if it is copied
 
 
 @st.composite

@@ -1,7 +1,7 @@
 """Options and environments in random combinations: each is used, or refused in one line."""
 
 import pytest
-from conftest import refused, run_program
+from conftest import refused, run_program, write_heads
 from fuzzing import FEW, FUZZ
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,17 +63,34 @@ PREDICT = {
     "--device": ["auto"],
     "--out": ["out"],
 }
+OASIS = {
+    **dict.fromkeys(("--skip-bad", "--preview"), []),
+    **dict.fromkeys(("--slices", "--workers", "--seed"), ["1", "32"]),
+    "--least-brain": ["0.92", "1"],
+    "--plane": ["axial", "coronal", "sagittal"],
+    "--split": ["nowhere.csv"],
+}
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads")
+    write_heads(folder)
+    return folder
 
 
 @FUZZ
 @given(choices=st.data())
-def test_options_in_any_combination_do_what_they_say_or_are_refused(data, tmp_path_factory, choices):
+def test_options_in_any_combination_do_what_they_say_or_are_refused(data, heads, tmp_path_factory, choices):
     folder = tmp_path_factory.getbasetemp()
-    if choices.draw(st.booleans()):
-        words = ("train.py", *words_of(choices, TRAIN), "--data", data, "--dry-run")
-    else:
-        words = ("predict.py", choices.draw(st.sampled_from(("nowhere.pth", "", "/"))), *words_of(choices, PREDICT))
-    done = run_program(*words, cwd=folder)
+    match choices.draw(st.sampled_from(("train.py", "predict.py", "preparation.oasis"))):
+        case "train.py" as program:
+            words = (*words_of(choices, TRAIN), "--data", data, "--dry-run")
+        case "predict.py" as program:
+            words = (choices.draw(st.sampled_from(("nowhere.pth", "", "/"))), *words_of(choices, PREDICT))
+        case "preparation.oasis" as program:
+            words = (heads, choices.draw(st.sampled_from(("out", "", "/"))), *words_of(choices, OASIS), "--dry-run")
+    done = run_program(program, *words, cwd=folder)
     if done.returncode:
         refused(done)
     assert "Traceback" not in done.stderr

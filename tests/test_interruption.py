@@ -4,6 +4,8 @@ A few kills by default; `make kills` makes 100 of each prior's run, and 20 of ea
 """
 
 import contextlib
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -46,8 +48,17 @@ if KILLS > 3:  # tests/test_train.py kills a flow once
     PRIORS["flow"] = (FLOW, ("vqvae.pth", "flow.pth"))
 
 
+def train_without_locks(words: list[str]) -> None:
+    def refuse(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = refuse
+    train.main(words)
+
+
 MAINS = {
     "train": train.main,
+    "train without locks": train_without_locks,
     "predict": predict.main,
     "oasis": oasis.main,
     "phantoms": lambda words: phantoms.write(words[0], {"train": [1], "validate": [2], "test": [3]}, 4),
@@ -135,6 +146,22 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
         kept = {path.name for path in run.iterdir() if not path.name.startswith(".")}
         assert kept == {path.name for path in whole.iterdir()}
     print(f"{kills} kills in {number} runs")
+
+
+def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, data, tmp_path):
+    """As on some network disks: each may disturb the other, no more. With locks, the second one is refused."""
+    words = ("--data", data, *VQVAE_WORDS, "--only", "vqvae", "--epochs", 1)
+    alone = new_run(run_program("train.py", *words, cwd=tmp_path), tmp_path / "gen_imgs")
+    shared = shutil.copytree(alone, tmp_path / "shared")
+    more = ("--epochs", 3, "--resume")
+    assert run_program("train.py", *more, alone, cwd=tmp_path).returncode == 0
+    both = [start(tmp_path, "train without locks", *more, shared) for _ in range(2)]
+    for process in both:
+        process.join()
+    assert_nothing_is_torn(shared)
+    assert run_program("train.py", *more, shared, cwd=tmp_path).returncode == 0
+    assert_same_weights(alone, shared, ["vqvae.pth"])
+    assert_same_history(alone, shared, ["vqvae"])
 
 
 @pytest.fixture

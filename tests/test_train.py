@@ -383,6 +383,7 @@ def test_what_ends_a_program_while_it_imports_is_one_line(tmp_path):
     for name, raised, code, said in (
         ("torch", "KeyboardInterrupt", -signal.SIGINT, "Stopped before anything was done."),
         ("torch", "ModuleNotFoundError('no', name='torch')", 1, "error: the package torch is not installed"),
+        ("torch", "ValueError('LOGS=x\\n')", 1, "error: torch cannot be imported (ValueError: LOGS=x)\n"),
     ):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "__init__.py").write_text(f"raise {raised}")
