@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from preparation.volumes import Volume, VolumeError, digest
-from support.console import UserError
-from support.files import natural, one_line
+from support.console import UserError, one_line
+from support.files import natural
 
 NEURITE = re.compile(r"(?:.*/)?(?P<subject>OASIS_OAS1_(?P<case>\d{4})_MR(?P<session>\d))/(?:aligned_)?norm\.nii\.gz")
 DISCS = re.compile(

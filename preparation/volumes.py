@@ -139,14 +139,17 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
     if len(contents) == 2:
         names = ("header", "image")
         holders = {name: FileHolder(fileobj=io.BytesIO(part)) for name, part in zip(names, contents, strict=True)}
-        found = nib.AnalyzeImage.from_file_map(holders)
-        size = math.prod(map(int, found.shape)) * found.get_data_dtype().itemsize
-        if size > len(contents[1]):  # nibabel would ask for the memory first
-            raise VolumeError(f"{volume.name}: is damaged or ends early; download it again")
-        notes = [] if found.header.get_zooms()[:3] == (1, 1, 1) else ["its header has other voxels than 1 mm; ignored"]
-        return nib.Nifti1Image(np.asanyarray(found.dataobj), ANALYZE), notes
-    data = _decompress(volume, contents[0]) if volume.name.endswith(".gz") else contents[0]
-    image = _format(volume, data).from_bytes(data)
+        image = nib.AnalyzeImage.from_file_map(holders)
+    else:
+        data = _decompress(volume, contents[0]) if volume.name.endswith(".gz") else contents[0]
+        image = _format(volume, data).from_bytes(data)
+        contents = [data]
+    size = math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+    if size > len(contents[-1]) - image.dataobj.offset:  # nibabel would ask for the memory first
+        raise VolumeError(f"{volume.name}: is damaged or ends early; download it again")
+    if len(contents) == 2:
+        notes = [] if image.header.get_zooms()[:3] == (1, 1, 1) else ["its header has other voxels than 1 mm; ignored"]
+        return nib.Nifti1Image(np.asanyarray(image.dataobj), ANALYZE), notes
     codes = image.header["sform_code"], image.header["qform_code"]
     return image, [] if any(codes) else ["its header gives no orientation; LAS was assumed"]
 

@@ -24,6 +24,12 @@ class UserError(Exception):
     """Something that the user can fix. The message names the file or option at fault and says what to do."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, as one printable line of at most 300 characters: it may quote a file's contents."""
+    words = "".join(c if c.isprintable() else " " for c in str(error)).split()
+    return " ".join(words)[:300]
+
+
 class Stopped(SystemExit):
     """A signal ends the program. The exit status is 128 plus the signal's number: 130 for SIGINT, 143 for SIGTERM."""
 
@@ -119,7 +125,7 @@ def warn_on_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print(f"warning: {path}: could not be written and is left out ({error})", file=sys.stderr)
+        print(f"warning: {path}: could not be written and is left out ({one_line(error)})", file=sys.stderr)
 
 
 def run_program(main: Callable[[], None], name: str) -> None:

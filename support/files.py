@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.console import UserError
+from support.console import UserError, one_line
 
 try:
     import fcntl
@@ -182,9 +182,3 @@ def find(path: str | Path) -> Path:
         if candidate.exists():
             return candidate
     raise UserError(f"{path}: no such file or folder, here or under gen_imgs/")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, as one printable line of at most 300 characters: it may quote a file's contents."""
-    words = "".join(c if c.isprintable() else " " for c in str(error)).split()
-    return " ".join(words)[:300]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from support import distributed, files
-from support.console import UserError
+from support.console import UserError, one_line
 from support.device import FastPath
 
 RESUME_FILE = "resume.pth"
@@ -106,7 +106,7 @@ class Run:
         except UserError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {files.one_line(error)}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             path = self.folder / RESUME_FILE
             raise UserError(f"{path}: does not fit this run ({reason}); start a new run") from None
 
@@ -139,7 +139,9 @@ def read_record(folder: Path) -> dict:
     """The record of the run in a folder, run.json; {} if there is none. Raises UserError if it is not train.py's."""
     record = files.read_json(folder / "run.json")
     data, resumed = record.get("data", {}), record.get("resumed", [])
-    if not isinstance(data, dict) or not isinstance(data.get("folder", ""), str) or not isinstance(resumed, list):
+    kinds = {"folder": str, "images": dict}
+    right = isinstance(data, dict) and all(isinstance(data[key], kinds[key]) for key in kinds.keys() & data.keys())
+    if not right or not isinstance(resumed, list):
         raise UserError(f"{folder / 'run.json'}: was not written by train.py; repair or remove it")
     return record
 

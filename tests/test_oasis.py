@@ -278,12 +278,18 @@ def test_a_volume_that_would_not_fit_into_memory_at_1_mm_is_refused(tmp_path):
         volumes.read(volume(path))
 
 
-def test_an_analyze_header_that_announces_more_than_there_is_asks_for_no_memory(tmp_path):
-    path = write_analyze(tmp_path / "long.hdr", np.zeros((24, 24, 24), np.int16))
-    header = nib.AnalyzeHeader.from_fileobj(io.BytesIO(path.read_bytes()))
-    header.set_data_shape((24, 24, 5, 18433))
-    path.write_bytes(header.binaryblock)
-    with bounded(), pytest.raises(UserError, match="long.hdr: is damaged or ends early"):
+@pytest.mark.parametrize("kind", ["hdr", "nii"])
+def test_a_header_that_announces_more_than_there_is_asks_for_no_memory(tmp_path, kind):
+    path, voxels = tmp_path / f"long.{kind}", np.zeros((24, 24, 24), np.int16)
+    if kind == "hdr":
+        header = nib.AnalyzeHeader.from_fileobj(io.BytesIO(write_analyze(path, voxels).read_bytes()))
+        header.set_data_shape((24, 24, 5, 18433))
+        path.write_bytes(header.binaryblock)
+    else:
+        header = nib.Nifti2Image(voxels, RAS).header
+        header.set_data_shape((131096, 24, 24))
+        path.write_bytes(header.binaryblock + bytes(4) + voxels.tobytes())
+    with bounded(), pytest.raises(UserError, match=f"long.{kind}: is damaged or ends early"):
         volumes.read(volume(path))
 
 
@@ -305,7 +311,7 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
         "other.nii": (b"x" * 5000, "not NIfTI"),
         "huge.nii.gz": (gzip.compress(huge), "announces 27000000000000 voxels"),
         "longer.nii.gz": (gzip.compress(nib.Nifti1Image(head, RAS).to_bytes() + bytes(2**21)), "more than its header"),
-        "short.nii": (nib.Nifti1Image(head, RAS).to_bytes()[:90000], "cannot be read"),
+        "short.nii": (nib.Nifti1Image(head, RAS).to_bytes()[:90000], "ends early"),
         "flat.nii": (nib.Nifti1Image(head[:, :, 0], RAS).to_bytes(), "176×208, not one volume"),
         "series.nii": (nib.Nifti1Image(np.stack([head] * 2, 3), RAS).to_bytes(), "176×208×36×2, not one volume"),
         "inside.nii.gz": (gzip.compress(nib.Nifti1Image(head, RAS).to_bytes()[:90000]), "damaged or ends early"),

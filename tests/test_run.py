@@ -92,7 +92,9 @@ def test_run_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", '{"data": null}', "{half", '"x"', '{"data": {"folder": 5}}', '{"resumed": {}}', "[" * 100_000]
+    "text",
+    ["[]", '{"data": null}', "{half", '"x"', '{"data": {"folder": 5}}', '{"data": {"images": "x\\n"}}']
+    + ['{"resumed": {}}', "[" * 100_000],
 )
 def test_what_is_no_run_json_is_refused(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
