@@ -91,7 +91,9 @@ class DCGANStage(PriorStage):
         """Mean D(x) of the validation split. Far below `d_real` where D knows the training split by heart."""
         discriminator = self.networks["discriminator"]
         kept = copy.deepcopy(discriminator.state_dict())  # BatchNorm's statistics change
-        batches = in_batches(self.validate_latents, size=self.batch_size, desc="Judging")
+        # in file order a batch would be of two subjects, which BatchNorm sees
+        order = torch.randperm(len(self.validate_latents), generator=seeds.generator(self.run.config.seed, "judging"))
+        batches = in_batches(self.validate_latents, order, self.batch_size, desc="Judging")
         judged = torch.cat([self.update.judged(c) for c in batches])
         discriminator.load_state_dict(kept)
         return judged.mean().item()
