@@ -10,6 +10,7 @@ Each volume is turned to RAS, resampled linearly where its voxels are not of 1 m
 with one intensity window (`preparation.volumes`).
 """
 
+import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import csv
 import math
@@ -57,8 +58,7 @@ def convert(volume: Volume, split: str, folder: Path, o: argparse.Namespace) -> 
     for path, image in zip(paths(volume.case, volume.session, split, o.slices), images, strict=True):
         with files.atomically(folder / path) as temporary:
             Image.fromarray(image).save(temporary, format="PNG")
-    row = {"file": identity(volume), "case": volume.case, "subject": volume.subject, "session": volume.session}
-    row |= {"split": split, "source": volume.name, "notes": "; ".join(notes)}
+    row = known(volume) | {"split": split, "notes": "; ".join(notes)}
     row |= {"shape": "x".join(map(str, scan.shape)), "zooms": "x".join(map(str, scan.zooms))}
     files.write_json(record_path(volume, folder), row | facts | {"slices": " ".join(map(str, positions))})
 
@@ -68,11 +68,10 @@ def paths(case: int, session: int, split: str, n: int) -> list[str]:
     return [f"keras_png_slices_{split}/case_{case:03d}_slice_{(session - 1) * n + i}.nii.png" for i in range(n)]
 
 
-def identity(volume: Volume) -> list:
-    """What tells that a volume is the one that was converted: its name, its size and when it was written."""
-    if not volume.file.exists():  # said when it is read
-        return [volume.name]
-    return [volume.name, volume.size or volume.file.stat().st_size, volume.file.stat().st_mtime_ns]
+def known(volume: Volume) -> dict:
+    """What a volume's record says of it before it is read."""
+    facts = {"case": volume.case, "subject": volume.subject, "session": volume.session, "source": volume.name}
+    return {"file": sources.identity(volume)} | facts
 
 
 def record_path(volume: Volume, folder: Path) -> Path:
@@ -82,7 +81,8 @@ def record_path(volume: Volume, folder: Path) -> Path:
 def record(volume: Volume, folder: Path) -> dict:
     """The record of a volume that is done, else {}."""
     found = files.read_json(record_path(volume, folder))
-    return found if found.get("file") == identity(volume) else {}
+    complete = found.keys() >= set(COLUMNS) and found["split"] in list(sources.SHARES)
+    return found if complete and found | known(volume) == found else {}
 
 
 def read_subjects(dest: Path) -> list[dict[str, str]]:
@@ -175,7 +175,7 @@ def finish(volumes: list[Volume], folder: Path, dest: Path, o: argparse.Namespac
     files.write_csv(folder / "subjects.csv", COLUMNS, [[row[key] for key in COLUMNS] for row in records])
     slices = [paths(row["case"], row["session"], row["split"], o.slices) for row in records]
     wanted = {folder / path for names in slices for path in names}
-    for path in {*folder.glob("keras_png_slices_*/*"), *folder.glob(".*.tmp")} - wanted:
+    for path in filter(Path.is_file, {*folder.glob("keras_png_slices_*/*"), *folder.glob(".*.tmp")} - wanted):
         path.unlink()  # of a call that was killed, or of a volume that is no longer there
     os.rename(folder, dest)
     shutil.rmtree(dest / "records")
@@ -225,7 +225,7 @@ def main(words: list[str] | None = None) -> None:
         return
     plan = {name: getattr(o, name) for name in OPTIONS}
     plan |= {"kind": kind, "splits": {str(case): split for case, split in sorted(splits.items())}}
-    plan["volumes"] = [identity(volume)[:2] for volume in found]
+    plan["volumes"] = [sources.identity(volume)[:2] for volume in found]
     if not is_complete(dest, plan):
         folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder):

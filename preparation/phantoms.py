@@ -7,7 +7,8 @@ first-order statistics with real slices (docs/method.md has the figures), but th
     python -m preparation.phantoms DIR    # 512 training, 64 validation and 64 test slices, as the demo has
 """
 
-import sys
+import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +176,11 @@ def write(folder: str | Path, cases: dict[str, range] = CASES, slices: int = SLI
     """Write phantoms as folder/keras_png_slices_<split>/case_CCC_slice_S.nii.png.
 
     `cases` are the subjects of each split, each with so many slices, spaced evenly from low to high.
+    Raises UserError if the folder holds other slices.
     """
     marker = Path(folder) / MARKER
+    if not marker.exists() and any(Path(folder).glob("keras_png_slices_*")):
+        raise UserError(f"{folder}: holds other slices, which have the names of phantoms; name another folder")
     Path(folder).mkdir(parents=True, exist_ok=True)
     marker.write_text(f"Synthetic slices, written by preparation/phantoms.py with seed {seed}.\n")
     names = [
@@ -208,7 +212,7 @@ def write_demo() -> Path:
 def is_complete(folder: str | Path) -> bool:
     """Whether a folder holds phantoms that were written to the end."""
     marker = Path(folder) / MARKER
-    return marker.is_file() and COMPLETE in marker.read_text()
+    return marker.is_file() and COMPLETE in marker.read_text(errors="replace")
 
 
 def are_in(folder: str | Path) -> bool:
@@ -217,9 +221,10 @@ def are_in(folder: str | Path) -> bool:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    write(sys.argv[1])
+    settings = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m preparation.phantoms", **settings)
+    parser.add_argument("folder", metavar="FOLDER", help="folder to make")
+    write(parser.parse_args().folder)
 
 
 if __name__ == "__main__":

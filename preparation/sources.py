@@ -214,3 +214,10 @@ def _read_split(path: Path, volumes: list[Volume]) -> dict[int, str]:
     if missing:
         raise UserError(f"{path}: does not name {missing[0]} ({len(missing)} of {len(subjects)} subjects are missing)")
     return found
+
+
+def identity(volume: Volume) -> list:
+    """What tells that a volume is the one that was converted: its name, its size and when it was written."""
+    if not volume.file.exists():  # said when it is read
+        return [volume.name]
+    return [volume.name, volume.size or volume.file.stat().st_size, volume.file.stat().st_mtime_ns]

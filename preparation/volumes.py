@@ -29,6 +29,7 @@ PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # ax
 
 MOST_VOXELS = 512**3
 MOST_BYTES = 2**30 * 2  # of a file
+MOST_HEADER = 2**24  # bytes, with its extensions
 
 # nibabel reports what it mends in headers; what cannot be used is said here.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -82,6 +83,8 @@ def _contents(volume: Volume) -> list[bytes]:
         if volume.offset is not None:
             if volume.name.endswith((".hdr", ".img")):
                 raise VolumeError(f"{volume.file}: unpack it; only .nii and .nii.gz are read from within a tar")
+            if volume.size > MOST_BYTES:
+                raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB")
             with open(volume.file, "rb") as file:
                 file.seek(volume.offset)
                 contents = file.read(volume.size)
@@ -92,6 +95,8 @@ def _contents(volume: Volume) -> list[bytes]:
         for path in paths:
             if pair and not path.is_file():
                 raise VolumeError(f"{volume.name}: {path.name} is missing beside it; an Analyze volume has both files")
+            if path.is_fifo():  # which would be waited for
+                raise VolumeError(f"{volume.name}: is a pipe, not a file")
             if path.stat().st_size > MOST_BYTES:
                 raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB")
         return [path.read_bytes() for path in paths]
@@ -144,7 +149,7 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
         data = _decompress(volume, contents[0]) if volume.name.endswith(".gz") else contents[0]
         image = _format(volume, data).from_bytes(data)
         contents = [data]
-    size = math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+    size = _voxels(volume, image.shape) * image.get_data_dtype().itemsize
     if size > len(contents[-1]) - image.dataobj.offset:  # nibabel would ask for the memory first
         raise VolumeError(f"{volume.name}: is damaged or ends early; download it again")
     if len(contents) == 2:
@@ -168,10 +173,10 @@ def _decompress(volume: Volume, contents: bytes) -> bytearray:
         with gzip.GzipFile(fileobj=io.BytesIO(contents)) as file:
             start = file.read(1024)
             header = _format(volume, start).header_class.from_fileobj(io.BytesIO(start), check=False)
-            voxels = int(np.prod([int(n) for n in header.get_data_shape()], dtype=object))
-            if not 0 < voxels <= MOST_VOXELS:
-                raise VolumeError(f"{volume.name}: announces {voxels} voxels")
-            size = int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
+            offset, voxels = int(header["vox_offset"]), _voxels(volume, header.get_data_shape())
+            if not 0 <= offset <= MOST_HEADER:
+                raise VolumeError(f"{volume.name}: announces voxels from byte {offset} on; correct its header")
+            size = offset + voxels * header.get_data_dtype().itemsize
             data = bytearray(start)  # grows in place: a volume is in memory once
             while len(data) < size:
                 part = file.read(min(2**22, size - len(data)))
@@ -183,6 +188,14 @@ def _decompress(volume: Volume, contents: bytes) -> bytearray:
             return data
     except (EOFError, OSError, zlib.error):
         raise VolumeError(f"{volume.name}: is damaged or ends early; download it again") from None
+
+
+def _voxels(volume: Volume, shape: tuple[int, ...]) -> int:
+    """The number of voxels that a header announces. Raises VolumeError if there are none or too many."""
+    voxels = math.prod(map(int, shape))
+    if not 0 < voxels <= MOST_VOXELS:
+        raise VolumeError(f"{volume.name}: announces {voxels} voxels")
+    return voxels
 
 
 def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tuple[np.ndarray, list[int], dict]:

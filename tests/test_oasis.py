@@ -5,6 +5,8 @@ import errno
 import gzip
 import io
 import itertools
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -278,6 +280,21 @@ def test_a_volume_that_would_not_fit_into_memory_at_1_mm_is_refused(tmp_path):
         volumes.read(volume(path))
 
 
+def test_volumes_that_are_too_large_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    path = write_nifti(tmp_path / "large.nii", np.zeros((24, 24, 24), np.uint8))
+    monkeypatch.setattr(volumes, "MOST_VOXELS", 1000)
+    with pytest.raises(UserError, match="large.nii: announces 13824 voxels"):
+        volumes.read(volume(path))
+    monkeypatch.setattr(volumes, "MOST_BYTES", 1000)
+    for offset in (None, 0):  # a file of its own, and in a tar
+        with pytest.raises(UserError, match="large.nii: is larger than"):
+            volumes.read(volume(path)._replace(offset=offset, size=14176))
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "sub-01.nii")
+    with pytest.raises(UserError, match="is a pipe"):
+        volumes.read(volume(tmp_path / "pipe" / "sub-01.nii"))
+
+
 @pytest.mark.parametrize("kind", ["hdr", "nii"])
 def test_a_header_that_announces_more_than_there_is_asks_for_no_memory(tmp_path, kind):
     path, voxels = tmp_path / f"long.{kind}", np.zeros((24, 24, 24), np.int16)
@@ -300,6 +317,8 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
     flipped[len(good) // 2] ^= 255
     huge = bytearray(nib.Nifti1Image(head, RAS).to_bytes()[:1000])
     huge[42:48] = np.array([30000] * 3, "<i2").tobytes()
+    late = bytearray(nib.Nifti1Image(head, RAS).to_bytes())
+    late[108:112] = np.array(3e8, "<f4").tobytes()  # vox_offset
     nan = head.astype(np.float32)
     nan[50, 50, 10] = np.nan
     contents = {
@@ -310,6 +329,7 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
         "empty.nii.gz": (b"", "not NIfTI"),
         "other.nii": (b"x" * 5000, "not NIfTI"),
         "huge.nii.gz": (gzip.compress(huge), "announces 27000000000000 voxels"),
+        "late.nii.gz": (gzip.compress(late), "announces voxels from byte 300000000 on"),
         "longer.nii.gz": (gzip.compress(nib.Nifti1Image(head, RAS).to_bytes() + bytes(2**21)), "more than its header"),
         "short.nii": (nib.Nifti1Image(head, RAS).to_bytes()[:90000], "ends early"),
         "flat.nii": (nib.Nifti1Image(head[:, :, 0], RAS).to_bytes(), "176×208, not one volume"),
@@ -457,6 +477,10 @@ def test_a_resumed_call_keeps_what_is_done_and_nothing_of_what_has_changed(nifti
     with files.locked(tmp_path / "slices.unfinished"):
         refused(convert(source, tmp_path / "slices"), "another process is at work there")
     assert (tmp_path / "slices.unfinished" / "conversion.json").read_text() == plan
+    (tmp_path / "slices.unfinished" / "keras_png_slices_train" / "@eaDir").mkdir()  # of a network disk
+    (tmp_path / "slices.unfinished" / "records" / "009_1.json").write_text("{}")
+    record = tmp_path / "slices.unfinished" / "records" / "001_1.json"
+    record.write_text(json.dumps({"file": json.loads(record.read_text())["file"]}))
     (tmp_path / "named").symlink_to(tmp_path / "slices")
     done = convert(source, tmp_path / "named", "--skip-bad")
     assert done.returncode == 0, done.stderr

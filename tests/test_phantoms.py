@@ -51,6 +51,17 @@ def test_statistics_of_real_slices(subjects):
     assert np.polyfit(np.log(band), np.log(radial[band]), 1)[0] == pytest.approx(REAL_SLOPE, rel=0.15)
 
 
+def test_other_slices_are_not_written_over(tmp_path):
+    scan = tmp_path / "keras_png_slices_train" / "case_001_slice_0.nii.png"
+    scan.parent.mkdir()
+    scan.write_bytes(b"a real scan")
+    with pytest.raises(UserError, match="holds other slices"):
+        phantoms.write(tmp_path, {"train": [1]}, 1)
+    assert scan.read_bytes() == b"a real scan" and not (tmp_path / phantoms.MARKER).exists()
+    (tmp_path / phantoms.MARKER).write_bytes(b"\xff")
+    assert not phantoms.is_complete(tmp_path)
+
+
 def test_statistics_of_a_known_folder(tmp_path):
     folder = tmp_path / "keras_png_slices_train"
     folder.mkdir()
