@@ -30,6 +30,12 @@ def one_line(error: Exception) -> str:
     return " ".join(words)[:300]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory, of the host or of a device, was not enough."""
+    words = re.search(OUT_OF_MEMORY, str(error))
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and words is not None
+
+
 class Stopped(SystemExit):
     """A signal ends the program. The exit status is 128 plus the signal's number: 130 for SIGINT, 143 for SIGTERM."""
 
@@ -130,6 +136,7 @@ def warn_on_failure(path: Path) -> Iterator[None]:
 
 def run_program(main: Callable[[], None], name: str) -> None:
     """Run a program's `main`. What its user can fix ends it with one line and exit status 1, without a traceback."""
+    sys.excepthook = sys.__excepthook__  # all is imported: see support.early
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by the shell
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
@@ -140,7 +147,7 @@ def run_program(main: Callable[[], None], name: str) -> None:
     except OSError as error:  # a full disk, a folder without write permission
         _fail(f"{name}: error: {error.filename or 'output'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+        if not is_out_of_memory(error):
             raise
         _fail(f"{name}: error: out of memory; try a smaller batch, codebook or number of samples")
     except KeyboardInterrupt:

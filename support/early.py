@@ -30,5 +30,5 @@ def _imported(trace) -> str | None:
     return found
 
 
-PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "skimage", "tqdm", "PIL", "jinja2", "nibabel")
+PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "skimage", "tqdm", "PIL", "scipy", "jinja2", "nibabel")
 sys.excepthook = _say

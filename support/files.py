@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.console import UserError, one_line
+from support.console import UserError, is_out_of_memory, one_line
 
 try:
     import fcntl
@@ -24,11 +25,15 @@ except ImportError:  # Windows
     fcntl = None
 
 
+MOST_VALUES = 10_000_000  # in a checkpoint, beside those of tensors; of losses by step there may be a million
+
+
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
     """`with atomically(path) as temporary`: what is written to `temporary` gets the name `path` when it is complete."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may be writing the same file
+    # another process, perhaps on another machine, may be writing the same file
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -81,13 +86,18 @@ def load(path: str | Path, build: Callable[[Any], Any] = lambda contents: conten
     Raises:
         UserError: the file cannot be read, is not a checkpoint, or `build` refuses its contents with a ValueError.
     """
+    if Path(path).is_fifo():  # which would be waited for
+        raise UserError(f"{path}: is a pipe, not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
             with open(path, "rb") as file:
                 if not zipfile.is_zipfile(file):  # perhaps torch's format of before 2020, which has no checksums
                     raise ValueError
-                if zipfile.ZipFile(file).testzip() is not None:  # torch does not look at checksums
+                archive = zipfile.ZipFile(file)
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):  # torch never does
+                    raise ValueError
+                if archive.testzip() is not None:  # torch does not look at checksums
                     raise ValueError
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except IsADirectoryError:
@@ -96,26 +106,40 @@ def load(path: str | Path, build: Callable[[Any], Any] = lambda contents: conten
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: is not a checkpoint, or holds more than weights; it was not loaded") from None
-    except Exception:  # a damaged archive shows itself in many ways: RuntimeError, EOFError, KeyError, …
+    except Exception as error:  # a damaged archive shows itself in many ways: RuntimeError, EOFError, KeyError, …
+        if is_out_of_memory(error):
+            raise UserError(f"{path}: does not fit into memory") from None
         raise UserError(
             f"{path}: is damaged, or is not a checkpoint of torch 1.6 or later; it was not loaded"
         ) from None
     try:
-        _refuse_repetition(contents)
+        _refuse_what_grows(contents)
         return build(contents)
     except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from None
-    except Exception:  # a file of another origin can hold anything: sparse, quantized, complex tensors, …
+    except Exception as error:  # a file of another origin can hold anything: sparse, quantized, complex tensors, …
+        if is_out_of_memory(error):
+            raise UserError(f"{path}: does not fit into memory") from None
         raise UserError(f"{path}: does not hold what is expected here; it was not loaded") from None
 
 
-def _refuse_repetition(contents: Any) -> None:
-    """Raise ValueError for a tensor that repeats few numbers and would take far more memory than the file has."""
-    if isinstance(contents, Tensor) and contents.nbytes > contents.untyped_storage().nbytes():
-        raise ValueError("a tensor in it is larger than the file")
-    if isinstance(contents, dict | list | tuple):
-        for part in contents.values() if isinstance(contents, dict) else contents:
-            _refuse_repetition(part)
+def _refuse_what_grows(contents: Any) -> None:
+    """Raise ValueError for contents of a file that would take far more time or memory than the file has.
+
+    A tensor may repeat a few numbers or have none, and a list may hold another one many times.
+    """
+    parts, n = [[contents]], 0
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Tensor):
+            if part.is_meta or part.nbytes > part.untyped_storage().nbytes():
+                raise ValueError("a tensor in it repeats its numbers, or has none; save it with .contiguous()")
+        else:
+            n += 50 + len(part)  # as much time as that
+            if n > MOST_VALUES:
+                raise ValueError("it holds too many lists or values")
+            values = part.values() if isinstance(part, dict) else part
+            parts += [value for value in values if isinstance(value, Tensor | dict | list | tuple)]
 
 
 def cpu_state(network: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from support import distributed, files
-from support.console import UserError, one_line
+from support.console import UserError, is_out_of_memory, one_line
 from support.device import FastPath
 
 RESUME_FILE = "resume.pth"
@@ -82,6 +82,10 @@ class Run:
         """The rows of one stage, "vqvae" or "gan"."""
         return [row for row in self.rows if row["stage"] == stage]
 
+    def epochs_of(self, stage: str) -> int:
+        """The number of complete epochs of a stage."""
+        return self.state[stage]["epoch"] if stage in self.state else 0
+
     def save(self) -> None:
         """Write metrics.csv, then resume.pth, which completes an epoch."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -106,6 +110,8 @@ class Run:
         except UserError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {one_line(error)}"
             path = self.folder / RESUME_FILE
             raise UserError(f"{path}: does not fit this run ({reason}); start a new run") from None
@@ -130,7 +136,7 @@ def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
             raise ValueError("it was not written by train.py")
         for stage, part in run.state.items():
             epochs = [row["epoch"] for row in run.rows_of(stage)]
-            if stage not in stages or epochs != list(range(1, part["epoch"] + 1)):
+            if stage not in stages or part["epoch"] != len(epochs) or epochs != list(range(1, len(epochs) + 1)):
                 raise ValueError(f"the rows of {stage} do not match its epochs")
     return run
 
@@ -175,12 +181,19 @@ def environment(device: torch.device) -> dict:
         "commit": _commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: metadata.version(name) for name in packages},
+        **{name: _version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # installed under another name, as pillow-simd is
+        return "unknown"
 
 
 def _commit() -> str:

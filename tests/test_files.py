@@ -1,6 +1,7 @@
 """Files that are never torn, and checkpoints loaded with care."""
 
 import io
+import os
 import pickle
 import resource
 import struct
@@ -14,6 +15,7 @@ from fuzzing import bounded
 from modules import VQVAE, Discriminator, Generator
 from support import files
 from support.console import UserError
+from support.run import Run
 from training.vqvae import load_vqvae
 
 
@@ -129,12 +131,48 @@ def test_a_file_is_quoted_on_one_line_and_briefly(tmp_path):
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
-def test_a_codebook_that_is_larger_than_its_file_is_refused(tmp_path):
-    """A tensor that repeats one number fits in a small file. This one would be 17 GB in a network."""
-    state = VQVAE(16, 4).state_dict() | {"vector_quantizer.embedding.weight": torch.zeros(1).expand(65536, 65536)}
-    torch.save(state, tmp_path / "x.pth")
-    with bounded(), pytest.raises(UserError, match="a tensor in it is larger than the file"):
+@pytest.mark.parametrize("codebook", [torch.zeros(1).expand(65536, 65536), torch.empty(65536, 65536, device="meta")])
+def test_a_codebook_that_is_larger_than_its_file_is_refused(tmp_path, codebook):
+    """A tensor that repeats one number, or has none, fits in a small file. These would be 17 GB in a network."""
+    torch.save(VQVAE(16, 4).state_dict() | {"vector_quantizer.embedding.weight": codebook}, tmp_path / "x.pth")
+    with bounded(), pytest.raises(UserError, match="a tensor in it repeats its numbers, or has none"):
         load_vqvae(tmp_path / "x.pth")
+
+
+def test_what_grows_when_it_is_read_is_refused(tmp_path):
+    lists = [0]
+    for _ in range(60):
+        lists = [lists, lists]  # 2 to the power of 60 values, in a file of some hundred bytes
+    torch.save(lists, tmp_path / "lists.pth")
+    with zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        torch.save({"x": torch.zeros(10**8 // 4)}, buffer := io.BytesIO())
+        for part in (archive := zipfile.ZipFile(buffer)).namelist():
+            packed.writestr(part, archive.read(part))
+    del buffer, archive
+    for name, said in (("lists", "too many lists"), ("packed", "is damaged, or is not")):
+        with bounded(), pytest.raises(UserError, match=said):
+            files.load(tmp_path / f"{name}.pth")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth: is a pipe"):
+        files.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_what_does_not_fit_into_memory_is_not_called_damaged(tmp_path, monkeypatch, error):
+    def fail(*words, **settings):
+        raise error
+
+    files.save([1], tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth: does not fit into memory"):
+        files.load(tmp_path / "x.pth", fail)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match="x.pth: does not fit into memory"):
+        files.load(tmp_path / "x.pth")
+    with pytest.raises(type(error)), Run(None, tmp_path).restoring():
+        fail()
 
 
 @pytest.mark.parametrize("contents", [[1, 2], 7, {"a": 1}, {"vector_quantizer.embedding.weight": 3}])

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import png_of, refused, run_program
-from fuzzing import FUZZ, bounded, changed, damaged
+from fuzzing import FEW, FUZZ, bounded, changed, damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset import DataError, read_png
+from dataset import DataError, OasisDataset, read_png
 from modules import VQVAE, Generator, UNet
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run
 from training.config import Config
 from training.prior import FlowPrior, GeneratorPrior, load_prior
-from training.vqvae import load_vqvae
+from training.vqvae import VQVAEStage, load_vqvae
 
 
 def png(mode: str, seed: int) -> bytes:
@@ -165,7 +165,8 @@ def repacked(draw, checkpoint: bytes) -> bytes:
     described = [name for name in parts if name.endswith("data.pkl")]  # what the tensors are
     name = draw(st.sampled_from(described * len(parts) + list(parts)))
     parts[name] = draw(damaged([parts[name]]))
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+    kind = draw(st.sampled_from((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,)))
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", kind) as archive:
         for name, content in parts.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -183,6 +184,29 @@ def test_a_strange_checkpoint_is_read_or_refused(path, model, checkpoint, choice
             assert str(error).startswith(f"{path}: ") and str(error).isprintable()
             return
     assert all(value.isfinite().all() for value in found.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def stage(data, tmp_path_factory) -> VQVAEStage:
+    """Of a small VQ-VAE, after a step."""
+    run = Run(Config(n_embeddings=8, embeddings_dim=4), tmp_path_factory.mktemp("stage"), fast_path=FastPath("cpu"))
+    stage = VQVAEStage(run, *(OasisDataset(data, split) for split in ("train", "validate")))
+    stage.step(stage.train_set.batch([0, 1]), 2, 0, torch.Generator().manual_seed(0))
+    return stage
+
+
+@FEW
+@given(choices=st.data())
+def test_a_strange_state_of_a_stage_trains_or_does_not_fit(stage, choices):
+    """It may be of numbers that do not make sense. What it may not do is to write beyond the end of a tensor."""
+    strange = choices.draw(changed(stage.state_dict()))
+    try:
+        with bounded(), stage.run.restoring():
+            stage.load_state_dict(strange)
+    except UserError as error:
+        assert "does not fit this run" in str(error) and str(error).isprintable()
+        return
+    stage.step(stage.train_set.batch([0, 1]), 2, 0, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module", params=["generator", "flow"])

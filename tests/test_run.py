@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import dataclass
+from importlib import metadata
 
 import pytest
 import torch
@@ -57,6 +58,8 @@ def test_resuming_what_is_no_run(tmp_path):
         {**good, "state": {"vqvae": {}}, "rows": []},
         {**good, "state": {"vqvae": {"epoch": "x"}}, "rows": [row]},
         {**good, "state": {"vqvae": {"epoch": 2}}, "rows": [row]},
+        {**good, "state": {"vqvae": {"epoch": 10**12}}, "rows": [row]},
+        {**good, "state": {"vqvae": {"epoch": -1}}, "rows": []},
         {**good, "state": {"other": {"epoch": 0}}, "rows": []},
         {**good, "state": {"vqvae": {"epoch": 1}}, "rows": [{}]},
         {**good, "state": {}, "rows": [], "options": {"no_such_option": 1}},
@@ -100,6 +103,17 @@ def test_what_is_no_run_json_is_refused(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match="run.json: .*repair or remove it"):
         read_record(tmp_path)
+
+
+def test_a_package_under_another_name_costs_nothing(monkeypatch):
+    def version(name: str) -> str:
+        if name == "pillow":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = environment(torch.device("cpu"))
+    assert found["pillow"] == "unknown" and found["numpy"] == "1.0"
 
 
 def test_derived_seeds_differ_and_repeat():

@@ -221,6 +221,12 @@ def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_
         saved["state"][stage][part][key] = {"weight": torch.zeros(3)}
         torch.save(saved, spoilt / "resume.pth")
         refused(run_program("train.py", "--resume", spoilt, cwd=folder), "resume.pth", "start a new run")
+    text = [row | {"ssim_mean": "x"} if "ssim_mean" in row else row for row in saved["rows"]]
+    torch.save(resume_file(run) | {"rows": text}, spoilt / "resume.pth")
+    refused(run_program("train.py", "--resume", spoilt, cwd=folder), "ssim_mean is not a number", "start a new run")
+    torch.save(resume_file(run) | {"state": {"gan": saved["state"]["gan"]}}, spoilt / "resume.pth")
+    done = run_program("train.py", "--resume", spoilt, "--dry-run", cwd=folder)
+    assert "VQ-VAE: 2 epochs of 4 steps, 0 complete" in done.stdout, done.stderr
     torch.save(VQVAE(64).state_dict(), spoilt / "vqvae.pth")
     torch.save(resume_file(run), spoilt / "resume.pth")
     refused(run_program("train.py", "--resume", spoilt, cwd=folder), "vqvae.pth", "has changed since the DCGAN began")
@@ -380,16 +386,18 @@ def test_a_program_of_its_own_refuses_in_one_line_and_finds_its_modules_from_any
 
 
 def test_what_ends_a_program_while_it_imports_is_one_line(tmp_path):
-    for name, raised, code, said in (
-        ("torch", "KeyboardInterrupt", -signal.SIGINT, "Stopped before anything was done."),
-        ("torch", "ModuleNotFoundError('no', name='torch')", 1, "error: the package torch is not installed"),
-        ("torch", "ValueError('LOGS=x\\n')", 1, "error: torch cannot be imported (ValueError: LOGS=x)\n"),
+    scripts = (["train.py"], ["predict.py", "x.pth"], ["-m", "preparation.oasis"], ["-m", "preparation.phantoms"])
+    for name, raised, code, said, used in (
+        ("torch", "KeyboardInterrupt", -signal.SIGINT, "Stopped before anything was done.", scripts),
+        ("torch", "ValueError('LOGS=x\\n')", 1, "error: torch cannot be imported (ValueError: LOGS=x)\n", scripts),
+        ("scipy", "ModuleNotFoundError('no', name='scipy')", 1, "error: the package scipy is not", scripts[3:]),
     ):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "__init__.py").write_text(f"raise {raised}")
-        for script in ("train.py", "predict.py"):
-            words = [sys.executable, PROJECT / script, "x.pth"]
-            done = subprocess.run(words, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(f"raise {raised}")
+        for words in used:
+            command, environment = [sys.executable, *words], {"PYTHONPATH": str(folder)}
+            done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
             assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == 1
 
 

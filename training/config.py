@@ -223,7 +223,7 @@ def _resumed_run(given: dict[str, Any]) -> Run:
     if run.config.only == prior:
         run.config.vqvae = str((run.folder / "vqvae.pth").resolve())
     print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
-    if prior in run.state and run.config.only != prior and run.state["vqvae"]["epoch"] < run.config.epochs:
+    if prior in run.state and run.config.only != prior and run.epochs_of("vqvae") < run.config.epochs:
         print(f"The VQ-VAE trains further, so the {STAGES[prior][0]} begins anew; its files will be replaced.")
         del run.state[prior]
         run.rows = run.rows_of("vqvae")
@@ -236,7 +236,7 @@ def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
     """The run's fast path: kept as far as it works when it is resumed, chosen anew on another type of device."""
     config = run.config
     kept = run.fast_path if run.fast_path and run.fast_path.device == run.device.type else None
-    if kept and run.state.get("vqvae", {"epoch": 0})["epoch"] >= config.epochs:  # only the prior is left
+    if kept and run.epochs_of("vqvae") >= config.epochs:  # only the prior is left
         return kept
     # priors are not compiled
     n_steps = 0 if config.only in PRIORS else config.epochs * math.ceil(n_images / config.batch_size)
@@ -256,7 +256,7 @@ def print_plan(given: dict[str, Any]) -> None:
         print(f"Data: phantoms, which would be written to {data} ({counts['train']} training images)")
     print(f"Device: {choose_device(config.device)}. Folder: {run.folder or 'a new one in ' + config.out}")
     for stage, title, epochs, batch_size in stages(config):
-        done, steps = run.state.get(stage, {}).get("epoch", 0), math.ceil(counts["train"] / batch_size)
+        done, steps = run.epochs_of(stage), math.ceil(counts["train"] / batch_size)
         print(f"{title}: {epochs - done} epochs of {steps} steps, {done} complete")
     options = dataclasses.asdict(config)
     print("Options: " + ", ".join(f"{name} {value}" for name, value in options.items() if value is not None))
@@ -268,7 +268,7 @@ def how_to_resume(run: Run) -> str:
     if run.folder is None or not (run.folder / RESUME_FILE).exists():
         return "Stopped. No epoch was complete, so there is nothing to resume."
     for stage, title, epochs, _ in stages(run.config):
-        done = run.state.get(stage, {}).get("epoch", 0)
+        done = run.epochs_of(stage)
         if done < epochs:
             return f"Stopped. To resume at {title} epoch {done + 1}: {resume_command(run)}"
     return f"Stopped. To draw the last figures: {resume_command(run)}"

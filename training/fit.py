@@ -25,9 +25,12 @@ class Stage:
         columns: tuple of names of the values that `step` returns; their means over images go into metrics.csv.
         epochs, batch_size: number of epochs, and images in a step of all processes together.
         average_decay: of the EMA of the weights.
+        chosen_by: the column that chooses the epoch whose weights are kept; None if that is the last.
         networks, optimizers: dicts of what is trained, by name.
         averages: dict of the EMA copies of networks, under the same names.
     """
+
+    chosen_by: str | None = None
 
     def __init__(self, run: Run):
         self.run = run
@@ -93,18 +96,20 @@ def fit(stage: Stage, run: Run) -> None:
 
     Raises UserError if a loss or weight is not finite, or if the run's state does not fit the stage.
     """
-    saved = run.state.get(stage.name, {"epoch": 0})
-    history = {column: [] for column in stage.columns}
-    if saved["epoch"]:
+    done, history = run.epochs_of(stage.name), {column: [] for column in stage.columns}
+    if done:
         with run.restoring():
+            saved = run.state[stage.name]
             stage.load_state_dict(saved)
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
+            if stage.chosen_by and not all(isinstance(r[stage.chosen_by], float) for r in run.rows_of(stage.name)):
+                raise ValueError(f"{stage.chosen_by} is not a number in each of its rows")
     with exact_float32():
-        if not saved["epoch"]:
+        if not done:
             stage.start()
         data = stage.data()
 
-    for epoch in range(saved["epoch"] + 1, stage.epochs + 1):
+    for epoch in range(done + 1, stage.epochs + 1):
         # Train.
         started = time.perf_counter()
         losses = train_epoch(stage, data, epoch, run.config.seed)

@@ -36,7 +36,7 @@ class FlowStage(PriorStage):
     """
 
     name, title = "flow", "Flow"
-    columns = ("flow_loss",)
+    columns, chosen_by = ("flow_loss",), "validation_loss"
     average_decay = AVERAGE_DECAY
 
     def __init__(
@@ -132,7 +132,7 @@ class FlowStage(PriorStage):
             files.save(self.prior.checkpoint(), self.run.folder / "flow.pth")
 
     def _best_row(self) -> dict:
-        return min(self.run.rows_of(self.name), key=lambda row: row["validation_loss"])  # the earliest of equal ones
+        return min(self.run.rows_of(self.name), key=lambda row: row[self.chosen_by])  # the earliest of equal ones
 
     @exact_float32()
     def best(self) -> FlowPrior:

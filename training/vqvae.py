@@ -34,7 +34,7 @@ class VQVAEStage(Stage):
     """
 
     name, title = "vqvae", "VQ-VAE"
-    columns = ("training_loss", "vq_loss")
+    columns, chosen_by = ("training_loss", "vq_loss"), "ssim_mean"
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class VQVAEStage(Stage):
             files.save(files.cpu_state(self.average), self.run.folder / "vqvae.pth")
 
     def _best_row(self) -> dict:
-        return max(self.run.rows_of(self.name), key=lambda row: row["ssim_mean"])  # the earliest of equal ones
+        return max(self.run.rows_of(self.name), key=lambda row: row[self.chosen_by])  # the earliest of equal ones
 
     def _print(self, row: dict) -> None:
         print(f"Epoch: {row['epoch']}")
