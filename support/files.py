@@ -135,7 +135,7 @@ def _refuse_what_grows(contents: Any) -> None:
             if part.is_meta or part.nbytes > part.untyped_storage().nbytes():
                 raise ValueError("a tensor in it repeats its numbers, or has none; save it with .contiguous()")
         else:
-            n += 50 + len(part)  # as much time as that
+            n += 50 + len(part)  # a list takes as much time as 50 numbers
             if n > MOST_VALUES:
                 raise ValueError("it holds too many lists or values")
             values = part.values() if isinstance(part, dict) else part

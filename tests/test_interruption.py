@@ -186,8 +186,7 @@ def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start,
     }[use]
     rng, seconds = random.Random(1), 0
     for kill in range(max(1, KILLS // 5)):
-        if use in ("slices", "phantoms"):
-            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         process = start(tmp_path, *words)
         wait(process, rng.uniform(0, seconds), tmp_path, kill == 0 or rng.random() < 0.7)
         process.kill()
