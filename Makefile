@@ -18,7 +18,7 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
-# longer versions of some tests, by hand: 110,000 strange inputs; 300 kills
+# longer versions of some tests, by hand: 112,500 strange inputs; 300 kills
 fuzz: .venv/installed
 	FUZZ=10000 .venv/bin/python -m pytest tests/test_fuzz*.py
 
