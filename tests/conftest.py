@@ -123,6 +123,14 @@ def write_heads(folder: Path, n: int = 3) -> np.ndarray:
     return head
 
 
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory) -> Path:
+    """A folder of three small volumes. Not to be changed."""
+    folder = tmp_path_factory.mktemp("heads")
+    write_heads(folder)
+    return folder
+
+
 def png_of(chunks) -> bytes:
     """A PNG of chunks, each a kind and its data, with checksums that are right."""
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]

@@ -1,7 +1,7 @@
 """Options and environments in random combinations: each is used, or refused in one line."""
 
 import pytest
-from conftest import refused, run_program, write_heads
+from conftest import refused, run_program
 from fuzzing import FEW, FUZZ
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,13 +70,6 @@ OASIS = {
     "--plane": ["axial", "coronal", "sagittal"],
     "--split": ["nowhere.csv"],
 }
-
-
-@pytest.fixture(scope="module")
-def heads(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("heads")
-    write_heads(folder)
-    return folder
 
 
 @FUZZ

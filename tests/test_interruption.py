@@ -31,7 +31,6 @@ from conftest import (
     resume_file,
     rows,
     run_program,
-    write_heads,
 )
 
 import predict
@@ -164,13 +163,6 @@ def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, dat
     assert run_program("train.py", *more, shared, cwd=tmp_path).returncode == 0
     assert_same_weights(alone, shared, ["vqvae.pth"])
     assert_same_history(alone, shared, ["vqvae"])
-
-
-@pytest.fixture
-def heads(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("heads")
-    write_heads(folder)
-    return folder
 
 
 @pytest.mark.parametrize("use", ["scores", "codes", "samples", "slices", "phantoms"])
