@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from modules import VQVAE, Generator, UNet, dcgan_init
 from support.console import UserError
 from training.latents import codebook_hash
-from training.prior import TEMPERATURE, FlowPrior, GeneratorPrior, load_prior, walk
+from training.prior import LARGEST_FACTOR, TEMPERATURE, FlowPrior, GeneratorPrior, load_prior, transport, walk
+from training.scale import covariance_spectrum, multiply_spectrum
 
 
 def test_samples_are_snapped_to_the_codebook(vqvae, latents):
@@ -28,35 +29,47 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     torch.testing.assert_close(images, vqvae.decode(codes).clamp(0, 1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_calibration_brings_generated_power_towards_that_of_real_latents(vqvae, latents, share):
-    class Weak(torch.nn.Module):
-        """A generator that draws real latents, some of them too weak or blurred: its noise holds their numbers."""
+def test_calibration_gives_generated_latents_the_covariance_of_real_ones(vqvae, latents):
+    class Wrong(torch.nn.Module):
+        """A generator that draws real latents, some too weak, blurred or mixed: its noise holds their numbers."""
 
         def forward(self, noise):
             c = latents.batch([int(n) for n in noise[:, 0, 0, 0]])
             c[:, 1] *= 0.7
-            c[:, 2] = (c[:, 2] + F.avg_pool2d(c[:, 2:3], 3, 1, 1)[:, 0]) / 2
+            c[:, 2] = 0.7 * c[:, 2] + 0.3 * F.avg_pool2d(c[:, 2:3], 3, 1, 1)[:, 0]
+            c[:, 4] += 0.4 * c[:, 3]
             return torch.einsum("dk,bkhw->bdhw", latents.scale.mix, c)
 
-    free = replace(latents.scale, outline=torch.zeros(()), amplitudes=torch.tensor([0.0, 1e9]))
-    prior, numbers = GeneratorPrior(Weak().eval(), free, vqvae), torch.arange(15.0).view(15, 1, 1, 1)
-    prior.calibration = share
+    free = replace(latents.scale, amplitudes=torch.tensor([0.0, 1e9]))
+    prior, numbers = GeneratorPrior(Wrong().eval(), free, vqvae), torch.arange(15.0).view(15, 1, 1, 1)
+    frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)) * 64
+
+    def covariances(c):
+        spectrum = np.fft.fft2(c.numpy())
+        products = np.einsum("bkhw,blhw->klhw", spectrum, spectrum.conj()).real
+        return np.stack([products[:, :, np.abs(frequency - n) < 0.5].mean(-1) for n in range(2, 32)])
+
     for _ in range(2):  # a second time changes nothing
-        prior.calibrate(latents.power, free, numbers)
-        before, after = (
-            free.coefficients(scale.latents(free.generated(prior.network(numbers)))) for scale in (free, prior.scale)
-        )
-        weak, found, real = (np.abs(np.fft.fft2(c.numpy())) ** 2 for c in (before, after, latents.batch(range(15))))
-        for k in range(real.shape[1]):
-            for part in (np.s_[:, k], np.s_[:, k, 8:24, 8:24]):
-                expected = weak[part].mean() ** (1 - share) * real[part].mean() ** share
-                assert found[part].mean() == pytest.approx(expected, rel=0.1)
-        assert (
-            weak[:, 1].mean() < 0.6 * real[:, 1].mean()
-            and weak[:, 2, 8:24, 8:24].mean() < 0.6 * real[:, 2, 8:24, 8:24].mean()
-        )
-    assert torch.equal(prior.scale.shift, free.shift)
+        prior.calibrate(covariance_spectrum(latents.batch(range(15))), numbers)
+        calibrated = multiply_spectrum(prior.coefficients(numbers), prior.gain)
+        real, wrong, found = map(covariances, (latents.batch(range(15)), prior.coefficients(numbers), calibrated))
+        sizes = np.sqrt(np.einsum("rkk,rll->rkl", real, real))
+        assert np.abs((wrong - real) / sizes).max() > 0.3
+        np.testing.assert_allclose(found / sizes, real / sizes, rtol=0, atol=0.02)
+    codes = vqvae.vector_quantizer.nearest(free.latents(calibrated))
+    assert (prior.sample(numbers) == codes).float().mean() > 0.999
+
+
+def test_transport_is_the_symmetric_map_between_two_covariances():
+    roots = 0.05 * torch.randn(2, 9, 6, 6, generator=torch.Generator().manual_seed(0)) + torch.eye(6)
+    a, b = roots @ roots.mT
+    t = transport(a, b)
+    torch.testing.assert_close(t, t.mT)
+    assert torch.linalg.eigvalsh(t).min() > 0
+    torch.testing.assert_close(t @ a @ t, b, rtol=1e-3, atol=1e-4)
+    much = transport(a, 100 * a), transport(a, a / 100), transport(a, a)  # a change of amplitudes by 10 is too much
+    for found, expected in zip(much, (LARGEST_FACTOR, 1 / LARGEST_FACTOR, 1), strict=True):
+        torch.testing.assert_close(found, (expected * torch.eye(6)).expand_as(found), rtol=0, atol=1e-3)
 
 
 def test_batch_statistics_are_measured_for_the_weights_as_they_are(vqvae, latents):
@@ -143,7 +156,11 @@ def test_what_a_flow_learns_are_2x2_positions_as_channels(vqvae, latents):
 def test_a_file_there_and_back(priors, vqvae, tmp_path, kind, tolerance):
     prior, path = priors[kind], tmp_path / "x.pth"
     torch.save(prior.checkpoint(), path)
+    assert load_prior(path, vqvae).gain is None
+    prior.gain = torch.randn(45, 6, 6, generator=torch.Generator().manual_seed(2))
+    torch.save(prior.checkpoint(), path)
     again = load_prior(path, vqvae)
+    assert torch.equal(again.gain, prior.gain)
     assert type(again) is type(prior) and again.noise_shape == prior.noise_shape
     noise = torch.randn(2, *prior.noise_shape, generator=torch.Generator().manual_seed(1))
     if kind == "flow":
@@ -177,6 +194,9 @@ def test_the_file_of_another_codebook_is_refused(priors, vqvae, tmp_path, kind):
         ("generator", "scale", 1.0, "'scale' is not"),
         ("generator", "mix", torch.zeros(8, 5), "'mix' is not 8 x 6"),
         ("generator", "amplitudes", torch.tensor([2.0, 1.0]), "'amplitudes' are not in order"),
+        ("generator", "gain", torch.full((45, 6, 6), torch.inf), "'gain' has values that are not finite"),
+        ("generator", "gain", torch.ones(44, 6, 6), "'gain' is not 45 x 6 x 6"),
+        ("flow", "gain", [], "'gain' is not"),
         ("flow", "state_dict", {}, "weights of this UNet"),
         ("flow", "factor", 0.0, "'factor'"),
         ("flow", "factor", torch.ones(1), "'factor'"),

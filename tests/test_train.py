@@ -33,8 +33,8 @@ from modules import VQVAE
 from support import seeds
 from training.config import FIELDS, flag
 from training.latents import Latents
-from training.prior import LARGEST_FACTOR, load_prior
-from training.scale import LatentScale, power_spectrum
+from training.prior import LARGEST_FACTOR, load_prior, transport
+from training.scale import LatentScale, covariance_spectrum
 from training.vqvae import load_vqvae
 
 
@@ -311,9 +311,10 @@ def test_the_flow_is_calibrated_in_the_end(flowed, data):
     fitted = LatentScale(**resume_file(run)["state"]["flow"]["extra"]["scale"])
     generated = prior.coefficients(prior.noise(15, seeds.generator(5, "calibration")))
     real = Latents(vqvae, OasisDataset(data, "train"), fitted).batch(range(15))
-    factor = (power_spectrum(real) / power_spectrum(generated)).sqrt().clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
-    assert ((1 / LARGEST_FACTOR < factor) & (factor < LARGEST_FACTOR)).double().mean() > 0.2
-    torch.testing.assert_close(prior.scale.scale, fitted.scale / factor, rtol=1e-3, atol=0)
+    expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
+    assert (torch.linalg.eigvalsh(expected) < 0.99 * LARGEST_FACTOR).double().mean() > 0.2
+    torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
+    assert torch.equal(prior.scale.scale, fitted.scale)
 
 
 def test_a_killed_flow_resumed_equals_an_uninterrupted_one(flowed, trained, data, folder):

@@ -84,7 +84,7 @@ class DCGANStage(PriorStage):
         if self.update.average_decay:
             self.prior.measure_statistics(noise)
         if self.update.calibrated:
-            self.prior.calibrate(self.latents.power, self.scale, noise)
+            self.prior.calibrate(self.latents.covariance, noise)
         return measures | self.measure(epoch)
 
     def _judge_validation(self) -> float:

@@ -112,7 +112,7 @@ class FlowStage(PriorStage):
 
     def calibrate(self, prior: FlowPrior) -> None:
         noise = self.noise(min(CALIBRATION, len(self.train_set)), "calibration")
-        prior.calibrate(self.data().power, self.scale, noise)
+        prior.calibrate(self.data().covariance, noise)
 
     def drawn_now(self, epoch: int) -> bool:
         """After the first epoch, and with each measure: samples take a third of an epoch's time."""
@@ -127,7 +127,7 @@ class FlowStage(PriorStage):
         self.figures.losses("flow_losses.png", losses, rows, "Flow training", "flow_loss", "validation_loss")
 
     def save_weights(self, row: dict) -> None:
-        self.prior.scale = self.scale  # `best` calibrates it
+        self.prior.gain = None  # `best` calibrates it
         if row is self._best_row():
             files.save(self.prior.checkpoint(), self.run.folder / "flow.pth")
 

@@ -23,7 +23,7 @@ class PlainUpdate:
 
     fit_scale = LatentScale.of_codebook  # (vqvae, train_set) -> the map between latents and the generator's range
     quantized = True  # whether real latents are embeddings, or the encoder's output before quantization
-    calibrated = False  # whether samples are, by `latents.Prior.calibrate`
+    calibrated = False  # whether samples are, by `training.prior.Prior.calibrate`
     average_decay = 0.0  # of the EMA of the generator's weights, which draws the samples
     most_start_steps = 0  # in which the generator learns real latents before it meets a discriminator
     generated = seen = staticmethod(lambda x: x)  # the methods of `LatentScale`

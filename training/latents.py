@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from modules import VQVAE
 from support.console import in_batches
 from support.device import fits, move
-from training.scale import LatentScale, power_spectrum
+from training.scale import LatentScale, covariance_spectrum
 
 
 class Latents(Dataset):
@@ -63,9 +63,9 @@ class Latents(Dataset):
     __getitems__ = batch  # what DataLoader calls
 
     @cached_property
-    def power(self) -> Tensor:
-        """`power_spectrum` of `spaced` images."""
-        return power_spectrum(self.spaced())
+    def covariance(self) -> Tensor:
+        """`covariance_spectrum` of `spaced` images."""
+        return covariance_spectrum(self.spaced())
 
     def spaced(self, most: int = 512) -> Tensor:
         """At most so many images, spaced evenly: (N, K, 64, 64)."""

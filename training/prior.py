@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +16,9 @@ from modules import VQVAE, Generator, UNet
 from support import console, files
 from support.device import move
 from training.latents import codebook_hash
-from training.scale import LatentScale, power_spectrum
+from training.scale import N_RINGS, LatentScale, covariance_spectrum, multiply_spectrum
 
-LARGEST_FACTOR = 2.0  # of calibration
+LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 STEPS, FINER = 16, 1.5  # of the flow's solver: as near to 100 equal steps as 25 equal ones (docs/results.md)
 TEMPERATURE = 0.92  # of its noise
 
@@ -27,10 +27,10 @@ class Prior:
     """A network that makes coefficients of noise, and what turns these into brains: their scale and the VQ-VAE.
 
     All are on one device. What is made from samples of a prior trained on phantoms says so. A subclass has
-    `noise_shape`, `coefficients` and `calibration`.
+    `noise_shape` and `coefficients`.
     """
 
-    calibration: float  # how far it goes, from 0 to 1 (docs/results.md)
+    gain: Tensor | None = None  # (R, K, K), what calibration multiplies coefficients by at each ring of frequencies
 
     def __init__(self, network: nn.Module, scale: LatentScale, vqvae: VQVAE, phantoms: bool = False):
         self.network, self.scale, self.vqvae, self.phantoms = network, scale, vqvae, phantoms
@@ -41,7 +41,7 @@ class Prior:
         raise NotImplementedError
 
     def coefficients(self, noise: Tensor) -> Tensor:
-        """Noise (B, *noise_shape), on the network's device -> coefficients (B, K, 64, 64) of `scale`."""
+        """Noise (B, *noise_shape), on the network's device -> coefficients (B, K, 64, 64), not calibrated."""
         raise NotImplementedError
 
     def noise(self, n: int, rng: torch.Generator) -> Tensor:
@@ -52,6 +52,8 @@ class Prior:
     def sample(self, noise: Tensor) -> Tensor:
         """Noise (B, *noise_shape) -> codes (B, 64, 64): generated latents snapped to the nearest embeddings."""
         c = self.coefficients(noise.to(self.scale.support.device))
+        if self.gain is not None:
+            c = multiply_spectrum(c, self.gain)
         return self.vqvae.vector_quantizer.nearest(self.scale.latents(c))
 
     def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:
@@ -65,30 +67,29 @@ class Prior:
         return torch.cat(images)
 
     @torch.no_grad()
-    def calibrate(self, power: Tensor, fitted: LatentScale, noise: Tensor) -> None:
-        """Bring the power of generated latents towards that of real ones, at each spatial frequency.
+    def calibrate(self, real: Tensor, noise: Tensor) -> None:
+        """Give generated coefficients the covariance of real ones, at each radial frequency, by the least change.
 
         A discriminator with BatchNorm hardly sees amplitudes, and a mean squared error favours small ones, so
         coefficients may be too weak.
 
         Args:
-            power: `power_spectrum` of real coefficients.
-            fitted: the scale that the network was trained with.
+            real: `covariance_spectrum` of real coefficients.
             noise: (B, *noise_shape), on the CPU, of the samples that are compared.
         """
-        parts = [move(part, fitted.support.device) for part in noise.split(32)]
-        generated = torch.cat([self.coefficients(part) for part in parts])
-        factor = (power / power_spectrum(generated)) ** (self.calibration / 2)  # of amplitudes
-        self.scale = replace(fitted, scale=fitted.scale / factor.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR))
+        device = self.scale.support.device
+        generated = torch.cat([self.coefficients(move(part, device)) for part in noise.split(32)])
+        self.gain = transport(covariance_spectrum(generated), real)
 
     def checkpoint(self) -> dict:
         """The contents of the prior's file."""
-        return {
+        contents = {
             "state_dict": files.cpu_state(self.network),
             **self.scale.to("cpu").tensors(),
             "codebook": codebook_hash(self.vqvae),
             "phantoms": self.phantoms,
         }
+        return contents if self.gain is None else contents | {"gain": self.gain.cpu()}
 
     @classmethod
     def untrained(cls, contents: dict, *words) -> "Prior":
@@ -101,8 +102,6 @@ class Prior:
 
 class GeneratorPrior(Prior):
     """The DCGAN's generator. Its noise vectors are (128, 1, 1)."""
-
-    calibration = 0.5  # what it has not learned is noise, which would become grain
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -131,8 +130,6 @@ class FlowPrior(Prior):
     Euler's. They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s. It starts from the noise times
     TEMPERATURE; calibration restores the power that this costs.
     """
-
-    calibration = 1.0
 
     def __init__(self, network: UNet, factor: float, *words, steps: int = STEPS, **settings):
         super().__init__(network, *words, **settings)
@@ -198,9 +195,39 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     kind = FlowPrior if "factor" in contents else GeneratorPrior
     prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
     files.load_state(prior.network, contents["state_dict"])
+    if "gain" in contents:
+        prior.gain = _checked_gain(contents["gain"], len(scale.scale)).to(weight.device)
     for network in (prior.network, vqvae):  # as in training, for the same digits
         network.to(weight.device, memory_format=torch.channels_last).eval()
     return prior
+
+
+def _checked_gain(gain: Tensor, n: int) -> Tensor:
+    """(R, n, n) float32. Raises ValueError if it is not one finite matrix for each ring of frequencies."""
+    if not isinstance(gain, Tensor) or gain.shape != (N_RINGS, n, n) or not gain.is_floating_point():
+        raise ValueError(f"its 'gain' is not {N_RINGS} x {n} x {n} numbers")
+    if not gain.float().isfinite().all():
+        raise ValueError("its 'gain' has values that are not finite")
+    return gain.float()
+
+
+def transport(generated: Tensor, real: Tensor) -> Tensor:
+    """The symmetric matrices T (R, K, K) with T A T = B, for covariances A and B (R, K, K) of two sides.
+
+    They map the one normal distribution to the other by the least change in mean square (Peyré and Cuturi 2019, arXiv
+    1803.00567, remark 2.31). Their eigenvalues are kept within LARGEST_FACTOR, and its inverse.
+    """
+    a, b = generated.cpu().double(), real.cpu().double()  # MPS has no float64
+    root, inverse = _power(a, 0.5), _power(a, -0.5)
+    values, vectors = torch.linalg.eigh(inverse @ _power(root @ b @ root, 0.5) @ inverse)
+    values = values.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+    return (vectors * values[:, None] @ vectors.mT).to(generated)
+
+
+def _power(a: Tensor, exponent: float) -> Tensor:
+    """Of symmetric matrices (R, K, K) with eigenvalues that are positive, or 0 but for rounding."""
+    values, vectors = torch.linalg.eigh(a)
+    return vectors * values.clamp(min=1e-12).pow(exponent)[:, None] @ vectors.mT
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:

@@ -22,6 +22,7 @@ EMPHASIS = 0.5  # exponent of the amplitude spectrum that latents are divided by
 AMPLITUDES_CUT = 0.02  # share of real images below, and above, the range of generated amplitudes
 CLIPPED = 0.005  # share of the head's values that tanh's range cuts off
 POSITIONS = 3  # channels that tell a discriminator where it is
+N_RINGS = 45  # of the frequencies of 64 x 64 positions, one cycle wide
 OUTLINE = 0.4  # length of latents that belong to a head, as a share of the root mean square length in heads
 MARGIN = 2  # positions around heads
 
@@ -242,14 +243,35 @@ def _filter(c: Tensor, gain: Tensor) -> Tensor:
 def power_spectrum(c: Tensor) -> Tensor:
     """Mean power of coefficients c (B, K, H, W) by radial frequency, at each frequency of rfft2: (K, H, W // 2 + 1).
 
-    Rings are one cycle per image wide, the constant part belongs to the first. Logarithms are averaged over three.
+    The diagonals of `covariance_spectrum`; their logarithms are averaged over three rings.
     """
-    size = c.shape[-1]
-    power = sum(torch.fft.fft2(x, norm="ortho").abs().square().sum(0) for x in c.split(32)).flatten(1) / len(c)
-    frequency = torch.fft.fftfreq(size, device=c.device)
-    frequency = torch.hypot(frequency[:, None], frequency)
-    ring = (frequency * size).round().long().clamp(min=1).flatten() - 1
-    total = power.new_zeros(len(power), int(ring.max()) + 1).index_add_(1, ring, power)
-    mean = (total / torch.bincount(ring)).clamp(min=1e-12).log()
+    mean = covariance_spectrum(c).diagonal(dim1=1, dim2=2).T.clamp(min=1e-12).log()
     smooth = F.avg_pool1d(F.pad(mean[None], (1, 1), mode="replicate"), 3, 1)[0].exp()
-    return smooth[:, ring].view(-1, size, size)[:, :, : size // 2 + 1].contiguous()
+    return smooth[:, _rings(c)[:, : c.shape[-1] // 2 + 1]].contiguous()
+
+
+def covariance_spectrum(c: Tensor) -> Tensor:
+    """Mean products of the coefficients c (B, K, H, W), two by two, by radial frequency: (R, K, K) for R rings.
+
+    Rings are one cycle per image wide, the constant part belongs to the first.
+    """
+    ring = _rings(c).flatten()
+    total = c.new_zeros(int(ring.max()) + 1, c.shape[1], c.shape[1])
+    for part in c.split(32):
+        f = torch.fft.fft2(part, norm="ortho").flatten(2)
+        total.index_add_(0, ring, torch.einsum("bkp,blp->pkl", f, f.conj()).real)
+    return total / (len(c) * torch.bincount(ring))[:, None, None]
+
+
+def multiply_spectrum(c: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply the Fourier transform of c (B, K, H, W), at each frequency, by its ring's matrix, of (R, K, K)."""
+    gain = matrices[_rings(c)[:, : c.shape[-1] // 2 + 1]]
+    f = torch.einsum("hwkl,blhw->bkhw", gain.to(torch.cfloat), torch.fft.rfft2(c))
+    return torch.fft.irfft2(f, s=c.shape[-2:])
+
+
+def _rings(c: Tensor) -> Tensor:
+    """The ring of each frequency of the Fourier transform of c (B, K, H, H), from 0: (H, H)."""
+    size = c.shape[-1]
+    frequency = torch.fft.fftfreq(size, device=c.device)
+    return (torch.hypot(frequency[:, None], frequency) * size).round().long().clamp(min=1) - 1
