@@ -222,18 +222,27 @@ def _flow_step(rank):
 
 
 def _best_flow(folder, rank):
-    """The weights that the stage ends with. Only rank 0 knows the run's folder."""
+    """The weights and the calibration that the stage ends with, from a file whose scale holds one already.
+
+    Only rank 0 knows the run's folder.
+    """
     stage = _flow(folder if rank == 0 else None)
     if rank == 0:
         stage.run.rows = [{"stage": "flow", "epoch": 1, "validation_loss": 0.5}]
         stage.save_weights(stage.run.rows[0])
-    return stage.best().network.state_dict()
+        contents = torch.load(folder / "flow.pth", weights_only=True)
+        torch.save(contents | {"scale": 0.7 * contents["scale"]}, folder / "flow.pth")  # as earlier versions did
+    best = stage.best()
+    return best.network.state_dict() | {"gain": best.gain, "scale": best.scale.scale}
 
 
 def test_each_process_ends_with_the_flow_that_rank_0_wrote(tmp_path):
     expected = _flow().average.state_dict()
-    for found in in_two_processes(partial(_best_flow, tmp_path), tmp_path):
+    both = in_two_processes(partial(_best_flow, tmp_path), tmp_path)
+    for found in both:
         assert all(torch.equal(found[key], value.half().float()) for key, value in expected.items())
+        assert torch.equal(found["gain"], torch.load(tmp_path / "flow.pth", weights_only=True)["gain"])
+        assert torch.equal(found["scale"], _flow().scale.scale)
 
 
 def test_a_flow_update_of_two_processes_is_that_of_one(tmp_path):

@@ -49,7 +49,7 @@ def test_calibration_gives_generated_latents_the_covariance_of_real_ones(vqvae, 
         products = np.einsum("bkhw,blhw->klhw", spectrum, spectrum.conj()).real
         return np.stack([products[:, :, np.abs(frequency - n) < 0.5].mean(-1) for n in range(2, 32)])
 
-    for _ in range(2):  # a second time changes nothing
+    for _ in range(2):  # what is calibrated already is calibrated anew, not once more
         prior.calibrate(covariance_spectrum(latents.batch(range(15))), numbers)
         calibrated = multiply_spectrum(prior.coefficients(numbers), prior.gain)
         real, wrong, found = map(covariances, (latents.batch(range(15)), prior.coefficients(numbers), calibrated))
@@ -67,8 +67,9 @@ def test_transport_is_the_symmetric_map_between_two_covariances():
     torch.testing.assert_close(t, t.mT)
     assert torch.linalg.eigvalsh(t).min() > 0
     torch.testing.assert_close(t @ a @ t, b, rtol=1e-3, atol=1e-4)
-    much = transport(a, 100 * a), transport(a, a / 100), transport(a, a)  # a change of amplitudes by 10 is too much
-    for found, expected in zip(much, (LARGEST_FACTOR, 1 / LARGEST_FACTOR, 1), strict=True):
+    much = transport(a, 100 * a), transport(a, a / 100)  # a change of amplitudes by 10 is too much
+    same = transport(a, a), transport(0 * a, 0 * a)
+    for found, expected in zip((*much, *same), (LARGEST_FACTOR, 1 / LARGEST_FACTOR, 1, 1), strict=True):
         torch.testing.assert_close(found, (expected * torch.eye(6)).expand_as(found), rtol=0, atol=1e-3)
 
 

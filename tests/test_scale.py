@@ -12,7 +12,7 @@ from conftest import PRETRAINED
 from evaluation.reconstruction import ssim
 from modules import VQVAE
 from training.latents import Latents
-from training.scale import CLIPPED, LatentScale, amplitude, power_spectrum
+from training.scale import CLIPPED, LatentScale, amplitude, covariance_spectrum, multiply_spectrum, power_spectrum
 from training.vqvae import load_vqvae
 
 
@@ -166,6 +166,22 @@ def test_power_spectrum_is_numpys_by_ring():
     assert found[1, 0, 9].item() == pytest.approx(np.exp(np.mean(rings)), rel=0.02)
     torch.testing.assert_close(found[1, 9, 0], found[1, 0, 9])
     torch.testing.assert_close(found[1, 0, 20], found[1, 12, 16])  # both 20 cycles
+
+
+def test_covariance_spectrum_and_its_product_are_numpys():
+    rng = np.random.default_rng(0)
+    c, matrices = rng.standard_normal((3, 2, 64, 64)), rng.standard_normal((45, 2, 2))
+    c[:, 1] += 0.5 * c[:, 0] + 1
+    rings = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)) * 64
+    rings = np.maximum(np.round(rings), 1).astype(int) - 1
+    spectrum = np.fft.fft2(c, norm="ortho")
+    expected = [spectrum[:, :, rings == n] for n in range(45)]
+    expected = [np.einsum("bkp,blp->kl", part, part.conj()).real / part.shape[2] / 3 for part in expected]
+    found = covariance_spectrum(torch.tensor(c).float())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
+    product = np.fft.ifft2(np.einsum("hwkl,blhw->bkhw", matrices[rings], spectrum), norm="ortho")
+    found = multiply_spectrum(torch.tensor(c).float(), torch.tensor(matrices).float())
+    np.testing.assert_allclose(found.numpy(), product.real, rtol=0, atol=1e-4)
 
 
 def test_scale_of_the_codebook_fits_it_into_tanhs_range(vqvae):

@@ -68,7 +68,7 @@ class Prior:
 
     @torch.no_grad()
     def calibrate(self, real: Tensor, noise: Tensor) -> None:
-        """Give generated coefficients the covariance of real ones, at each radial frequency, by the least change.
+        """Give generated coefficients the covariance about 0 of real ones, at each radial frequency.
 
         A discriminator with BatchNorm hardly sees amplitudes, and a mean squared error favours small ones, so
         coefficients may be too weak.
@@ -76,6 +76,8 @@ class Prior:
         Args:
             real: `covariance_spectrum` of real coefficients.
             noise: (B, *noise_shape), on the CPU, of the samples that are compared.
+
+        `scale` must be that of the training; in files of earlier versions it holds a calibration.
         """
         device = self.scale.support.device
         generated = torch.cat([self.coefficients(move(part, device)) for part in noise.split(32)])
@@ -212,22 +214,23 @@ def _checked_gain(gain: Tensor, n: int) -> Tensor:
 
 
 def transport(generated: Tensor, real: Tensor) -> Tensor:
-    """The symmetric matrices T (R, K, K) with T A T = B, for covariances A and B (R, K, K) of two sides.
+    """The symmetric matrices T (R, K, K) with T A T = B, for covariances A and B (R, K, K) about 0.
 
-    They map the one normal distribution to the other by the least change in mean square (Peyré and Cuturi 2019, arXiv
-    1803.00567, remark 2.31). Their eigenvalues are kept within LARGEST_FACTOR, and its inverse.
+    Of all linear maps from the one to the other they change values least, in mean square (Peyré and Cuturi 2019, arXiv
+    1803.00567, remark 2.31). Eigenvalues beyond 1 / LARGEST_FACTOR and LARGEST_FACTOR are cut to these.
     """
-    a, b = generated.cpu().double(), real.cpu().double()  # MPS has no float64
+    least = 1e-9 * torch.eye(generated.shape[-1], dtype=torch.double)  # what is 0 on both sides is kept
+    a, b = (each.cpu().double() + least for each in (generated, real))  # MPS has no float64
     root, inverse = _power(a, 0.5), _power(a, -0.5)
     values, vectors = torch.linalg.eigh(inverse @ _power(root @ b @ root, 0.5) @ inverse)
     values = values.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
-    return (vectors * values[:, None] @ vectors.mT).to(generated)
+    return (vectors * values[:, None] @ vectors.mT).float().to(generated.device)
 
 
 def _power(a: Tensor, exponent: float) -> Tensor:
-    """Of symmetric matrices (R, K, K) with eigenvalues that are positive, or 0 but for rounding."""
+    """Of symmetric matrices (R, K, K) with positive eigenvalues."""
     values, vectors = torch.linalg.eigh(a)
-    return vectors * values.clamp(min=1e-12).pow(exponent)[:, None] @ vectors.mT
+    return vectors * values.clamp(min=1e-30).pow(exponent)[:, None] @ vectors.mT  # rounding may make them negative
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:

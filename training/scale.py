@@ -251,23 +251,23 @@ def power_spectrum(c: Tensor) -> Tensor:
 
 
 def covariance_spectrum(c: Tensor) -> Tensor:
-    """Mean products of the coefficients c (B, K, H, W), two by two, by radial frequency: (R, K, K) for R rings.
+    """Covariance about 0 of the coefficients c (B, K, H, W) at each radial frequency: (R, K, K) for R rings.
 
-    Rings are one cycle per image wide, the constant part belongs to the first.
+    No mean is subtracted. Rings are one cycle per image wide, the constant part belongs to the first.
     """
     ring = _rings(c).flatten()
     total = c.new_zeros(int(ring.max()) + 1, c.shape[1], c.shape[1])
     for part in c.split(32):
-        f = torch.fft.fft2(part, norm="ortho").flatten(2)
-        total.index_add_(0, ring, torch.einsum("bkp,blp->pkl", f, f.conj()).real)
+        f = torch.view_as_real(torch.fft.fft2(part, norm="ortho").flatten(2))
+        total.index_add_(0, ring, torch.einsum("bkpc,blpc->pkl", f, f))
     return total / (len(c) * torch.bincount(ring))[:, None, None]
 
 
 def multiply_spectrum(c: Tensor, matrices: Tensor) -> Tensor:
     """Multiply the Fourier transform of c (B, K, H, W), at each frequency, by its ring's matrix, of (R, K, K)."""
     gain = matrices[_rings(c)[:, : c.shape[-1] // 2 + 1]]
-    f = torch.einsum("hwkl,blhw->bkhw", gain.to(torch.cfloat), torch.fft.rfft2(c))
-    return torch.fft.irfft2(f, s=c.shape[-2:])
+    f = torch.einsum("hwkl,blhwc->bkhwc", gain, torch.view_as_real(torch.fft.rfft2(c)))
+    return torch.fft.irfft2(torch.view_as_complex(f.contiguous()), s=c.shape[-2:])
 
 
 def _rings(c: Tensor) -> Tensor:
