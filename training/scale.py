@@ -23,7 +23,7 @@ AMPLITUDES_CUT = 0.02  # share of real images below, and above, the range of gen
 CLIPPED = 0.005  # share of the head's values that tanh's range cuts off
 POSITIONS = 3  # channels that tell a discriminator where it is
 N_RINGS = 45  # of the frequencies of 64 x 64 positions, one cycle wide
-OUTLINE = 0.4  # length of latents that belong to a head, as a share of the root mean square length in heads
+OUTLINE = 0.6  # length of latents that belong to a head, as a share of the root mean square length in heads
 MARGIN = 2  # positions around heads
 
 
@@ -157,7 +157,7 @@ class LatentScale:
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
           latents are 0 outside the head, also along the border of the image, where convolutions see padding.
-        - directions: the leading principal ones of z - shift in heads.
+        - directions: the leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
           and all by one factor, so that tanh's range cuts off CLIPPED of the heads' values.
         - mix: the first functions of a cosine transform, which spread each coefficient over all channels.
