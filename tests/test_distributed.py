@@ -238,8 +238,7 @@ def _best_flow(folder, rank):
 
 def test_each_process_ends_with_the_flow_that_rank_0_wrote(tmp_path):
     expected = _flow().average.state_dict()
-    both = in_two_processes(partial(_best_flow, tmp_path), tmp_path)
-    for found in both:
+    for found in in_two_processes(partial(_best_flow, tmp_path), tmp_path):
         assert all(torch.equal(found[key], value.half().float()) for key, value in expected.items())
         assert torch.equal(found["gain"], torch.load(tmp_path / "flow.pth", weights_only=True)["gain"])
         assert torch.equal(found["scale"], _flow().scale.scale)

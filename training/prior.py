@@ -16,7 +16,7 @@ from modules import VQVAE, Generator, UNet
 from support import console, files
 from support.device import move
 from training.latents import codebook_hash
-from training.scale import N_RINGS, LatentScale, covariance_spectrum, multiply_spectrum
+from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, multiply_spectrum
 
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 STEPS, FINER = 16, 1.5  # of the flow's solver: as near to 100 equal steps as 25 equal ones (docs/results.md)
@@ -198,19 +198,11 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
     files.load_state(prior.network, contents["state_dict"])
     if "gain" in contents:
-        prior.gain = _checked_gain(contents["gain"], len(scale.scale)).to(weight.device)
+        n = len(scale.scale)
+        prior.gain = checked(contents["gain"], "gain", (N_RINGS, n, n)).to(weight.device)
     for network in (prior.network, vqvae):  # as in training, for the same digits
         network.to(weight.device, memory_format=torch.channels_last).eval()
     return prior
-
-
-def _checked_gain(gain: Tensor, n: int) -> Tensor:
-    """(R, n, n) float32. Raises ValueError if it is not one finite matrix for each ring of frequencies."""
-    if not isinstance(gain, Tensor) or gain.shape != (N_RINGS, n, n) or not gain.is_floating_point():
-        raise ValueError(f"its 'gain' is not {N_RINGS} x {n} x {n} numbers")
-    if not gain.float().isfinite().all():
-        raise ValueError("its 'gain' has values that are not finite")
-    return gain.float()
 
 
 def transport(generated: Tensor, real: Tensor) -> Tensor:

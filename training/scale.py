@@ -68,14 +68,7 @@ class LatentScale:
         n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
         shapes = {"scale": (n, 64, 33), "shift": (dim, 64, 64), "directions": (dim, n), "mix": (dim, n)}
         shapes |= {"support": (64, 64), "outline": (), "amplitudes": (2,)}
-        found = {}
-        for name, shape in shapes.items():
-            value = tensors[name]
-            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-                raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
-            found[name] = value.float()
-            if not found[name].isfinite().all():
-                raise ValueError(f"its '{name}' has values that are not finite")
+        found = {name: checked(tensors[name], name, shape) for name, shape in shapes.items()}
         if not (found["scale"] > 0).all() or not (1 / found["scale"]).isfinite().all():
             raise ValueError("its 'scale' has values that are not positive")
         if not 0 <= found["amplitudes"][0] <= found["amplitudes"][1]:
@@ -205,6 +198,15 @@ def amplitude(c: Tensor) -> Tensor:
     """
     square = c.square().sum(1)
     return square.sum((1, 2)) / (square + 1e-12).sqrt().sum((1, 2)) + 1e-6
+
+
+def checked(value: object, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A file's tensor as float32. Raises ValueError that names it if its shape is another, or it is not finite."""
+    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
+    if not value.float().isfinite().all():
+        raise ValueError(f"its '{name}' has values that are not finite")
+    return value.float()
 
 
 def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:
