@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.reconstruction import FOREGROUND, reconstruct
-from evaluation.texture import features, laplacian_pyramid
+from evaluation.texture import features, filtered, laplacian_pyramid
 from evaluation.two_sample import Interval, compare, mean_indices
 from support import seeds
 from support.console import in_batches
@@ -76,8 +77,8 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, rng: torch.Generator) -> Tens
         )
         a, b = _patches(a, top, left), _patches(b, top, left)
         mean, std = a.mean(), a.std()
-        a, b = ((side - mean) / std @ directions for side in (a, b))
-        difference = (a.sort(0).values - b.sort(0).values).abs()
+        a, b = (_sorted(((side - mean) / std @ directions).T.contiguous()) for side in (a, b))
+        difference = (a - b).abs()
         levels.append(difference.mean().cpu().double())  # MPS has no float64
     return 1000 * torch.stack(levels)
 
@@ -88,6 +89,11 @@ def _patches(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
     image = torch.arange(len(images), device=images.device)[:, None, None, None]
     rows, columns = top[:, :, None, None] + inside[:, None], left[:, :, None, None] + inside
     return images[:, 0][image, rows, columns].reshape(-1, PATCH * PATCH)
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """Each row of x (N, M) in ascending order. On a CPU, NumPy is several times faster."""
+    return torch.from_numpy(np.sort(x.numpy())) if x.device.type == "cpu" else x.sort().values
 
 
 @exact_float32()
@@ -105,7 +111,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     window = window / window.sum()
 
     def mean(image: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(image, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return filtered(filtered(image, window[:, None]), window[None])
 
     result = torch.ones(len(x), dtype=torch.double)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):

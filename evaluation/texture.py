@@ -74,8 +74,17 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-torch.arange(-reach, reach + 1, device=images.device).square() / (2 * sigma**2))
     kernel = kernel / kernel.sum()
-    images = F.conv2d(F.pad(images, (reach, reach, 0, 0), mode="reflect"), kernel.view(1, 1, 1, -1))
-    return F.conv2d(F.pad(images, (0, 0, reach, reach), mode="reflect"), kernel.view(1, 1, -1, 1))
+    images = filtered(F.pad(images, (reach, reach, 0, 0), mode="reflect"), kernel[None])
+    return filtered(F.pad(images, (0, 0, reach, reach), mode="reflect"), kernel[:, None])
+
+
+def filtered(images: Tensor, kernel: Tensor) -> Tensor:
+    """Each of images (N, 1, H, W) correlated with a kernel (h, w) that lies inside: (N, 1, H - h + 1, W - w + 1).
+
+    They go as the channels of one image, which a CPU convolves many times faster than images of one channel.
+    """
+    n = len(images)
+    return F.conv2d(images.transpose(0, 1), kernel.expand(n, 1, -1, -1), groups=n).transpose(0, 1)
 
 
 def coherence(images: Tensor) -> Tensor:
@@ -110,10 +119,10 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     The filter is (1, 4, 6, 4, 1) / 16 along both axes, images are mirrored at their borders.
     """
     kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device) / 16
-    kernel = (kernel[:, None] * kernel)[None, None]
+    kernel = kernel[:, None] * kernel
 
     def blur(x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel)
+        return filtered(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel)
 
     levels = []
     for _ in range(PYRAMID_LEVELS - 1):
@@ -141,7 +150,8 @@ def texture_indices(images: Tensor, inside: Tensor, direction: Tensor) -> dict[s
     periods = [f"power_{1 / low:.0f}_{1 / high:.0f}" for low, high in zip(BANDS, BANDS[1:], strict=False)]
     columns |= zip(periods, log_band_powers(images).unbind(1), strict=True)
     columns["brightness"] = F.avg_pool2d(images, 16).square().mean((1, 2, 3)).sqrt()
-    outside = 1 - F.max_pool2d(inside, 2 * MARGIN + 1, 1, MARGIN)
+    near = F.max_pool2d(inside, (1, 2 * MARGIN + 1), 1, (0, MARGIN))
+    outside = 1 - F.max_pool2d(near, (2 * MARGIN + 1, 1), 1, (MARGIN, 0))
     columns["outside"] = 1e6 * _mean(images.square(), outside)
     return {name: value.cpu().double() for name, value in columns.items()}
 
