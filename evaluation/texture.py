@@ -81,10 +81,11 @@ def blur(images: Tensor, sigma: float) -> Tensor:
 def filtered(images: Tensor, kernel: Tensor) -> Tensor:
     """Each of images (N, 1, H, W) correlated with a kernel (h, w) that lies inside: (N, 1, H - h + 1, W - w + 1).
 
-    They go as the channels of one image, which a CPU convolves many times faster than images of one channel.
+    N is at least 1. They go as the channels of one image, which a CPU convolves many times faster than images of one
+    channel.
     """
     n = len(images)
-    return F.conv2d(images.transpose(0, 1), kernel.expand(n, 1, -1, -1), groups=n).transpose(0, 1)
+    return F.conv2d(images.transpose(0, 1), kernel.repeat(n, 1, 1, 1), groups=n).transpose(0, 1)
 
 
 def coherence(images: Tensor) -> Tensor:

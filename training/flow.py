@@ -115,7 +115,7 @@ class FlowStage(PriorStage):
         prior.calibrate(self.data().covariance, noise)
 
     def drawn_now(self, epoch: int) -> bool:
-        """After the first epoch, and with each measure: samples take a third of an epoch's time."""
+        """After the first epoch, and with each measure, for samples take long."""
         return epoch == 1 or self.measured_now(epoch)
 
     def print_losses(self, row: dict) -> None:

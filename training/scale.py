@@ -201,7 +201,7 @@ def amplitude(c: Tensor) -> Tensor:
 
 
 def checked(value: object, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A file's tensor as float32. Raises ValueError that names it if its shape is another, or it is not finite."""
+    """A file's tensor as float32. Raises ValueError, naming it, if it is not one of this shape, or not finite."""
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
         raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
     if not value.float().isfinite().all():
