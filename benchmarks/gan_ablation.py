@@ -106,6 +106,16 @@ class Augmented(BalancedUpdate):
         return changed(c, torch.rand(len(c), NUMBERS).to(c.device))
 
 
+class CutOut(Augmented):
+    """A square is cut out of most of what the discriminator sees; nothing is moved."""
+
+    @staticmethod
+    def changed(c: Tensor) -> Tensor:
+        numbers = torch.rand(len(c), NUMBERS)
+        numbers[:, 0] = 1  # never below MOVED
+        return changed(c, numbers.to(c.device))
+
+
 class Flipped(Augmented):
     """Half of what the discriminator sees is mirrored left to right."""
 
@@ -167,6 +177,7 @@ ROWS = {
     "weak-gamma": ("R1 with γ = 0.1 exp(5 max(0, d − 0.4))", WeakGamma),
     "falling-gamma": ("R1 with γ falling from 2 to 0.2", FallingGamma),
     "augmented": ("what the discriminator sees moved and cut out", Augmented),
+    "cut-out": ("squares cut out of what it sees", CutOut),
     "flipped": ("half of what it sees mirrored", Flipped),
     "quantized": ("embeddings as the real side", Quantized),
     "unaveraged": ("samples without averaged weights", Unaveraged),

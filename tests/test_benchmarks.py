@@ -154,6 +154,11 @@ def test_each_row_of_the_dcgan_ablation_updates_both_networks(name, vqvae, train
     if name in ("balanced", "unplaced"):
         n = c.shape[1] if name == "unplaced" else None  # without the channels of the position
         assert torch.equal(shown[0][0], scale.seen(c)[:, :n]) and torch.equal(shown[0][1], scale.basis[:, :n])
+    if name == "cut-out":
+        found = method.changed(c)
+        kept = (found != 0).any(1, keepdim=True)
+        torch.testing.assert_close(found, c * kept, rtol=0, atol=1e-5)  # nothing has moved
+        assert (c.abs().amax(1, keepdim=True) > 0.1)[~kept].any()
     if name == "unlimited":
         assert torch.equal(scale.generated(9 * scale.mixed(c)), scale.unmixed(9 * scale.mixed(c)))
 
