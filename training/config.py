@@ -77,7 +77,7 @@ class Config:
         "ema (moving averages)", choices=tuple(codebook.METHODS))
 
     gan_epochs: int = _option(
-        25, "DCGAN", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
+        25, "DCGAN", "passes over the training latents", demo=8, resumable=True, type=COUNT, metavar="N")
     gan_batch_size: int = _option(32, "DCGAN", "latents in a step (of all processes together)", type=COUNT, metavar="N")
     gan_lr: float = _option(2e-4, "DCGAN", "learning rate of Adam", type=RATE, metavar="RATE")
     gan_betas: tuple[float, float] = _option(
