@@ -204,9 +204,10 @@ def checked(value: object, name: str, shape: tuple[int, ...]) -> Tensor:
     """A file's tensor as float32. Raises ValueError, naming it, if it is not one of this shape, or not finite."""
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
         raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
-    if not value.float().isfinite().all():
+    found = value.float()
+    if not found.isfinite().all():
         raise ValueError(f"its '{name}' has values that are not finite")
-    return value.float()
+    return found
 
 
 def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:
