@@ -10,179 +10,45 @@ commit and one number of epochs.
 
 import argparse
 import csv
-import math
 import sys
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-import torch  # noqa: E402
+import gan_variants  # noqa: E402
 from ablation import begin, find_run, parser, run_folder, train_missing  # noqa: E402
-from augmentation import NUMBERS, changed  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
 from training.dcgan import DCGANStage  # noqa: E402
 from training.fit import fit  # noqa: E402
 from training.gan_update import BalancedUpdate, PlainUpdate  # noqa: E402
-from training.scale import LatentScale  # noqa: E402
-
-
-class Unstarted(BalancedUpdate):
-    most_start_steps = 0
-
-
-class Unplaced(BalancedUpdate):
-    """Without the channels that tell the discriminator its position."""
-
-    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
-        seen, basis = self.seen, self.basis
-        self.seen, self.basis = PlainUpdate.seen, basis[:, : real.shape[1]]
-        values = super().__call__(real, noise, weight)
-        self.seen, self.basis = seen, basis
-        return values
-
-
-class Unlimited(BalancedUpdate):
-    """Generated amplitudes as they are."""
-
-    @staticmethod
-    def fit_scale(vqvae, dataset) -> LatentScale:
-        scale = LatentScale.fit(vqvae, dataset)
-        return replace(scale, amplitudes=scale.amplitudes.new_tensor([0.0, 1e9]))
-
-
-class Uncalibrated(BalancedUpdate):
-    calibrated = False
-
-
-class SteeredGamma(BalancedUpdate):
-    """γ = exp(5 max(0, d)); in earlier versions also where d is negative."""
-
-    least_gamma, guard, tolerated_lead = 1.0, 5.0, 0.0
-
-
-class FixedGamma(BalancedUpdate):
-    guard = 0.0
-
-
-class WeakGamma(BalancedUpdate):
-    least_gamma, guard = 0.1, 5.0
-
-
-class FallingGamma(BalancedUpdate):
-    """γ falls from 2 to 0.2 along a cosine (R3GAN, arXiv 2501.05441), and rises where D's lead is more than 0.5."""
-
-    def __init__(self, *words):
-        super().__init__(*words)
-        self.step = 0
-
-    def __call__(self, *words) -> Tensor:
-        self.step += 1
-        return super().__call__(*words)
-
-    @property
-    def gamma(self) -> Tensor:
-        progress = min(1.0, self.step / self.n_steps)
-        return (0.2 + 0.9 * (1 + math.cos(math.pi * progress))) * (5 * (self.lead - 0.5).clamp(min=0)).exp()
-
-
-class Augmented(BalancedUpdate):
-    """What the discriminator sees is moved a little, and loses a square. R1 is at what it sees."""
-
-    def __call__(self, real: Tensor, noise: Tensor, weight: float = 1.0) -> Tensor:
-        generated = self.generated
-        self.generated = lambda t: self.changed(generated(t))
-        values = super().__call__(self.changed(real), noise, weight)
-        self.generated = generated
-        return values
-
-    @staticmethod
-    def changed(c: Tensor) -> Tensor:
-        return changed(c, torch.rand(len(c), NUMBERS).to(c.device))
-
-
-class CutOut(Augmented):
-    """A square is cut out of most of what the discriminator sees; nothing is moved."""
-
-    @staticmethod
-    def changed(c: Tensor) -> Tensor:
-        numbers = torch.rand(len(c), NUMBERS)
-        numbers[:, 0] = 1  # never below MOVED
-        return changed(c, numbers.to(c.device))
-
-
-class Flipped(Augmented):
-    """Half of what the discriminator sees is mirrored left to right."""
-
-    @staticmethod
-    def changed(c: Tensor) -> Tensor:
-        mirrored = (torch.rand(len(c), 1, 1, 1) < 0.5).to(c.device)
-        return torch.where(mirrored, c.flip(3), c)
-
-
-class Unflattened(BalancedUpdate):
-    fit_scale = staticmethod(partial(LatentScale.fit, emphasis=0.0))
-
-
-class Whitened(BalancedUpdate):
-    fit_scale = staticmethod(partial(LatentScale.fit, emphasis=1.0))
-
-
-class ManyDirections(BalancedUpdate):
-    fit_scale = staticmethod(partial(LatentScale.fit, n_directions=61))  # three channels are left for the position
-
-
-class Everywhere(BalancedUpdate):
-    """Without the mask of where heads are."""
-
-    @staticmethod
-    def fit_scale(vqvae, dataset) -> LatentScale:
-        scale = LatentScale.fit(vqvae, dataset)
-        return replace(scale, support=torch.ones_like(scale.support))
-
-
-class Quantized(BalancedUpdate):
-    quantized = True
-
-
-class Unaveraged(BalancedUpdate):
-    average_decay = 0.0
-
-
-class ShortAverage(BalancedUpdate):
-    average_decay = 0.95
-
-
-class LongAverage(BalancedUpdate):
-    average_decay = 0.998
-
 
 ROWS = {
     "balanced": ("`balanced`: the default", BalancedUpdate),
-    "unstarted": ("generator not started from data", Unstarted),
-    "unplaced": ("discriminator not told its position", Unplaced),
-    "unlimited": ("amplitudes not limited", Unlimited),
-    "uncalibrated": ("generated latents not calibrated", Uncalibrated),
-    "unflattened": ("spectrum of latents not flattened", Unflattened),
-    "whitened": ("spectrum of latents whitened", Whitened),
-    "many-directions": ("61 directions", ManyDirections),
-    "everywhere": ("positions outside of all heads, too", Everywhere),
-    "steered-gamma": ("R1 with γ = exp(5 max(0, d))", SteeredGamma),
-    "fixed-gamma": ("R1 with a fixed γ of 0.3", FixedGamma),
-    "weak-gamma": ("R1 with γ = 0.1 exp(5 max(0, d − 0.4))", WeakGamma),
-    "falling-gamma": ("R1 with γ falling from 2 to 0.2", FallingGamma),
-    "augmented": ("what the discriminator sees moved and cut out", Augmented),
-    "cut-out": ("squares cut out of what it sees", CutOut),
-    "flipped": ("half of what it sees mirrored", Flipped),
-    "quantized": ("embeddings as the real side", Quantized),
-    "unaveraged": ("samples without averaged weights", Unaveraged),
-    "short-average": ("samples with weights averaged over at most 20 steps", ShortAverage),
-    "long-average": ("samples with weights averaged over at most 500 steps", LongAverage),
+    "unstarted": ("generator not started from data", gan_variants.Unstarted),
+    "unplaced": ("discriminator not told its position", gan_variants.Unplaced),
+    "unlimited": ("amplitudes not limited", gan_variants.Unlimited),
+    "uncalibrated": ("generated latents not calibrated", gan_variants.Uncalibrated),
+    "unflattened": ("spectrum of latents not flattened", gan_variants.Unflattened),
+    "whitened": ("spectrum of latents whitened", gan_variants.Whitened),
+    "many-directions": ("61 directions", gan_variants.ManyDirections),
+    "everywhere": ("positions outside of all heads, too", gan_variants.Everywhere),
+    "steered-gamma": ("R1 with γ = exp(5 max(0, d))", gan_variants.SteeredGamma),
+    "fixed-gamma": ("R1 with a fixed γ of 0.3", gan_variants.FixedGamma),
+    "weak-gamma": ("R1 with γ = 0.1 exp(5 max(0, d − 0.4))", gan_variants.WeakGamma),
+    "falling-gamma": ("R1 with γ falling from 2 to 0.2", gan_variants.FallingGamma),
+    "augmented": ("what the discriminator sees moved and cut out", gan_variants.Augmented),
+    "cut-out": ("squares cut out of what it sees", gan_variants.CutOut),
+    "both-penalties": ("R1 and R2", gan_variants.BothPenalties),
+    "lecam": ("LeCam", gan_variants.LeCam),
+    "spectrum-loss": ("a loss of the generator on the spectrum", gan_variants.SpectrumLoss),
+    "flipped": ("half of what it sees mirrored", gan_variants.Flipped),
+    "quantized": ("embeddings as the real side", gan_variants.Quantized),
+    "unaveraged": ("samples without averaged weights", gan_variants.Unaveraged),
+    "short-average": ("samples with weights averaged over at most 20 steps", gan_variants.ShortAverage),
+    "long-average": ("samples with weights averaged over at most 500 steps", gan_variants.LongAverage),
     "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
 COLUMNS = {
