@@ -1,11 +1,14 @@
-"""The update rules that gan_ablation.py compares: `BalancedUpdate` without one of its parts, or with one more."""
+"""The update rules that gan_ablation.py compares: `BalancedUpdate` without one of its parts, or with one more.
+
+For one process, and not resumed.
+"""
 
 import math
 from dataclasses import replace
 from functools import partial
 
 import torch
-from augmentation import NUMBERS, changed
+from diffaugment import NUMBERS, changed
 from torch import Tensor
 
 from training.gan_update import BalancedUpdate, PlainUpdate
@@ -109,7 +112,7 @@ class BothPenalties(BalancedUpdate):
     """R1, and R2 with the same γ: the penalty at generated latents (R3GAN, arXiv 2501.05441, section 2.2)."""
 
     def _logits(self, x: Tensor) -> Tensor:
-        self.judged_last = x, super()._logits(x if x.requires_grad else x.requires_grad_())
+        self.judged_last = x, super()._logits(x.requires_grad_())
         return self.judged_last[1]
 
     def penalty(self, real: Tensor, d_real: Tensor) -> Tensor:
@@ -120,7 +123,10 @@ class BothPenalties(BalancedUpdate):
 
 
 class LeCam(BalancedUpdate):
-    """D's logits of either side are held to the running mean of the other's (arXiv 2104.03310, eq. 3)."""
+    """D's logits of either side are held to the running mean of the other's (LeCam, arXiv 2104.03310).
+
+    As in the paper, without the ReLU of its code.
+    """
 
     strength, decay = 0.1, 0.99
 

@@ -8,15 +8,15 @@ from torch import nn
 from training.scale import N_RINGS
 
 
-class Linear(nn.Module):
-    """A discriminator whose gradient at its input is `weight` (C, 1, 1) at each position."""
+class Quadratic(nn.Module):
+    """A discriminator whose logits are sums of weight times squares."""
 
-    def __init__(self, weight):
+    def __init__(self, *weights):
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(torch.tensor(weights)[:, None, None])
 
     def logits(self, x, basis=None):
-        return (self.weight * x).sum((1, 2, 3))[:, None]
+        return (self.weight * x.square()).sum((1, 2, 3))[:, None]
 
 
 class Amplitude(nn.Module):
@@ -36,33 +36,44 @@ def new_update(method, generator, discriminator):
     return method(generator, discriminator, [torch.optim.SGD(n.parameters(), lr=lr) for n, lr in rates])
 
 
-def test_both_penalties_are_the_gradients_at_either_side_without_the_position(rng):
-    weight = torch.tensor([0.1, -0.2, 7.0])[:, None, None]  # the last channel is the position's
-    update = new_update(gan_variants.BothPenalties, Amplitude(torch.zeros(1), 1.0), Linear(weight))
-    real = torch.randn(3, 2, 8, 8, generator=rng).requires_grad_()
-    position = torch.ones(3, 1, 8, 8)
-    d_real = update._logits(torch.cat([real, position], 1))
-    update._logits(torch.randn(3, 3, 8, 8, generator=rng))
-    of_one_side = 0.3 / 2 * 64 * (0.1**2 + 0.2**2)
-    assert update.penalty(real, d_real).item() == pytest.approx(2 * of_one_side, rel=1e-5)
+@pytest.fixture
+def sides(rng):
+    """Real and generated coefficients (3, 2, 8, 8)."""
+    return torch.randn(3, 2, 8, 8, generator=rng), 0.5 + 0.5 * torch.randn(3, 2, 8, 8, generator=rng)
 
 
-def test_lecam_holds_logits_to_the_running_mean_of_the_other_side():
-    update = new_update(gan_variants.LeCam, Amplitude(torch.zeros(1), 1.0), Linear(torch.zeros(1, 1, 1)))
-    real, bias = torch.zeros(2, 1, 4, 4, requires_grad=True), torch.tensor([[0.5], [-0.5]])
-    for mean_real, mean_fake, step in ((2.0, -1.0, 0), (4.0, -3.0, 1)):
-        d_real = mean_real + bias + 0 * update._logits(real)
-        update.logits_last = mean_fake + bias
-        found = update.penalty(real, d_real).item()
-        running = [2.0, -1.0] if step == 0 else [2.02, -1.02]
-        apart = (mean_real - running[1]) ** 2 + (mean_fake - running[0]) ** 2 + 2 * 0.5**2
-        assert found == pytest.approx(0.1 * apart, rel=1e-5)
+def recorded(update, real):
+    """The discriminator's further loss in an update."""
+    found, penalty = [], update.penalty
+    update.penalty = lambda *words: found.append(penalty(*words)) or found[-1]
+    update(real.clone(), torch.zeros(3, 1, 1, 1))
+    return found[0].item()
+
+
+def test_both_penalties_are_the_gradients_at_either_side_without_the_position(sides):
+    weights = torch.tensor([0.1, -0.2])
+    update = new_update(gan_variants.BothPenalties, Amplitude(sides[1], 1.0), Quadratic(0.1, -0.2, 7.0))
+    update.seen = lambda c: torch.cat([c, torch.ones(3, 1, 8, 8)], 1)
+    squares = [(2 * weights[:, None, None] * c).square().sum((1, 2, 3)).mean().item() for c in sides]
+    assert squares[0] > 1.5 * squares[1]
+    assert recorded(update, sides[0]) == pytest.approx(0.3 / 2 * sum(squares), rel=1e-5)
+
+
+def test_lecam_holds_logits_to_the_running_mean_of_the_other_side(sides):
+    update = new_update(gan_variants.LeCam, Amplitude(sides[1], 1.0), Quadratic(0.1, -0.2))
+    update.least_gamma, mean = 0.0, None
+    for factor in (1.0, 2.0):
+        update.generator.factor.data.fill_(1.0)
+        real, generated = (update.discriminator.logits(c).detach() for c in (factor * sides[0], sides[1]))
+        mean = real.mean() if mean is None else 0.99 * mean + 0.01 * real.mean()
+        apart = (real - generated.mean()).square().mean() + (generated - mean).square().mean()
+        assert recorded(update, factor * sides[0]) == pytest.approx(0.1 * apart.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_the_spectrum_loss_teaches_the_generator_amplitudes(factor, rng):
     c = torch.randn(4, 6, 64, 64, generator=rng)
-    update = new_update(gan_variants.SpectrumLoss, Amplitude(c, factor), Linear(torch.zeros(6, 1, 1)))
+    update = new_update(gan_variants.SpectrumLoss, Amplitude(c, factor), Quadratic(*[0.0] * 6))
     update(2 * c, torch.zeros(4, 1, 1, 1))
     expected = factor - (1 if factor > 2 else -1) * 2 / factor  # of |log factor² - log 2²|
     assert update.generator.factor.item() == pytest.approx(expected, rel=1e-3)
