@@ -321,7 +321,7 @@ class UNet(nn.Module):
 
     A U-Net as diffusion models have it (arXiv 2006.11239, appendix B). The first of `widths` is the number of channels
     at H x W, the next at half of that, and so on, with attention at the two coarsest. Two further inputs are a
-    position's column and row (B, 2, H, W), from -1 to 1 in an image that was not moved; by default these.
+    position's row and column.
     """
 
     def __init__(self, channels: int = 24, widths: tuple[int, ...] = (64, 96, 128, 128)):
@@ -342,13 +342,11 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList([_up(widths[level + 1], width), *blocks(level, 2 * width)]))
         self.last = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), _zeroed(_same(widths[0], channels)))
 
-    def forward(self, x: Tensor, t: Tensor, position: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         angles = 100 * t[:, None] * torch.logspace(0, -3, self.time[0].in_features // 2, device=x.device)
         time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        if position is None:
-            column = torch.linspace(-1, 1, x.shape[-1], device=x.device).expand(len(x), 1, *x.shape[2:])
-            position = torch.cat([column, column.mT], 1)
-        h, skips = torch.cat([x, position], 1), []
+        column = torch.linspace(-1, 1, x.shape[-1], device=x.device).expand(len(x), 1, *x.shape[2:])
+        h, skips = torch.cat([x, column, column.mT], 1), []
         for enter, *blocks in self.down:
             h = enter(h)
             for block in blocks:

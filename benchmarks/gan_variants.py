@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from diffaugment import NUMBERS, changed
+from augmentation import NUMBERS, changed
 from torch import Tensor
 
 from training.gan_update import BalancedUpdate, PlainUpdate

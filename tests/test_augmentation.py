@@ -1,65 +1,74 @@
-"""Images are moved as their positions say, against SciPy."""
+"""What the discriminator sees is changed as numbers say: against SciPy, and where nothing or all of it changes."""
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-import torch.nn.functional as F
-
-from training.augmentation import ANGLE, MIRRORED, MOVED, SHIFT, ZOOM, affine, drawn_moves, moved, positions
+from augmentation import ANGLE, CUT, MOVED, NUMBERS, SHIFT, SQUARE, ZOOM, changed
 
 
-def test_a_moved_image_shows_what_was_at_its_positions(images, rng):
-    smooth = torch.from_numpy(scipy.ndimage.gaussian_filter(images[:6].numpy(), (0, 0, 5, 5)))
-    moves = drawn_moves(6, rng)
-    moves[:3, 0] *= -1  # of the other handedness
-    at = (positions(moves, 256).numpy() + 1) / 2 * 255  # columns, rows
-    for before, after, (column, row) in zip(smooth, moved(smooth, moves), at, strict=True):
-        expected = scipy.ndimage.map_coordinates(before[0].numpy(), [row, column], order=3)
-        np.testing.assert_allclose(after[0].numpy(), expected, atol=4e-3)
-    assert (moved(smooth, moves) - smooth).abs().amax((1, 2, 3)).max() > 0.1
+@pytest.fixture
+def c():
+    """Smooth maps, 0 at the borders."""
+    x = torch.rand(3, 6, 64, 64, generator=torch.Generator().manual_seed(0)).numpy() - 0.5
+    x[:, :, :14], x[:, :, -14:], x[:, :, :, :14], x[:, :, :, -14:] = 0, 0, 0, 0
+    return torch.from_numpy(scipy.ndimage.gaussian_filter(x, (0, 0, 3, 3)))
 
 
-def test_an_image_that_stays_and_one_that_is_mirrored(images):
-    stays = torch.eye(2, 3).expand(2, -1, -1)
-    mirrored = stays * torch.tensor([-1.0, 1.0])[:, None]
-    along = torch.linspace(-1, 1, 32)
-    torch.testing.assert_close(moved(images[:2], stays), images[:2], rtol=0, atol=1e-5)
-    torch.testing.assert_close(moved(images[:2], mirrored), images[:2].flip(3), rtol=0, atol=1e-4)
-    for moves, columns in ((stays, along), (mirrored, -along)):
-        found = positions(moves, 32)
-        torch.testing.assert_close(
-            found, torch.stack([columns.expand(32, 32), along[:, None].expand(32, 32)]).expand_as(found)
-        )
+def numbers(**given):
+    """Of three images, which stay as they are but for what is given."""
+    found = torch.tensor([0.999, 0.999, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]).repeat(3, 1)
+    for name, value in given.items():
+        found[:, ("moved", "cut", "angle", "zoom", "x", "y", "row", "column").index(name)] = torch.tensor(value)
+    return found
 
 
-def test_a_position_of_a_coarse_grid_is_the_mean_of_those_of_its_pixels(rng):
-    moves = drawn_moves(9, rng)
-    pixels = F.avg_pool2d((positions(moves, 256) + 1) / 2 * 255, 8)
-    torch.testing.assert_close((positions(moves, 32) + 1) / 2 * 31 * 8 + 3.5, pixels, rtol=0, atol=1e-2)
+def test_an_image_that_is_neither_moved_nor_cut_stays_as_it_is(c):
+    torch.testing.assert_close(changed(c, numbers(angle=0.9, zoom=0.1, x=0.0, row=0.3)), c, rtol=0, atol=1e-5)
 
 
-def test_moves_are_within_their_bounds_and_as_frequent_as_stated(rng):
-    moves = drawn_moves(2000, rng)
-    matrix = moves[:, :, :2].double()
-    mirrored = torch.linalg.det(matrix) < 0
-    matrix[mirrored, 0] *= -1
-    zoom, angle = torch.linalg.det(matrix).log() / 2, torch.atan2(matrix[:, 1, 0], matrix[:, 1, 1]).rad2deg()
-    turned = angle.abs() > 1e-4
-    assert mirrored.double().mean() == pytest.approx(MIRRORED, abs=0.04)
-    assert turned.double().mean() == pytest.approx(MOVED, abs=0.04)
-    assert (mirrored & turned).double().mean() == pytest.approx(MIRRORED * MOVED, abs=0.04)
-    for found, bound in ((zoom, ZOOM), (angle, ANGLE), *((moves[:, i, 2].double(), SHIFT) for i in (0, 1))):
-        assert -bound * 1.001 <= found.min() < -0.95 * bound and 0.95 * bound < found.max() <= bound * 1.001
-        assert (found[~turned].abs() < 1e-5).all()
+def test_images_are_turned_zoomed_and_shifted_about_their_middle(c):
+    found = changed(c, numbers(moved=0.0, angle=[0.9, 0.2, 0.5], zoom=[0.1, 0.8, 0.5], x=[0.5, 0.7, 1.0], y=0.2))
+    middle = np.array([31.5, 31.5])
+    for image, result, angle, zoom, x in zip(c, found, (0.8, -0.6, 0), (-0.8, 0.6, 0), (0, 0.4, 1), strict=True):
+        turn, factor = np.radians(ANGLE * angle), np.exp(ZOOM * zoom)
+        # output to input, rows before columns
+        matrix = factor * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        offset = middle + 64 * SHIFT * np.array([-0.6, x]) - matrix @ middle
+        for one, expected in zip(result, image, strict=True):
+            expected = scipy.ndimage.affine_transform(expected.numpy(), matrix, offset, order=3)
+            np.testing.assert_allclose(one.numpy(), expected, atol=2e-3)
+    assert c.abs().max() > 0.05
 
 
-def test_an_affine_map_turns_then_shifts():
-    found = affine(torch.tensor([90.0]), torch.tensor([2.0]).log(), torch.tensor([[0.5, -0.25]]))
-    point = found[0] @ torch.tensor([1.0, 0.0, 1.0])
-    torch.testing.assert_close(point, torch.tensor([0.5, 1.75]))
+def test_squares_are_cut_out(c):
+    found = changed(c + 1, numbers(cut=[0.0, 0.999, CUT], row=[0.5, 0.5, 0.5], column=[0.0, 0.5, 0.5]))
+    expected, half = (c + 1).clone(), SQUARE * 32
+    expected[0, :, round(32 - half) : round(32 + half), : round(half)] = 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_a_shift_is_a_share_of_half_the_width():
-    shifted = torch.tensor([[[1.0, 0.0, 0.25], [0.0, 1.0, 0.0]]])  # of two positions: a quarter of one
-    assert torch.equal(positions(shifted, 2)[0, 0], torch.tensor([[-0.5, 1.5], [-0.5, 1.5]]))
+def test_the_stated_shares_of_images_are_moved_and_cut(c):
+    drawn = torch.rand(400, NUMBERS, generator=torch.Generator().manual_seed(1))
+    many = torch.ones(400, 1, 64, 64)
+    holes = changed(many, drawn * torch.tensor([0, 1] + 6 * [1]) + torch.tensor([1.0] + 7 * [0]))  # none is moved
+    assert (holes.amin((1, 2, 3)) < 0.5).double().mean().item() == pytest.approx(CUT, abs=0.08)
+    moved = changed(c[:1].expand(400, -1, -1, -1), drawn + torch.tensor([0.0, 1.0] + 6 * [0]))  # none is cut
+    share = ((moved - c[:1]).abs().amax((1, 2, 3)) > 1e-4).double().mean()
+    assert share.item() == pytest.approx(MOVED, abs=0.08)
+
+
+def test_gradients_reach_what_was_changed(c):
+    x = c.double().requires_grad_(True)
+    given = torch.rand(3, NUMBERS, generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
+    (slope,) = torch.autograd.grad(changed(x, given).square().sum(), x)
+    sides = [changed(x + e * direction, given).square().sum().item() for e in (1e-5, -1e-5)]
+    assert (slope * direction).sum().item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5)
+
+
+def test_autocast_changes_nothing(c):
+    given = torch.rand(3, NUMBERS, generator=torch.Generator().manual_seed(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = changed(c, given)
+    assert torch.equal(found, changed(c, given))

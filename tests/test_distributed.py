@@ -198,7 +198,7 @@ class Images(list):
         return torch.stack([self[int(i)] for i in indices])
 
 
-def new_flow(folder: Path | None = None) -> FlowStage:
+def _flow(folder: Path | None = None) -> FlowStage:
     """A stage without data, its weights random and the same in each process."""
     torch.manual_seed(0)
     vqvae = VQVAE(16, 6)
@@ -214,8 +214,9 @@ def new_flow(folder: Path | None = None) -> FlowStage:
 
 def _flow_step(rank):
     """The gradient, clipped, that the flow is updated with on a batch of 5, and the loss."""
-    stage = new_flow()
-    loss = stage.step(distributed.part(torch.rand(5, 1, 256, 256)), 5, 199, torch.Generator().manual_seed(1))
+    stage = _flow()
+    stage.latents = torch.randn(5, 6, 64, 64)
+    loss = stage.step(distributed.part(stage.latents), 5, 199, torch.Generator().manual_seed(1))
     found = {key: parameter.grad for key, parameter in stage.network.named_parameters()}
     return found | {"loss": distributed.total(loss * distributed.weight(5))}
 
@@ -225,7 +226,7 @@ def _best_flow(folder, rank):
 
     Only rank 0 knows the run's folder.
     """
-    stage = new_flow(folder if rank == 0 else None)
+    stage = _flow(folder if rank == 0 else None)
     if rank == 0:
         stage.run.rows = [{"stage": "flow", "epoch": 1, "validation_loss": 0.5}]
         stage.save_weights(stage.run.rows[0])
@@ -236,11 +237,11 @@ def _best_flow(folder, rank):
 
 
 def test_each_process_ends_with_the_flow_that_rank_0_wrote(tmp_path):
-    expected = new_flow().average.state_dict()
+    expected = _flow().average.state_dict()
     for found in in_two_processes(partial(_best_flow, tmp_path), tmp_path):
         assert all(torch.equal(found[key], value.half().float()) for key, value in expected.items())
         assert torch.equal(found["gain"], torch.load(tmp_path / "flow.pth", weights_only=True)["gain"])
-        assert torch.equal(found["scale"], new_flow().scale.scale)
+        assert torch.equal(found["scale"], _flow().scale.scale)
 
 
 def test_a_flow_update_of_two_processes_is_that_of_one(tmp_path):

@@ -87,8 +87,8 @@ class Config:
         choices=tuple(gan_update.METHODS))
 
     flow_epochs: int = _option(
-        50, "Flow", "passes over the training images", demo=12, resumable=True, type=COUNT, metavar="N")
-    flow_batch_size: int = _option(32, "Flow", "images in a step (of all processes together)", type=COUNT, metavar="N")
+        50, "Flow", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
+    flow_batch_size: int = _option(32, "Flow", "latents in a step (of all processes together)", type=COUNT, metavar="N")
     flow_lr: float = _option(1e-3, "Flow", "highest learning rate of Adam", type=RATE, metavar="RATE")
     flow_steps: int = _option(STEPS, "Flow", "solver's steps of samples", resumable=True, type=COUNT, metavar="N")
     # fmt: on

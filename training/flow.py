@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,7 @@ from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
 from support.run import Run
-from training.augmentation import drawn_moves, moved, positions
 from training.fit import batch_sizes
-from training.latents import Latents
 from training.prior import FlowPrior, load_prior, prior_of
 from training.prior_stage import PriorStage
 from training.scale import DIRECTIONS, LatentScale
@@ -30,10 +27,6 @@ CALIBRATION = 128  # samples
 
 class FlowStage(PriorStage):
     """Train a U-Net v on x_t = (1 - t) ε + t x to predict x - ε, of noise ε and latents x (arXiv 2210.02747, eq. 23).
-
-    Most images are moved before they are encoded, and the network sees where each position was before
-    (`training.augmentation`), as it sees the parameters of a move in arXiv 2206.00364, appendix F.2. For samples
-    nothing is moved, so they should not be of moved heads.
 
     flow.pth has the EMA of the weights after the epoch with the lowest validation loss, for later ones may know the
     training split by heart. In the end it is calibrated.
@@ -62,7 +55,7 @@ class FlowStage(PriorStage):
     def start(self) -> None:
         scale = distributed.from_first(lambda: LatentScale.fit(self.vqvae, self.train_set).to("cpu"))
         self.set_scale(scale)
-        heads = self.latents.spaced()[:, :, self.scale.support.bool()]
+        heads = self.data().spaced()[:, :, self.scale.support.bool()]
         self.set_factor(STD / max(heads.std().item(), 1e-6))
         self.begin()
 
@@ -71,23 +64,13 @@ class FlowStage(PriorStage):
         self.prior = FlowPrior(self.average, factor, self.scale, self.vqvae, phantoms=self.run.phantoms)
         self.prior.steps, self.prior.autocast = self.run.config.flow_steps, self.run.fast_path.autocast
 
-    def data(self) -> OasisDataset:
-        return self.train_set
-
-    @cached_property
-    def latents(self) -> Latents:
-        """Those of the training split, not moved; encoded when they are asked for."""
-        return Latents(self.vqvae, self.train_set, self.scale, stored=False)
-
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
-        """One update on images (B, 1, 256, 256). Returns the loss."""
+        """One update on coefficients of latents (B, K, 64, 64). Returns the loss."""
         optimizer = self.optimizers["flow"]
         for group in optimizer.param_groups:
             group["lr"] = self.lr * self.rate(step)
-        drawn = (*self.drawn(n, rng), drawn_moves(n, rng))
-        t, noise, moves = (move(distributed.part(each), batch.device) for each in drawn)
-        c = self.latents.encode(moved(batch, moves)).float()
-        loss = self.losses(self.network, c, t, noise, positions(moves, noise.shape[-1])).mean()
+        drawn = (move(distributed.part(each), batch.device) for each in self.drawn(n, rng))
+        loss = self.losses(self.network, batch, *drawn).mean()
         optimizer.zero_grad()
         (loss * distributed.weight(n)).backward()
         distributed.sum_gradients(self.network)
@@ -105,11 +88,11 @@ class FlowStage(PriorStage):
         """Times (n,) with a normal logit (arXiv 2403.03206, section 3.1), and the noise of n images; on the CPU."""
         return torch.randn(n, generator=rng).sigmoid(), self.prior.noise(n, rng)
 
-    def losses(self, network: UNet, c: Tensor, t: Tensor, noise: Tensor, position: Tensor | None = None) -> Tensor:
+    def losses(self, network: UNet, c: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The mean squared error of each image, of coefficients (B, K, 64, 64) at times (B,): (B,)."""
         x = self.prior.packed(c)
         with self.run.fast_path.autocast():
-            found = network(torch.lerp(noise, x, t[:, None, None, None]), t, position)
+            found = network(torch.lerp(noise, x, t[:, None, None, None]), t)
         return (found.float() - (x - noise)).square().mean((1, 2, 3))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
@@ -120,7 +103,7 @@ class FlowStage(PriorStage):
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """The mean loss of the averaged weights on the validation split, not moved, each time with the same noise."""
+        """The mean loss of the averaged weights on the validation split, each time with the same noise."""
         rng, losses = seeds.generator(self.run.config.seed, "flow validation"), []
         for c in in_batches(self.validate_latents, desc="Validating"):
             drawn = (move(each, c.device) for each in self.drawn(len(c), rng))
@@ -129,7 +112,7 @@ class FlowStage(PriorStage):
 
     def calibrate(self, prior: FlowPrior) -> None:
         noise = self.noise(min(CALIBRATION, len(self.train_set)), "calibration")
-        prior.calibrate(self.latents.covariance, noise)
+        prior.calibrate(self.data().covariance, noise)
 
     def drawn_now(self, epoch: int) -> bool:
         """After the first epoch, and with each measure, for samples take long."""

@@ -1,4 +1,4 @@
-"""A split's latents, which the priors learn."""
+"""What a prior learns: a split's latents."""
 
 import hashlib
 import math
@@ -39,11 +39,11 @@ class Latents(Dataset):
         self.kept = torch.empty(size, dtype=torch.half, device=device if fits(n_bytes, device) else host)
         start = 0
         for x in in_batches(dataset, desc="Encoding"):
-            self.kept[start : start + len(x)] = self.encode(x).permute(0, 2, 3, 1)
+            self.kept[start : start + len(x)] = self._encode(x).permute(0, 2, 3, 1)
             start += len(x)
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
+    def _encode(self, x: Tensor) -> Tensor:
         """Images (B, 1, 256, 256) -> coefficients (B, K, 64, 64) half."""
         z = self.vqvae.latents(x)
         if self.quantized:
@@ -56,7 +56,7 @@ class Latents(Dataset):
     def batch(self, indices: Sequence[int]) -> Tensor:
         """(B, K, 64, 64) float32, on the scale's device."""
         if not self.stored:
-            return self.encode(self.dataset.batch(indices)).float()
+            return self._encode(self.dataset.batch(indices)).float()
         kept = self.kept[move(torch.as_tensor(indices), self.kept.device)]
         return move(kept, self.scale.support.device).permute(0, 3, 1, 2).float()
 

@@ -4,7 +4,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dataset import OasisDataset
 from evaluation import generation
@@ -20,7 +19,7 @@ from training.scale import LatentScale
 
 
 class PriorStage(Stage):
-    """Train a prior on latents of the training split; compare its samples with the validation split.
+    """Train a prior on the training split's latents; compare its samples with the validation split.
 
     Generated latents are snapped to embeddings and decoded. A subclass sets `prior` whenever its scale is set.
 
@@ -36,23 +35,19 @@ class PriorStage(Stage):
         super().__init__(run)
         self.vqvae, self.train_set, self.validate_set, self.n_measures = vqvae, train_set, validate_set, n_measures
         self.vqvae.eval().to(memory_format=torch.channels_last)
-        self.figures, self.floor, self.stored = Figures(run.folder, run.phantoms), None, None
+        self.figures, self.floor, self.latents, self.stored = Figures(run.folder, run.phantoms), None, None, None
 
     def set_scale(self, scale: LatentScale) -> None:
         """Set the map between latents and what the prior generates."""
         self.scale = scale.to(self.run.device)
 
-    def data(self) -> Dataset:
+    def data(self) -> Latents:
+        if self.latents is None:
+            self.latents = Latents(self.vqvae, self.train_set, self.scale, self.quantized, self.stored)
+            self.stored = self.latents.stored
+            kept = "kept in memory" if self.stored else "too many for memory, so each batch is encoded when it is used"
+            print(f"{self.title}: {len(self.latents)} latents, {kept}", flush=True)
         return self.latents
-
-    @cached_property
-    def latents(self) -> Latents:
-        """Those of the training split."""
-        latents = Latents(self.vqvae, self.train_set, self.scale, self.quantized, self.stored)
-        self.stored = latents.stored
-        kept = "kept in memory" if self.stored else "too many for memory, so each batch is encoded when it is used"
-        print(f"{self.title}: {len(latents)} latents, {kept}", flush=True)
-        return latents
 
     @cached_property
     def validate_latents(self) -> Latents:

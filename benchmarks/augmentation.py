@@ -4,11 +4,11 @@ Real and generated coefficients are changed alike, in the updates of both networ
 as they are, so that a generator does not gain by imitating the changes (arXiv 2006.06676, section 3).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from training.augmentation import affine
 
 MOVED = 0.8  # share of images that are turned, zoomed and shifted
 ANGLE, ZOOM, SHIFT = 5.0, 0.05, 0.03  # at most: degrees, change of size, share of the image's width
@@ -26,9 +26,10 @@ def changed(c: Tensor, numbers: Tensor) -> Tensor:
     """
     moved, cut = numbers[:, 0] < MOVED, numbers[:, 1] < CUT
     angle, zoom, x, y = ((2 * numbers[:, 2:6] - 1) * moved[:, None]).unbind(1)
-    moves = affine(ANGLE * angle, ZOOM * zoom, 2 * SHIFT * torch.stack([x, y], 1))  # in half widths, as x and y are
+    turn = torch.polar((ZOOM * zoom).exp(), math.radians(ANGLE) * angle)
+    rows = turn.real, -turn.imag, 2 * SHIFT * x, turn.imag, turn.real, 2 * SHIFT * y  # in half widths, as x and y are
     with torch.autocast(c.device.type, enabled=False):  # it multiplies matrices, and positions need their precision
-        grid = F.affine_grid(moves.to(c.dtype), list(c.shape), align_corners=False)
+        grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3).to(c.dtype), list(c.shape), align_corners=False)
     c = F.grid_sample(c, grid, "bicubic", align_corners=False)
     at = torch.arange(c.shape[-1], device=c.device) + 0.5
     inside = (at - numbers[:, 6:, None] * c.shape[-1]).abs() < SQUARE / 2 * c.shape[-1]
