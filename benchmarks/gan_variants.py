@@ -12,7 +12,7 @@ from augmentation import NUMBERS, changed
 from torch import Tensor
 
 from training.gan_update import BalancedUpdate, PlainUpdate
-from training.scale import N_RINGS, LatentScale, rings
+from training.scale import LatentScale, covariance_spectrum
 
 
 class Unstarted(BalancedUpdate):
@@ -159,8 +159,8 @@ class SpectrumLoss(BalancedUpdate):
 
         def taught(t: Tensor) -> Tensor:
             c = generated(t)
-            with torch.enable_grad():
-                copy = c.detach().requires_grad_()
+            copy = c.detach().requires_grad_()
+            with torch.autocast(c.device.type, enabled=False):  # spectra need float32
                 loss = self.strength * (self.powers(copy) - aim).abs().mean()
             (gradient,) = torch.autograd.grad(loss, copy)
             c.register_hook(lambda found: found + gradient * weight)  # beside what D says
@@ -173,11 +173,9 @@ class SpectrumLoss(BalancedUpdate):
 
     @staticmethod
     def powers(c: Tensor) -> Tensor:
-        """(B, 4, N_RINGS) of coefficients (B, K, 64, 64), each sorted over the batch."""
-        power = torch.fft.fft2(c[:, :4], norm="ortho").abs().square().flatten(2)
-        ring = rings(c).flatten()
-        total = power.new_zeros(*power.shape[:2], N_RINGS).index_add(2, ring, power)
-        return (total / torch.bincount(ring) + 1e-6).log().sort(0).values
+        """(B, 4, R) of coefficients (B, K, 64, 64) at R rings of frequencies, each sorted over the batch."""
+        spectra = torch.stack([covariance_spectrum(image[None]) for image in c[:, :4]])
+        return (spectra.diagonal(dim1=2, dim2=3).mT + 1e-6).log().sort(0).values
 
 
 class Unflattened(BalancedUpdate):

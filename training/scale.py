@@ -250,7 +250,7 @@ def power_spectrum(c: Tensor) -> Tensor:
     """
     mean = covariance_spectrum(c).diagonal(dim1=1, dim2=2).T.clamp(min=1e-12).log()
     smooth = F.avg_pool1d(F.pad(mean[None], (1, 1), mode="replicate"), 3, 1)[0].exp()
-    return smooth[:, rings(c)[:, : c.shape[-1] // 2 + 1]].contiguous()
+    return smooth[:, _rings(c)[:, : c.shape[-1] // 2 + 1]].contiguous()
 
 
 def covariance_spectrum(c: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def covariance_spectrum(c: Tensor) -> Tensor:
 
     No mean is subtracted. Rings are one cycle per image wide, the constant part belongs to the first.
     """
-    ring = rings(c).flatten()
+    ring = _rings(c).flatten()
     total = c.new_zeros(int(ring.max()) + 1, c.shape[1], c.shape[1])
     for part in c.split(32):
         f = torch.view_as_real(torch.fft.fft2(part, norm="ortho").flatten(2))
@@ -268,12 +268,12 @@ def covariance_spectrum(c: Tensor) -> Tensor:
 
 def multiply_spectrum(c: Tensor, matrices: Tensor) -> Tensor:
     """Multiply the Fourier transform of c (B, K, H, W), at each frequency, by its ring's matrix, of (R, K, K)."""
-    gain = matrices[rings(c)[:, : c.shape[-1] // 2 + 1]]
+    gain = matrices[_rings(c)[:, : c.shape[-1] // 2 + 1]]
     f = torch.einsum("hwkl,blhwc->bkhwc", gain, torch.view_as_real(torch.fft.rfft2(c)))
     return torch.fft.irfft2(torch.view_as_complex(f.contiguous()), s=c.shape[-2:])
 
 
-def rings(c: Tensor) -> Tensor:
+def _rings(c: Tensor) -> Tensor:
     """The ring of each frequency of the Fourier transform of c (B, K, H, H), from 0: (H, H)."""
     size = c.shape[-1]
     frequency = torch.fft.fftfreq(size, device=c.device)
