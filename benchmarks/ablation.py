@@ -24,6 +24,7 @@ import torch
 import train  # noqa: E402
 from dataset import OasisDataset  # noqa: E402
 from support import console, files  # noqa: E402
+from support.console import UserError  # noqa: E402
 from support.run import Run  # noqa: E402
 from training import codebook, config  # noqa: E402
 from training.fit import fit  # noqa: E402
@@ -154,6 +155,30 @@ def read_run(folder: Path, epochs: int) -> dict[str, float]:
     rows = rows[:epochs]
     losses = losses[20 : int(sum(row["updates"] for row in rows))]
     return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses, default=nan)}
+
+
+def print_last_epochs(o: argparse.Namespace, what: str, texts: dict[str, str], columns: dict[str, tuple]) -> None:
+    """Markdown: the last epoch of each row of a prior's ablation, the seeds of a row side by side.
+
+    Args:
+        what: the table's first heading.
+        texts: what the rows are called.
+        columns: those of metrics.csv, each with its heading and its format.
+    """
+    print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, after {o.epochs} epochs.\n")
+    print(f"| {what} | " + " | ".join(heading for heading, _ in columns.values()) + " |")
+    print("|---|" + "---:|" * len(columns))
+    for name in o.rows:
+        found = []
+        for seed in o.seeds:
+            folder = find_run(run_folder(o.out, name, seed), o.epochs)
+            with open(folder / "metrics.csv", newline="") as file:
+                log = list(csv.DictReader(file))
+            if len(log) != o.epochs:
+                raise UserError(f"{folder}: has {len(log)} epochs, not {o.epochs}; use another --out")
+            found.append(log[-1])
+        cells = [" ".join(format(float(row[key]), form) for row in found) for key, (_, form) in columns.items()]
+        print(f"| {texts[name]} | " + " | ".join(cells) + " |")
 
 
 def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ commit and one number of epochs.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import gan_variants  # noqa: E402
-from ablation import begin, find_run, parser, run_folder, train_missing  # noqa: E402
+from ablation import begin, parser, print_last_epochs, train_missing  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
@@ -78,7 +77,7 @@ def main() -> None:
         return
     words = ["--data", o.data, "--vqvae", o.vqvae, "--precision", o.precision]
     train_missing(HERE, o, words, dict.fromkeys(ROWS, o.epochs))
-    print_table(o)
+    print_last_epochs(o, "DCGAN's training", {name: text for name, (text, _) in ROWS.items()}, COLUMNS)
 
 
 def train_row(o: argparse.Namespace) -> None:
@@ -88,24 +87,6 @@ def train_row(o: argparse.Namespace) -> None:
     method = ROWS[o.train][1]
     method.n_steps = o.epochs * -(-len(train_set) // run.config.gan_batch_size)
     fit(DCGANStage(run, train.copy_vqvae(run), train_set, validate_set, method, n_measures=1), run)
-
-
-def print_table(o: argparse.Namespace) -> None:
-    """Markdown; the seeds of a row side by side."""
-    print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, after {o.epochs} epochs.\n")
-    print("| DCGAN's training | " + " | ".join(name for name, _ in COLUMNS.values()) + " |")
-    print("|---|" + "---:|" * len(COLUMNS))
-    for name in o.rows:
-        found = []
-        for seed in o.seeds:
-            folder = find_run(run_folder(o.out, name, seed), o.epochs)
-            with open(folder / "metrics.csv", newline="") as file:
-                log = list(csv.DictReader(file))
-            if len(log) != o.epochs:
-                sys.exit(f"gan_ablation.py: error: {folder} has {len(log)} epochs, not {o.epochs}; use another --out")
-            found.append(log[-1])
-        cells = [" ".join(format(float(row[key]), form) for row in found) for key, (_, form) in COLUMNS.items()]
-        print(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

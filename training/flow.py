@@ -38,6 +38,7 @@ class FlowStage(PriorStage):
     name, title = "flow", "Flow"
     columns, chosen_by = ("flow_loss",), "validation_loss"
     average_decay = AVERAGE_DECAY
+    n_directions, new_network = DIRECTIONS, UNet  # of latents; channels -> what learns them
 
     def __init__(
         self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, n_measures: int = 10
@@ -47,14 +48,15 @@ class FlowStage(PriorStage):
         self.epochs, self.batch_size, self.lr = config.flow_epochs, config.flow_batch_size, config.flow_lr
         torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
-        self.network = UNet(4 * min(DIRECTIONS, embeddings_dim)).to(run.device, memory_format=fast_path.layout)
+        network = self.new_network(4 * min(self.n_directions, embeddings_dim))
+        self.network = network.to(run.device, memory_format=fast_path.layout)
         self.average = copy.deepcopy(self.network)
         self.networks, self.averages = {"flow": self.network}, {"flow": self.average}
         self.optimizers = {"flow": fast_path.adam(self.network, self.lr)}
 
     def start(self) -> None:
-        scale = distributed.from_first(lambda: LatentScale.fit(self.vqvae, self.train_set).to("cpu"))
-        self.set_scale(scale)
+        words = (self.vqvae, self.train_set, self.n_directions)
+        self.set_scale(distributed.from_first(lambda: LatentScale.fit(*words).to("cpu")))
         heads = self.data().spaced()[:, :, self.scale.support.bool()]
         self.set_factor(STD / max(heads.std().item(), 1e-6))
         self.begin()

@@ -1,0 +1,141 @@
+"""The choices of the flow, compared: a table of docs/results.md, from short runs of train.py.
+
+    python benchmarks/flow_ablation.py --data DIR --vqvae PATH/vqvae.pth --out OUT   # trains what OUT does not hold yet
+    python benchmarks/flow_ablation.py … --rows flow dropout --seeds 0 --epochs 5
+
+One run after the other, each in a process of its own. Measures are those that train.py takes at the end of a run, on
+the validation split. OUT belongs to one VQ-VAE, one commit and one number of epochs.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from ablation import begin, parser, print_last_epochs, train_missing  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.data import Dataset  # noqa: E402
+
+import train  # noqa: E402
+from modules import UNet, UNetBlock  # noqa: E402
+from support import console  # noqa: E402
+from training.fit import fit  # noqa: E402
+from training.flow import FlowStage  # noqa: E402
+from training.latents import Latents  # noqa: E402
+from training.prior import STEPS  # noqa: E402
+
+
+class Narrow(FlowStage):
+    new_network = partial(UNet, widths=(48, 72, 96, 96))
+
+
+class Wide(FlowStage):
+    new_network = partial(UNet, widths=(80, 120, 160, 160))
+
+
+class FourDirections(FlowStage):
+    n_directions = 4
+
+
+class EightDirections(FlowStage):
+    n_directions = 8
+
+
+class Dropout(FlowStage):
+    """Dropout before the second convolution of each block (arXiv 2006.11239, appendix B)."""
+
+    share = 0.1
+
+    def new_network(self, channels: int) -> UNet:
+        network = UNet(channels)
+        for block in network.modules():
+            if isinstance(block, UNetBlock):
+                block.after[0].register_forward_hook(self.dropped)
+        return network
+
+    def dropped(self, module: torch.nn.Module, inputs: tuple, x: Tensor) -> Tensor:
+        return F.dropout(x, self.share, module.training)
+
+
+class Later(FlowStage):
+    """More times near the data: their logit has a mean of 0.5."""
+
+    def drawn(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        t, noise = super().drawn(n, rng)
+        return (t.logit() + 0.5).sigmoid(), noise
+
+
+class Mirrored(FlowStage):
+    """Half of the images are mirrored left to right, before they are encoded."""
+
+    def data(self) -> Latents:
+        if self.latents is None:
+            self.latents = Latents(self.vqvae, HalfMirrored(self.train_set), self.scale, stored=False)
+        return self.latents
+
+
+class HalfMirrored(Dataset):
+    """The images of a data set, each time mirrored or not by chance."""
+
+    def __init__(self, images: Dataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices) -> Tensor:
+        x = self.images.batch(indices)
+        return torch.where((torch.rand(len(x), 1, 1, 1) < 0.5).to(x.device), x.flip(3), x)
+
+
+ROWS = {
+    "flow": ("the default", FlowStage),
+    "narrow": ("widths 48, 72, 96, 96", Narrow),
+    "wide": ("widths 80, 120, 160, 160", Wide),
+    "four-directions": ("4 directions", FourDirections),
+    "eight-directions": ("8 directions", EightDirections),
+    "dropout": ("dropout of 0.1", Dropout),
+    "later": ("logit of times with mean 0.5", Later),
+    "mirrored": ("half of the images mirrored", Mirrored),
+}
+COLUMNS = {
+    "flow_loss": ("training loss", ".4f"),
+    "validation_loss": ("validation loss", ".4f"),
+    "coherence": ("coherence", ".3f"),
+    "kurtosis_256": ("kurtosis", ".2f"),
+    "outside": ("energy outside × 10⁶", ".2f"),
+    "texture_auc": ("texture AUC", ".3f"),
+    "anatomy_auc": ("anatomy AUC", ".2f"),
+    "kernel_distance": ("kernel distance", ".2f"),
+    "coverage": ("coverage", ".2f"),
+    "swd_mean": ("SWD, mean", ".0f"),
+}
+
+
+def main() -> None:
+    options = parser(__doc__, ROWS, 14)
+    options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
+    options.add_argument("--flow-steps", type=int, metavar="N", default=STEPS, help=f"of the solver (default: {STEPS})")
+    o = options.parse_args()
+    if o.train:
+        train_row(o)
+        return
+    words = ["--data", o.data, "--vqvae", o.vqvae, "--flow-steps", str(o.flow_steps)]
+    train_missing(HERE, o, words, dict.fromkeys(ROWS, o.epochs))
+    print_last_epochs(o, "flow", {name: text for name, (text, _) in ROWS.items()}, COLUMNS)
+
+
+def train_row(o: argparse.Namespace) -> None:
+    words = ["--data", o.data, "--out", o.out, "--only", "flow", "--vqvae", o.vqvae]
+    words += ["--flow-epochs", str(o.epochs), "--flow-steps", str(o.flow_steps), "--seed", str(o.seeds[0])]
+    run, train_set, validate_set = begin(words)
+    fit(ROWS[o.train][1](run, train.copy_vqvae(run), train_set, validate_set, n_measures=1), run)
+
+
+if __name__ == "__main__":
+    console.run_program(main, "flow_ablation.py")
