@@ -185,7 +185,8 @@ def assert_nothing_is_torn(folder: Path) -> None:
 
 def assert_same_weights(one: Path, other: Path, names=("vqvae.pth", "generator.pth", "discriminator.pth")):
     def flat(contents):
-        return {**contents.pop("state_dict", {}), **contents}
+        parts = ((key, part if isinstance(part, dict) else {"": part}) for key, part in contents.items())
+        return {(key, name): value for key, part in parts for name, value in part.items()}
 
     for name in names:
         a, b = (flat(torch.load(run / name, weights_only=True)) for run in (one, other))

@@ -206,19 +206,20 @@ def _flow(folder: Path | None = None) -> FlowStage:
     stage = FlowStage(run, vqvae, Images(torch.rand(2, 1, 256, 256)), None)
     stage.set_scale(LatentScale.of_codebook(vqvae))
     stage.set_factor(0.7)
-    for network in (stage.network, stage.average):
+    for network in (*stage.networks.values(), *stage.averages.values()):
         for parameter in network.parameters():  # some begin as 0
             torch.nn.init.normal_(parameter, std=0.3)
     return stage
 
 
 def _flow_step(rank):
-    """The gradient, clipped, that the flow is updated with on a batch of 5, and the loss."""
+    """The gradients, clipped, that both networks are updated with on a batch of 5, and the losses."""
     stage = _flow()
     stage.latents = torch.randn(5, 6, 64, 64)
-    loss = stage.step(distributed.part(stage.latents), 5, 199, torch.Generator().manual_seed(1))
-    found = {key: parameter.grad for key, parameter in stage.network.named_parameters()}
-    return found | {"loss": distributed.total(loss * distributed.weight(5))}
+    losses = stage.step(distributed.part(stage.latents), 5, 199, torch.Generator().manual_seed(1))
+    networks = torch.nn.ModuleDict(stage.networks)
+    found = {key: parameter.grad for key, parameter in networks.named_parameters()}
+    return found | {"losses": distributed.total(losses * distributed.weight(5))}
 
 
 def _best_flow(folder, rank):
@@ -233,11 +234,11 @@ def _best_flow(folder, rank):
         contents = torch.load(folder / "flow.pth", weights_only=True)
         torch.save(contents | {"scale": 0.7 * contents["scale"]}, folder / "flow.pth")  # as earlier versions did
     best = stage.best()
-    return best.network.state_dict() | {"gain": best.gain, "scale": best.scale.scale}
+    return torch.nn.ModuleList(best.networks.values()).state_dict() | {"gain": best.gain, "scale": best.scale.scale}
 
 
 def test_each_process_ends_with_the_flow_that_rank_0_wrote(tmp_path):
-    expected = _flow().average.state_dict()
+    expected = torch.nn.ModuleList(_flow().averages.values()).state_dict()
     for found in in_two_processes(partial(_best_flow, tmp_path), tmp_path):
         assert all(torch.equal(found[key], value.half().float()) for key, value in expected.items())
         assert torch.equal(found["gain"], torch.load(tmp_path / "flow.pth", weights_only=True)["gain"])
@@ -246,8 +247,9 @@ def test_each_process_ends_with_the_flow_that_rank_0_wrote(tmp_path):
 
 def test_a_flow_update_of_two_processes_is_that_of_one(tmp_path):
     expected = _flow_step(0)
-    norm = torch.cat([value.flatten() for key, value in expected.items() if key != "loss"]).norm()
-    assert norm.item() == pytest.approx(1, rel=1e-3)
+    for name in ("flow", "guide"):
+        norm = torch.cat([value.flatten() for key, value in expected.items() if key.startswith(name)]).norm()
+        assert norm.item() == pytest.approx(1, rel=1e-3)
     for found in in_two_processes(_flow_step, tmp_path):
         assert found.keys() == expected.keys()
         for key, value in expected.items():

@@ -29,17 +29,18 @@ def flow_stage(vqvae, train_set, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", flow_ablation.ROWS)
 def test_each_row_of_the_flow_ablation_learns(name, flow_stage, rng):
     stage = flow_stage(name)
-    before = [p.detach().clone() for p in stage.network.parameters()]
+    network = stage.networks["flow"]
+    before = [p.detach().clone() for p in network.parameters()]
     c = stage.data().batch([0, 7, 14])
     assert c.shape == (3, {"four-directions": 4, "eight-directions": 8}.get(name, 6), 64, 64)
     assert stage.step(c, 3, 0, rng).isfinite().all()
-    assert any(not torch.equal(p, old) for p, old in zip(stage.network.parameters(), before, strict=True))
-    for network in (stage.network, stage.average):
-        assert network.last[0].num_channels == {"narrow": 48, "wide": 80}.get(name, 64)
+    assert any(not torch.equal(p, old) for p, old in zip(network.parameters(), before, strict=True))
+    for each in (network, stage.averages["flow"]):
+        assert each.last[0].num_channels == {"narrow": 48, "wide": 80}.get(name, 64)
 
 
 def test_dropout_is_in_each_block_and_in_training_alone(flow_stage):
-    network = flow_stage("dropout").network
+    network = flow_stage("dropout").networks["flow"]
     blocks = [block for block in network.modules() if isinstance(block, UNetBlock)]
     for training in (True, False):
         network.train(training)

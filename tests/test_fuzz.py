@@ -25,7 +25,7 @@ from support.console import UserError
 from support.device import FastPath
 from support.run import Run
 from training.config import Config
-from training.prior import FlowPrior, GeneratorPrior, load_prior
+from training.prior import GUIDE_WIDTHS, FlowPrior, GeneratorPrior, load_prior
 from training.vqvae import VQVAEStage, load_vqvae
 
 
@@ -214,7 +214,7 @@ def prior(request, latents, vqvae):
     if request.param == "generator":
         found = GeneratorPrior(Generator(embeddings_dim=8), latents.scale, vqvae)
     else:
-        found = FlowPrior(UNet(), 0.8, latents.scale, vqvae)
+        found = FlowPrior(UNet(), UNet(24, GUIDE_WIDTHS), 0.8, latents.scale, vqvae)
     found.gain = torch.eye(6).repeat(45, 1, 1)
     return found
 

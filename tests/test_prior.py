@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from modules import VQVAE, Generator, UNet, dcgan_init
 from support.console import UserError
 from training.latents import codebook_hash
-from training.prior import LARGEST_FACTOR, TEMPERATURE, FlowPrior, GeneratorPrior, load_prior, transport, walk
+from training.prior import (
+    GUIDANCE,
+    GUIDE_WIDTHS,
+    LARGEST_FACTOR,
+    FlowPrior,
+    GeneratorPrior,
+    load_prior,
+    transport,
+    walk,
+)
 from training.scale import covariance_spectrum, multiply_spectrum
 
 
@@ -101,12 +110,12 @@ def test_walk_goes_from_one_noise_vector_to_the_other_in_equal_angles():
 @pytest.fixture
 def priors(vqvae, latents):
     torch.manual_seed(0)
-    network = UNet()
-    for parameter in network.parameters():  # some begin as 0
+    networks = UNet(), UNet(24, GUIDE_WIDTHS)
+    for parameter in (p for network in networks for p in network.parameters()):  # some begin as 0
         torch.nn.init.normal_(parameter, std=0.05)
     return {
         "generator": GeneratorPrior(Generator(embeddings_dim=8), latents.scale, vqvae),
-        "flow": FlowPrior(network, 0.8, latents.scale, vqvae, steps=2),
+        "flow": FlowPrior(*networks, 0.8, latents.scale, vqvae, steps=2),
     }
 
 
@@ -137,22 +146,42 @@ def test_the_solver_follows_straight_paths_exactly_and_others_at_second_order(vq
     everywhere = replace(latents.scale, support=torch.ones(64, 64))
 
     def solved(network, steps):
-        return FlowPrior(network.eval(), 1.0, everywhere, vqvae, steps=steps).coefficients(noise)
+        return FlowPrior(network.eval(), None, 1.0, everywhere, vqvae, steps=steps).coefficients(noise)
 
-    start = TEMPERATURE * noise
-    expected = F.pixel_shuffle(0.3 * start + 0.5, 2)
+    expected = F.pixel_shuffle(0.3 * noise + 0.5, 2)
     torch.testing.assert_close(solved(Straight(), 3), expected, rtol=1e-4, atol=1e-5)
     growing, errors = Growing(), {}
     for n in (1, 20, 40):
         growing.n_calls = 0
-        errors[n] = (solved(growing, n) / F.pixel_shuffle(start, 2) - math.e).abs().mean().item()
+        errors[n] = (solved(growing, n) / F.pixel_shuffle(noise, 2) - math.e).abs().mean().item()
         assert growing.n_calls == n + 1
     assert errors[1] == pytest.approx(math.e - 2.5, rel=1e-3)  # 1 + 1 + 1 / 2, the beginning of e's series
     assert errors[20] < 0.006 and 3 < errors[20] / errors[40] < 5  # the first step by Euler's method gives 0.011
 
 
+def test_samples_follow_the_network_and_lead_away_from_its_guide(vqvae, latents):
+    class Constant(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x, t):
+            return torch.full_like(x, self.value)
+
+    x = torch.zeros(2, 24, 32, 32)
+    prior = FlowPrior(Constant(2.0), Constant(1.2), 1.0, latents.scale, vqvae)
+    assert (prior.velocity(x, 0.3) - 2.0).unique().item() == pytest.approx(GUIDANCE * 0.8)
+    assert (FlowPrior(Constant(2.0), None, 1.0, latents.scale, vqvae).velocity(x, 0.3) == 2).all()
+
+
+def test_a_flow_of_an_earlier_version_has_no_guide(priors, vqvae, tmp_path):
+    torch.save({key: value for key, value in priors["flow"].checkpoint().items() if key != "guide"}, tmp_path / "x.pth")
+    found = load_prior(tmp_path / "x.pth", vqvae)
+    assert found.guide is None and found.checkpoint().keys() == priors["flow"].checkpoint().keys() - {"guide"}
+
+
 def test_what_a_flow_learns_are_2x2_positions_as_channels(vqvae, latents):
-    prior = FlowPrior(UNet(), 0.5, latents.scale, vqvae)
+    prior = FlowPrior(UNet(), None, 0.5, latents.scale, vqvae)
     c = torch.randn(2, 6, 64, 64)
     x = prior.packed(c)
     assert prior.noise_shape == x.shape[1:] == (24, 32, 32)
@@ -177,8 +206,9 @@ def test_a_file_there_and_back(priors, vqvae, tmp_path, kind, tolerance):
     with torch.no_grad():
         torch.testing.assert_close(again.coefficients(noise), prior.coefficients(noise), rtol=0, atol=tolerance)
     if kind == "flow":
-        assert path.stat().st_size < 12e6
-        assert max(value.element_size() for value in prior.checkpoint()["state_dict"].values()) == 2
+        assert path.stat().st_size < 13e6
+        for key in ("state_dict", "guide"):
+            assert max(value.element_size() for value in prior.checkpoint()[key].values()) == 2
 
 
 @pytest.mark.parametrize("kind", ["generator", "flow"])
@@ -207,6 +237,8 @@ def test_the_file_of_another_codebook_is_refused(priors, vqvae, tmp_path, kind):
         ("generator", "gain", torch.ones(44, 6, 6), "'gain' is not 45 x 6 x 6"),
         ("flow", "gain", [], "'gain' is not"),
         ("flow", "state_dict", {}, "weights of this UNet"),
+        ("flow", "guide", {}, "weights of this UNet"),
+        ("flow", "guide", None, "weights of a UNet"),
         ("flow", "factor", 0.0, "'factor'"),
         ("flow", "factor", torch.ones(1), "'factor'"),
     ],

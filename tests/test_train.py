@@ -301,10 +301,11 @@ def test_the_flows_folder(flowed):
     assert (
         f"Best epoch: {best['epoch']}, validation loss {float(best['validation_loss']):.4f} (phantoms)" in done.stdout
     )
-    saved = torch.load(run / "flow.pth", weights_only=True)["state_dict"]
+    saved = torch.load(run / "flow.pth", weights_only=True)
     if best is found[-1]:
-        average = resume_file(run)["state"]["flow"]["averages"]["flow"]
-        assert all(torch.equal(saved[key], value.half()) for key, value in average.items())
+        averages = resume_file(run)["state"]["flow"]["averages"]
+        for name, key in (("flow", "state_dict"), ("guide", "guide")):
+            assert all(torch.equal(saved[key][k], value.half()) for k, value in averages[name].items())
 
 
 def test_the_flow_is_calibrated_in_the_end(flowed, data):

@@ -13,7 +13,7 @@ from support.console import in_batches
 from support.device import exact_float32, move
 from support.run import Run
 from training.fit import batch_sizes
-from training.prior import FlowPrior, load_prior, prior_of
+from training.prior import GUIDE_WIDTHS, FlowPrior, load_prior, prior_of
 from training.prior_stage import PriorStage
 from training.scale import DIRECTIONS, LatentScale
 
@@ -28,15 +28,16 @@ CALIBRATION = 128  # samples
 class FlowStage(PriorStage):
     """Train a U-Net v on x_t = (1 - t) ε + t x to predict x - ε, of noise ε and latents x (arXiv 2210.02747, eq. 23).
 
-    flow.pth has the EMA of the weights after the epoch with the lowest validation loss, for later ones may know the
-    training split by heart. In the end it is calibrated.
+    Beside it a smaller U-Net, the guide, learns the same from the same batches. flow.pth has the EMA of the weights of
+    both after the epoch with the lowest validation loss, for later ones may know the training split by heart. In the
+    end it is calibrated.
 
     Args:
         run, vqvae, train_set, validate_set, n_measures: as in `PriorStage`.
     """
 
     name, title = "flow", "Flow"
-    columns, chosen_by = ("flow_loss",), "validation_loss"
+    columns, chosen_by = ("flow_loss", "guide_loss"), "validation_loss"
     average_decay = AVERAGE_DECAY
     n_directions, new_network = DIRECTIONS, UNet  # of latents; channels -> what learns them
 
@@ -48,11 +49,12 @@ class FlowStage(PriorStage):
         self.epochs, self.batch_size, self.lr = config.flow_epochs, config.flow_batch_size, config.flow_lr
         torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
-        network = self.new_network(4 * min(self.n_directions, embeddings_dim))
-        self.network = network.to(run.device, memory_format=fast_path.layout)
-        self.average = copy.deepcopy(self.network)
-        self.networks, self.averages = {"flow": self.network}, {"flow": self.average}
-        self.optimizers = {"flow": fast_path.adam(self.network, self.lr)}
+        channels = 4 * min(self.n_directions, embeddings_dim)
+        self.networks = {"flow": self.new_network(channels), "guide": UNet(channels, GUIDE_WIDTHS)}
+        for network in self.networks.values():
+            network.to(run.device, memory_format=fast_path.layout)
+        self.averages = copy.deepcopy(self.networks)
+        self.optimizers = {name: fast_path.adam(network, self.lr) for name, network in self.networks.items()}
 
     def start(self) -> None:
         words = (self.vqvae, self.train_set, self.n_directions)
@@ -63,22 +65,25 @@ class FlowStage(PriorStage):
 
     def set_factor(self, factor: float) -> None:
         """Set the factor from coefficients to what the network learns."""
-        self.prior = FlowPrior(self.average, factor, self.scale, self.vqvae, phantoms=self.run.phantoms)
+        self.prior = FlowPrior(*self.averages.values(), factor, self.scale, self.vqvae, phantoms=self.run.phantoms)
         self.prior.steps, self.prior.autocast = self.run.config.flow_steps, self.run.fast_path.autocast
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
-        """One update on coefficients of latents (B, K, 64, 64). Returns the loss."""
-        optimizer = self.optimizers["flow"]
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * self.rate(step)
-        drawn = (move(distributed.part(each), batch.device) for each in self.drawn(n, rng))
-        loss = self.losses(self.network, batch, *drawn).mean()
-        optimizer.zero_grad()
-        (loss * distributed.weight(n)).backward()
-        distributed.sum_gradients(self.network)
-        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
-        optimizer.step()
-        return loss.detach()[None]
+        """One update of each network on coefficients of latents (B, K, 64, 64). Returns their losses."""
+        drawn = [move(distributed.part(each), batch.device) for each in self.drawn(n, rng)]
+        losses = []
+        for name, network in self.networks.items():
+            optimizer = self.optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * self.rate(step)
+            loss = self.losses(network, batch, *drawn).mean()
+            optimizer.zero_grad()
+            (loss * distributed.weight(n)).backward()
+            distributed.sum_gradients(network)
+            nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
 
     def rate(self, step: int) -> float:
         """A step's learning rate as a share of the highest: it rises in WARM_UP steps and falls along a cosine."""
@@ -105,11 +110,11 @@ class FlowStage(PriorStage):
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """The mean loss of the averaged weights on the validation split, each time with the same noise."""
+        """The mean loss of the flow's averaged weights on the validation split, each time with the same noise."""
         rng, losses = seeds.generator(self.run.config.seed, "flow validation"), []
         for c in in_batches(self.validate_latents, desc="Validating"):
             drawn = (move(each, c.device) for each in self.drawn(len(c), rng))
-            losses.append(self.losses(self.average.eval(), c, *drawn))
+            losses.append(self.losses(self.averages["flow"].eval(), c, *drawn))
         return torch.cat(losses).mean().item()
 
     def calibrate(self, prior: FlowPrior) -> None:

@@ -20,7 +20,8 @@ from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, m
 
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 STEPS, FINER = 20, 1.5  # of the flow's solver (docs/results.md)
-TEMPERATURE = 0.92  # of its noise
+GUIDE_WIDTHS = (24, 32, 40, 40)  # of the U-Net that guides it
+GUIDANCE = 0.3
 
 
 class Prior:
@@ -34,6 +35,7 @@ class Prior:
 
     def __init__(self, network: nn.Module, scale: LatentScale, vqvae: VQVAE, phantoms: bool = False):
         self.network, self.scale, self.vqvae, self.phantoms = network, scale, vqvae, phantoms
+        self.networks = {"state_dict": network}  # by their key in the prior's file
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -86,7 +88,7 @@ class Prior:
     def checkpoint(self) -> dict:
         """The contents of the prior's file."""
         contents = {
-            "state_dict": files.cpu_state(self.network),
+            **{key: files.cpu_state(network) for key, network in self.networks.items()},
             **self.scale.to("cpu").tensors(),
             "codebook": codebook_hash(self.vqvae),
             "phantoms": self.phantoms,
@@ -130,13 +132,18 @@ class FlowPrior(Prior):
 
     It solves dx/dt = v(x, t) from t = 0 to 1 (arXiv 2210.02747, eq. 1) in `steps` steps: the first is Heun's, the
     others are those of the two-step Adams-Bashforth method, which reuses the slope of the step before (Hairer, Nørsett
-    and Wanner 1993, section III.5). They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s. It
-    starts from the noise times TEMPERATURE; calibration restores the power that this costs.
+    and Wanner 1993, section III.5). They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s.
+
+    A smaller network of the same training, the guide, makes the same faults, but greater ones. So samples follow the
+    network, and lead away from the guide: v + GUIDANCE (v - v_guide) (autoguidance, arXiv 2406.02507, section 4). A
+    flow of earlier versions has no guide.
     """
 
-    def __init__(self, network: UNet, factor: float, *words, steps: int = STEPS, **settings):
+    def __init__(self, network: UNet, guide: UNet | None, factor: float, *words, steps: int = STEPS, **settings):
         super().__init__(network, *words, **settings)
-        self.factor, self.steps, self.autocast = factor, steps, nullcontext
+        self.guide, self.factor, self.steps, self.autocast = guide, factor, steps, nullcontext
+        if guide:
+            self.networks["guide"] = guide
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -149,8 +156,9 @@ class FlowPrior(Prior):
 
     @torch.no_grad()
     def coefficients(self, noise: Tensor) -> Tensor:
-        self.network.eval()
-        x = TEMPERATURE * noise.contiguous(memory_format=torch.channels_last)
+        for network in self.networks.values():
+            network.eval()
+        x = noise.contiguous(memory_format=torch.channels_last)
         times = (1 - (1 - torch.linspace(0, 1, self.steps + 1)) ** FINER).tolist()
         before = None  # the time and the slope of the step before
         for t, later in pairwise(times):
@@ -165,21 +173,24 @@ class FlowPrior(Prior):
         return F.pixel_shuffle(x, 2) / self.factor * self.scale.support
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """The network's at one time: (B, 4K, 32, 32) float32."""
+        """That of samples x at one time, guided: (B, 4K, 32, 32) float32."""
+        words = x, x.new_full((len(x),), t)
         with self.autocast():
-            return self.network(x, x.new_full((len(x),), t)).float()
+            v, *others = [network(*words).float() for network in self.networks.values()]
+        return v + sum(GUIDANCE * (v - guide) for guide in others)
 
     def checkpoint(self) -> dict:
         contents = super().checkpoint() | {"factor": self.factor}
-        contents["state_dict"] = {name: value.half() for name, value in contents["state_dict"].items()}
-        return contents | {"shift": contents["shift"].half()}
+        weights = {key: {name: value.half() for name, value in contents[key].items()} for key in self.networks}
+        return contents | weights | {"shift": contents["shift"].half()}
 
     @classmethod
     def untrained(cls, contents: dict, *words) -> "FlowPrior":
         scale, factor = words[0], contents["factor"]
         if not isinstance(factor, float) or not 0 < factor < math.inf:
             raise ValueError("its 'factor' is not a positive number")
-        return cls(UNet(4 * len(scale.scale)), factor, *words)
+        channels = 4 * len(scale.scale)
+        return cls(UNet(channels), UNet(channels, GUIDE_WIDTHS) if "guide" in contents else None, factor, *words)
 
 
 def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
@@ -201,11 +212,12 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     scale = LatentScale.from_tensors(contents, weight.shape[1]).to(weight.device)
     kind = FlowPrior if "factor" in contents else GeneratorPrior
     prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
-    files.load_state(prior.network, contents["state_dict"])
+    for key, network in prior.networks.items():
+        files.load_state(network, contents[key])
     if "gain" in contents:
         n = len(scale.scale)
         prior.gain = checked(contents["gain"], "gain", (N_RINGS, n, n)).to(weight.device)
-    for network in (prior.network, vqvae):  # as in training, for the same digits
+    for network in (*prior.networks.values(), vqvae):  # as in training, for the same digits
         network.to(weight.device, memory_format=torch.channels_last).eval()
     return prior
 
