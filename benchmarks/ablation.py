@@ -164,6 +164,8 @@ def print_last_epochs(o: argparse.Namespace, what: str, texts: dict[str, str], c
         what: the table's first heading.
         texts: what the rows are called.
         columns: those of metrics.csv, each with its heading and its format.
+
+    Raises UserError if a run has another number of epochs.
     """
     print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, after {o.epochs} epochs.\n")
     print(f"| {what} | " + " | ".join(heading for heading, _ in columns.values()) + " |")

@@ -1,10 +1,11 @@
-"""The choices of the flow, compared: a table of docs/results.md, from short runs of train.py.
+"""The choices of the flow, compared by short runs of train.py.
 
     python benchmarks/flow_ablation.py --data DIR --vqvae PATH/vqvae.pth --out OUT   # trains what OUT does not hold yet
     python benchmarks/flow_ablation.py … --rows flow dropout --seeds 0 --epochs 5
 
 One run after the other, each in a process of its own. Measures are those that train.py takes at the end of a run, on
-the validation split. OUT belongs to one VQ-VAE, one commit and one number of epochs.
+the validation split. Losses of rows with other directions are of other numbers, and not comparable. OUT belongs to one
+VQ-VAE, one commit, one number of epochs and one of the solver's steps.
 """
 
 import argparse
@@ -16,9 +17,8 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from ablation import begin, parser, print_last_epochs, train_missing  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
 import train  # noqa: E402
@@ -31,11 +31,11 @@ from training.prior import STEPS  # noqa: E402
 
 
 class Narrow(FlowStage):
-    new_network = partial(UNet, widths=(48, 72, 96, 96))
+    new_network = staticmethod(partial(UNet, widths=(48, 72, 96, 96)))
 
 
 class Wide(FlowStage):
-    new_network = partial(UNet, widths=(80, 120, 160, 160))
+    new_network = staticmethod(partial(UNet, widths=(80, 120, 160, 160)))
 
 
 class FourDirections(FlowStage):
@@ -49,25 +49,28 @@ class EightDirections(FlowStage):
 class Dropout(FlowStage):
     """Dropout before the second convolution of each block (arXiv 2006.11239, appendix B)."""
 
-    share = 0.1
-
-    def new_network(self, channels: int) -> UNet:
+    @staticmethod
+    def new_network(channels: int) -> UNet:
         network = UNet(channels)
         for block in network.modules():
             if isinstance(block, UNetBlock):
-                block.after[0].register_forward_hook(self.dropped)
+                block.after[0] = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
         return network
-
-    def dropped(self, module: torch.nn.Module, inputs: tuple, x: Tensor) -> Tensor:
-        return F.dropout(x, self.share, module.training)
 
 
 class Later(FlowStage):
-    """More times near the data: their logit has a mean of 0.5."""
+    """More times near the data in training: their logit has a mean of 0.5."""
 
-    def drawn(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        t, noise = super().drawn(n, rng)
-        return (t.logit() + 0.5).sigmoid(), noise
+    def losses(self, network: UNet, c: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return super().losses(network, c, (t.logit() + 0.5).sigmoid() if network.training else t, noise)
+
+
+class Unguided(FlowStage):
+    """Samples as of earlier versions, at a lower temperature; the guide is trained and not used."""
+
+    def set_factor(self, factor: float) -> None:
+        super().set_factor(factor)
+        self.prior.guide = None
 
 
 class Mirrored(FlowStage):
@@ -101,6 +104,7 @@ ROWS = {
     "eight-directions": ("8 directions", EightDirections),
     "dropout": ("dropout of 0.1", Dropout),
     "later": ("logit of times with mean 0.5", Later),
+    "unguided": ("samples not guided", Unguided),
     "mirrored": ("half of the images mirrored", Mirrored),
 }
 COLUMNS = {

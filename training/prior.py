@@ -20,8 +20,8 @@ from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, m
 
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 STEPS, FINER = 20, 1.5  # of the flow's solver (docs/results.md)
-GUIDE_WIDTHS = (24, 32, 40, 40)  # of the U-Net that guides it
-GUIDANCE = 0.3
+GUIDE_WIDTHS, GUIDANCE = (24, 32, 40, 40), 0.3  # of the U-Net that guides it
+TEMPERATURE = 0.92  # of the noise of a flow without a guide
 
 
 class Prior:
@@ -35,7 +35,11 @@ class Prior:
 
     def __init__(self, network: nn.Module, scale: LatentScale, vqvae: VQVAE, phantoms: bool = False):
         self.network, self.scale, self.vqvae, self.phantoms = network, scale, vqvae, phantoms
-        self.networks = {"state_dict": network}  # by their key in the prior's file
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks, by their key in the prior's file."""
+        return {"state_dict": self.network}
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -134,16 +138,18 @@ class FlowPrior(Prior):
     others are those of the two-step Adams-Bashforth method, which reuses the slope of the step before (Hairer, Nørsett
     and Wanner 1993, section III.5). They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s.
 
-    A smaller network of the same training, the guide, makes the same faults, but greater ones. So samples follow the
-    network, and lead away from the guide: v + GUIDANCE (v - v_guide) (autoguidance, arXiv 2406.02507, section 4). A
-    flow of earlier versions has no guide.
+    A smaller network of the same training, the guide, is expected to make the same faults, but greater ones. So samples
+    lead away from it: they follow v + GUIDANCE (v - v_guide) (autoguidance, arXiv 2406.02507, section 4). A flow of
+    earlier versions has no guide, and starts from the noise times TEMPERATURE.
     """
 
     def __init__(self, network: UNet, guide: UNet | None, factor: float, *words, steps: int = STEPS, **settings):
         super().__init__(network, *words, **settings)
         self.guide, self.factor, self.steps, self.autocast = guide, factor, steps, nullcontext
-        if guide:
-            self.networks["guide"] = guide
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return super().networks | ({} if self.guide is None else {"guide": self.guide})
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -158,7 +164,7 @@ class FlowPrior(Prior):
     def coefficients(self, noise: Tensor) -> Tensor:
         for network in self.networks.values():
             network.eval()
-        x = noise.contiguous(memory_format=torch.channels_last)
+        x = noise.contiguous(memory_format=torch.channels_last) * (TEMPERATURE if self.guide is None else 1)
         times = (1 - (1 - torch.linspace(0, 1, self.steps + 1)) ** FINER).tolist()
         before = None  # the time and the slope of the step before
         for t, later in pairwise(times):
@@ -176,8 +182,8 @@ class FlowPrior(Prior):
         """That of samples x at one time, guided: (B, 4K, 32, 32) float32."""
         words = x, x.new_full((len(x),), t)
         with self.autocast():
-            v, *others = [network(*words).float() for network in self.networks.values()]
-        return v + sum(GUIDANCE * (v - guide) for guide in others)
+            v = self.network(*words).float()
+            return v if self.guide is None else v + GUIDANCE * (v - self.guide(*words).float())
 
     def checkpoint(self) -> dict:
         contents = super().checkpoint() | {"factor": self.factor}
