@@ -20,7 +20,7 @@ from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, m
 
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 STEPS, FINER = 20, 1.5  # of the flow's solver (docs/results.md)
-GUIDE_WIDTHS, GUIDANCE = (24, 32, 40, 40), 0.3  # of the U-Net that guides it
+GUIDE_WIDTHS, GUIDANCE = (24, 32, 40, 40), 0.5  # of the U-Net that guides it
 TEMPERATURE = 0.92  # of the noise of a flow without a guide
 
 
