@@ -82,6 +82,17 @@ ROWS = {
     "ema-revival": Row("moving averages with the start and revival of `kmeans`", EMAWithRevival),
     "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, 0.0, epochs=1),
 }
+MEASURES = {  # columns of metrics.csv, for priors
+    "coherence": ("coherence", ".3f"),
+    "kurtosis_256": ("kurtosis", ".2f"),
+    "outside": ("energy outside × 10⁶", ".2f"),
+    "dimmest": ("dimmest 5 %", ".3f"),
+    "texture_auc": ("texture AUC", ".3f"),
+    "anatomy_auc": ("anatomy AUC", ".2f"),
+    "kernel_distance": ("kernel distance", ".2f"),
+    "coverage": ("coverage", ".2f"),
+    "swd_mean": ("SWD, mean", ".0f"),
+}
 
 
 def main() -> None:

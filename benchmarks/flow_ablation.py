@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
-from ablation import begin, parser, print_last_epochs, train_missing  # noqa: E402
+from ablation import MEASURES, begin, parser, print_last_epochs, train_missing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
@@ -107,18 +107,8 @@ ROWS = {
     "unguided": ("samples not guided", Unguided),
     "mirrored": ("half of the images mirrored", Mirrored),
 }
-COLUMNS = {
-    "flow_loss": ("training loss", ".4f"),
-    "validation_loss": ("validation loss", ".4f"),
-    "coherence": ("coherence", ".3f"),
-    "kurtosis_256": ("kurtosis", ".2f"),
-    "outside": ("energy outside × 10⁶", ".2f"),
-    "texture_auc": ("texture AUC", ".3f"),
-    "anatomy_auc": ("anatomy AUC", ".2f"),
-    "kernel_distance": ("kernel distance", ".2f"),
-    "coverage": ("coverage", ".2f"),
-    "swd_mean": ("SWD, mean", ".0f"),
-}
+LOSSES = {name: (name.replace("_", " "), ".4f") for name in ("flow_loss", "guide_loss", "validation_loss")}
+COLUMNS = LOSSES | MEASURES
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import gan_variants  # noqa: E402
-from ablation import begin, parser, print_last_epochs, train_missing  # noqa: E402
+from ablation import MEASURES, begin, parser, print_last_epochs, train_missing  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
@@ -50,20 +50,7 @@ ROWS = {
     "long-average": ("samples with weights averaged over at most 500 steps", gan_variants.LongAverage),
     "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
-COLUMNS = {
-    "d_real": ("D(x)", ".2f"),
-    "d_fake": ("D(G(z))", ".2f"),
-    "g_loss": ("generator's loss", ".2f"),
-    "coherence": ("coherence", ".3f"),
-    "kurtosis_256": ("kurtosis", ".2f"),
-    "outside": ("energy outside × 10⁶", ".1f"),
-    "dimmest": ("dimmest 5 %", ".3f"),
-    "texture_auc": ("texture AUC", ".3f"),
-    "anatomy_auc": ("anatomy AUC", ".2f"),
-    "kernel_distance": ("kernel distance", ".2f"),
-    "coverage": ("coverage", ".2f"),
-    "swd_mean": ("SWD, mean", ".0f"),
-}
+COLUMNS = {"d_real": ("D(x)", ".2f"), "d_fake": ("D(G(z))", ".2f"), "g_loss": ("generator's loss", ".2f"), **MEASURES}
 
 
 def main() -> None:
