@@ -168,12 +168,12 @@ def read_run(folder: Path, epochs: int) -> dict[str, float]:
     return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses, default=nan)}
 
 
-def print_last_epochs(o: argparse.Namespace, what: str, texts: dict[str, str], columns: dict[str, tuple]) -> None:
+def print_last_epochs(o: argparse.Namespace, what: str, rows: dict[str, tuple], columns: dict[str, tuple]) -> None:
     """Markdown: the last epoch of each row of a prior's ablation, the seeds of a row side by side.
 
     Args:
         what: the table's first heading.
-        texts: what the rows are called.
+        rows: those of the ablation, each beginning with what it is called.
         columns: those of metrics.csv, each with its heading and its format.
 
     Raises UserError if a run has another number of epochs.
@@ -191,7 +191,7 @@ def print_last_epochs(o: argparse.Namespace, what: str, texts: dict[str, str], c
                 raise UserError(f"{folder}: has {len(log)} epochs, not {o.epochs}; use another --out")
             found.append(log[-1])
         cells = [" ".join(format(float(row[key]), form) for row in found) for key, (_, form) in columns.items()]
-        print(f"| {texts[name]} | " + " | ".join(cells) + " |")
+        print(f"| {rows[name][0]} | " + " | ".join(cells) + " |")
 
 
 def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser:

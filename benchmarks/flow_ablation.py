@@ -121,7 +121,7 @@ def main() -> None:
         return
     words = ["--data", o.data, "--vqvae", o.vqvae, "--flow-steps", str(o.flow_steps)]
     train_missing(HERE, o, words, dict.fromkeys(ROWS, o.epochs))
-    print_last_epochs(o, "flow", {name: text for name, (text, _) in ROWS.items()}, COLUMNS)
+    print_last_epochs(o, "flow", ROWS, COLUMNS)
 
 
 def train_row(o: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ def main() -> None:
         return
     words = ["--data", o.data, "--vqvae", o.vqvae, "--precision", o.precision]
     train_missing(HERE, o, words, dict.fromkeys(ROWS, o.epochs))
-    print_last_epochs(o, "DCGAN's training", {name: text for name, (text, _) in ROWS.items()}, COLUMNS)
+    print_last_epochs(o, "DCGAN's training", ROWS, COLUMNS)
 
 
 def train_row(o: argparse.Namespace) -> None:

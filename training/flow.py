@@ -65,7 +65,8 @@ class FlowStage(PriorStage):
 
     def set_factor(self, factor: float) -> None:
         """Set the factor from coefficients to what the network learns."""
-        self.prior = FlowPrior(*self.averages.values(), factor, self.scale, self.vqvae, phantoms=self.run.phantoms)
+        networks = self.averages["flow"], self.averages["guide"]
+        self.prior = FlowPrior(*networks, factor, self.scale, self.vqvae, phantoms=self.run.phantoms)
         self.prior.steps, self.prior.autocast = self.run.config.flow_steps, self.run.fast_path.autocast
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
