@@ -82,6 +82,7 @@ ROWS = {
     "ema-revival": Row("moving averages with the start and revival of `kmeans`", EMAWithRevival),
     "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, 0.0, epochs=1),
 }
+PRECISIONS = ("float32", "bfloat16")  # of a prior
 MEASURES = {  # columns of metrics.csv, for priors
     "coherence": ("coherence", ".3f"),
     "kurtosis_256": ("kurtosis", ".2f"),

@@ -5,7 +5,7 @@
 
 One run after the other, each in a process of its own. Measures are those that train.py takes at the end of a run, on
 the validation split. Losses of rows with other directions are of other numbers, and not comparable. OUT belongs to one
-VQ-VAE, one commit, one number of epochs and one of the solver's steps.
+VQ-VAE, one commit, one precision, one number of epochs and one of the solver's steps.
 """
 
 import argparse
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
-from ablation import MEASURES, begin, parser, print_last_epochs, train_missing  # noqa: E402
+from ablation import MEASURES, PRECISIONS, begin, parser, print_last_epochs, train_missing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
@@ -115,11 +115,12 @@ def main() -> None:
     options = parser(__doc__, ROWS, 14)
     options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
     options.add_argument("--flow-steps", type=int, metavar="N", default=STEPS, help=f"of the solver (default: {STEPS})")
+    options.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the flow (default: float32)")
     o = options.parse_args()
     if o.train:
         train_row(o)
         return
-    words = ["--data", o.data, "--vqvae", o.vqvae, "--flow-steps", str(o.flow_steps)]
+    words = ["--data", o.data, "--vqvae", o.vqvae, "--flow-steps", str(o.flow_steps), "--precision", o.precision]
     train_missing(HERE, o, words, dict.fromkeys(ROWS, o.epochs))
     print_last_epochs(o, "flow", ROWS, COLUMNS)
 
@@ -127,6 +128,7 @@ def main() -> None:
 def train_row(o: argparse.Namespace) -> None:
     words = ["--data", o.data, "--out", o.out, "--only", "flow", "--vqvae", o.vqvae]
     words += ["--flow-epochs", str(o.epochs), "--flow-steps", str(o.flow_steps), "--seed", str(o.seeds[0])]
+    words += ["--precision", o.precision]
     run, train_set, validate_set = begin(words)
     fit(ROWS[o.train][1](run, train.copy_vqvae(run), train_set, validate_set, n_measures=1), run)
 
