@@ -66,11 +66,11 @@ class Later(FlowStage):
 
 
 class Unguided(FlowStage):
-    """Samples as of earlier versions, at a lower temperature; the guide is trained and not used."""
+    """Samples follow the flow alone; the guide is trained and not used."""
 
     def set_factor(self, factor: float) -> None:
         super().set_factor(factor)
-        self.prior.guide = None
+        self.prior.guidance = 0.0
 
 
 class Mirrored(FlowStage):

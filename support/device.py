@@ -92,7 +92,7 @@ class FastPath(NamedTuple):
     Attributes:
         device: the type of device that it was chosen for.
         plain: none of the rest: standard layout, float32 without TF32, eager, the C library's own allocator.
-        bfloat16: the convolutions of the encoder and of the DCGAN run under autocast. The decoder's do not: where the
+        bfloat16: the convolutions of the encoder and of the prior run under autocast. The decoder's do not: where the
             grey level of the black background is off by 0.003, SSIM falls by 8 %, and bfloat16's steps are that coarse.
         compiled: encoder and decoder are compiled.
     """
@@ -105,9 +105,8 @@ class FastPath(NamedTuple):
     def __str__(self) -> str:
         if self.plain:
             return "standard layout, float32, not compiled (--plain)"
-        precision = (
-            "encoder and DCGAN in bfloat16" if self.bfloat16 else "float32" + " (TF32)" * (self.device == "cuda")
-        )
+        float32 = "float32 (TF32)" if self.device == "cuda" else "float32"
+        precision = "encoder and prior in bfloat16" if self.bfloat16 else float32
         layout = "channels_last" if self.layout == torch.channels_last else "standard layout"
         return f"{layout}, {precision}, {'compiled' if self.compiled else 'not compiled'}"
 

@@ -223,16 +223,11 @@ def _flow_step(rank):
 
 
 def _best_flow(folder, rank):
-    """The weights and the calibration that the stage ends with, from a file whose scale holds one already.
-
-    Only rank 0 knows the run's folder.
-    """
+    """The weights and the calibration that the stage ends with. Only rank 0 knows the run's folder."""
     stage = _flow(folder if rank == 0 else None)
     if rank == 0:
         stage.run.rows = [{"stage": "flow", "epoch": 1, "validation_loss": 0.5}]
         stage.save_weights(stage.run.rows[0])
-        contents = torch.load(folder / "flow.pth", weights_only=True)
-        torch.save(contents | {"scale": 0.7 * contents["scale"]}, folder / "flow.pth")  # as earlier versions did
     best = stage.best()
     return torch.nn.ModuleList(best.networks.values()).state_dict() | {"gain": best.gain, "scale": best.scale.scale}
 

@@ -39,7 +39,7 @@ def test_each_row_of_the_flow_ablation_learns(name, flow_stage, rng):
     for key, each in stage.networks.items():
         pairs = zip(each.parameters(), before[key].parameters(), strict=True)
         assert any(not torch.equal(p, old) for p, old in pairs), key
-    assert (stage.prior.guide is None) == (name == "unguided")
+    assert (stage.prior.guidance == 0) == (name == "unguided")
     for each in (network, stage.averages["flow"]):
         assert each.last[0].num_channels == {"narrow": 48, "wide": 80}.get(name, 64)
 

@@ -15,7 +15,6 @@ from training.prior import (
     GUIDANCE,
     GUIDE_WIDTHS,
     LARGEST_FACTOR,
-    TEMPERATURE,
     FlowPrior,
     GeneratorPrior,
     load_prior,
@@ -147,16 +146,15 @@ def test_the_solver_follows_straight_paths_exactly_and_others_at_second_order(vq
     everywhere = replace(latents.scale, support=torch.ones(64, 64))
 
     def solved(network, steps):
-        return FlowPrior(network.eval(), None, 1.0, everywhere, vqvae, steps=steps).coefficients(noise)
+        return FlowPrior(network.eval(), network, 1.0, everywhere, vqvae, steps=steps).coefficients(noise)
 
-    start = TEMPERATURE * noise  # for there is no guide
-    expected = F.pixel_shuffle(0.3 * start + 0.5, 2)
+    expected = F.pixel_shuffle(0.3 * noise + 0.5, 2)
     torch.testing.assert_close(solved(Straight(), 3), expected, rtol=1e-4, atol=1e-5)
     growing, errors = Growing(), {}
     for n in (1, 20, 40):
         growing.n_calls = 0
-        errors[n] = (solved(growing, n) / F.pixel_shuffle(start, 2) - math.e).abs().mean().item()
-        assert growing.n_calls == n + 1
+        errors[n] = (solved(growing, n) / F.pixel_shuffle(noise, 2) - math.e).abs().mean().item()
+        assert growing.n_calls == 2 * (n + 1)  # it is its own guide
     assert errors[1] == pytest.approx(math.e - 2.5, rel=1e-3)  # 1 + 1 + 1 / 2, the beginning of e's series
     assert errors[20] < 0.006 and 3 < errors[20] / errors[40] < 5  # the first step by Euler's method gives 0.011
 
@@ -173,18 +171,18 @@ def test_samples_follow_the_network_and_lead_away_from_its_guide(vqvae, latents)
     x = torch.randn(2, 24, 32, 32, generator=torch.Generator().manual_seed(0))
     everywhere = replace(latents.scale, support=torch.ones(64, 64))
     prior = FlowPrior(Constant(2.0), Constant(1.2), 0.5, everywhere, vqvae, steps=3)
-    expected = F.pixel_shuffle(x + 2.0 + GUIDANCE * 0.8, 2) / 0.5  # at temperature 1
+    expected = F.pixel_shuffle(x + 2.0 + GUIDANCE * 0.8, 2) / 0.5
     torch.testing.assert_close(prior.coefficients(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_flow_of_an_earlier_version_has_no_guide(priors, vqvae, tmp_path):
+def test_a_flow_without_its_guide_is_refused(priors, vqvae, tmp_path):
     torch.save({key: value for key, value in priors["flow"].checkpoint().items() if key != "guide"}, tmp_path / "x.pth")
-    found = load_prior(tmp_path / "x.pth", vqvae)
-    assert found.guide is None and found.checkpoint().keys() == priors["flow"].checkpoint().keys() - {"guide"}
+    with pytest.raises(UserError, match="weights of a UNet"):
+        load_prior(tmp_path / "x.pth", vqvae)
 
 
 def test_what_a_flow_learns_are_2x2_positions_as_channels(vqvae, latents):
-    prior = FlowPrior(UNet(), None, 0.5, latents.scale, vqvae)
+    prior = FlowPrior(UNet(), UNet(24, GUIDE_WIDTHS), 0.5, latents.scale, vqvae)
     c = torch.randn(2, 6, 64, 64)
     x = prior.packed(c)
     assert prior.noise_shape == x.shape[1:] == (24, 32, 32)

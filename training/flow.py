@@ -151,7 +151,6 @@ class FlowStage(PriorStage):
         row, path = self._best_row(), self.run.folder / "flow.pth"
         self.run.say(f"Best epoch: {row['epoch']}, validation loss {row['validation_loss']:.4f}")
         prior = load_prior(path, self.vqvae)  # samples as predict.py will
-        prior.scale = self.scale  # in files of earlier versions it holds a calibration
         self.calibrate(prior)
         contents = prior.checkpoint()
         files.save(contents, path)

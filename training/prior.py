@@ -21,7 +21,6 @@ from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, m
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 STEPS, FINER = 20, 1.5  # of the flow's solver (docs/results.md)
 GUIDE_WIDTHS, GUIDANCE = (24, 32, 40, 40), 0.5  # of the U-Net that guides it
-TEMPERATURE = 0.92  # of the noise of a flow without a guide
 
 
 class Prior:
@@ -83,7 +82,7 @@ class Prior:
             real: `covariance_spectrum` of real coefficients.
             noise: (B, *noise_shape), on the CPU, of the samples that are compared.
 
-        `scale` must be that of the training; in files of earlier versions it holds a calibration.
+        `scale` must be that of the training.
         """
         device = self.scale.support.device
         generated = torch.cat([self.coefficients(move(part, device)) for part in noise.split(32)])
@@ -139,17 +138,18 @@ class FlowPrior(Prior):
     and Wanner 1993, section III.5). They get finer towards the end: t = 1 - (1 - s)^FINER, in equal steps of s.
 
     A smaller network of the same training, the guide, is expected to make the same faults, but greater ones. So samples
-    lead away from it: they follow v + GUIDANCE (v - v_guide) (autoguidance, arXiv 2406.02507, section 4). A flow of
-    earlier versions has no guide, and starts from the noise times TEMPERATURE.
+    lead away from it: they follow v + guidance (v - v_guide) (autoguidance, arXiv 2406.02507, section 4).
     """
 
-    def __init__(self, network: UNet, guide: UNet | None, factor: float, *words, steps: int = STEPS, **settings):
+    guidance = GUIDANCE
+
+    def __init__(self, network: UNet, guide: UNet, factor: float, *words, steps: int = STEPS, **settings):
         super().__init__(network, *words, **settings)
         self.guide, self.factor, self.steps, self.autocast = guide, factor, steps, nullcontext
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return super().networks | ({} if self.guide is None else {"guide": self.guide})
+        return super().networks | {"guide": self.guide}
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -164,7 +164,7 @@ class FlowPrior(Prior):
     def coefficients(self, noise: Tensor) -> Tensor:
         for network in self.networks.values():
             network.eval()
-        x = noise.contiguous(memory_format=torch.channels_last) * (TEMPERATURE if self.guide is None else 1)
+        x = noise.contiguous(memory_format=torch.channels_last)
         times = (1 - (1 - torch.linspace(0, 1, self.steps + 1)) ** FINER).tolist()
         before = None  # the time and the slope of the step before
         for t, later in pairwise(times):
@@ -183,7 +183,7 @@ class FlowPrior(Prior):
         words = x, x.new_full((len(x),), t)
         with self.autocast():
             v = self.network(*words).float()
-            return v if self.guide is None else v + GUIDANCE * (v - self.guide(*words).float())
+            return v + self.guidance * (v - self.guide(*words).float())
 
     def checkpoint(self) -> dict:
         contents = super().checkpoint() | {"factor": self.factor}
@@ -196,7 +196,7 @@ class FlowPrior(Prior):
         if not isinstance(factor, float) or not 0 < factor < math.inf:
             raise ValueError("its 'factor' is not a positive number")
         channels = 4 * len(scale.scale)
-        return cls(UNet(channels), UNet(channels, GUIDE_WIDTHS) if "guide" in contents else None, factor, *words)
+        return cls(UNet(channels), UNet(channels, GUIDE_WIDTHS), factor, *words)
 
 
 def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
@@ -219,7 +219,7 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     kind = FlowPrior if "factor" in contents else GeneratorPrior
     prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
     for key, network in prior.networks.items():
-        files.load_state(network, contents[key])
+        files.load_state(network, contents.get(key))
     if "gain" in contents:
         n = len(scale.scale)
         prior.gain = checked(contents["gain"], "gain", (N_RINGS, n, n)).to(weight.device)
