@@ -29,7 +29,7 @@ from training.vqvae import load_vqvae  # noqa: E402
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")
 OF_SCANS = ("train_ssim_scores", "train_recon_losses")
-OF_SCANS_FLOW = ("flow_losses", "flow_measures", "flow_texture", "flow_epoch_0", "flow_epoch_1")
+OF_SCANS_FLOW = ("flow_losses", "flow_texture")
 OF_SCANS_GAN = ("gan_losses", "gan_measures", "gan_texture", "gan_epoch_0", "gan_epoch_1")
 
 
