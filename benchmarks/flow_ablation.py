@@ -66,7 +66,7 @@ class Later(FlowStage):
 
 
 class Unguided(FlowStage):
-    """Samples follow the flow alone; the guide is trained and not used."""
+    """Samples follow the flow alone; the guide is trained, and has no weight."""
 
     def set_factor(self, factor: float) -> None:
         super().set_factor(factor)

@@ -44,7 +44,7 @@ class Uncalibrated(BalancedUpdate):
 
 
 class SteeredGamma(BalancedUpdate):
-    """γ = exp(5 max(0, d)); in earlier versions also where d is negative."""
+    """γ = exp(5 max(0, d))."""
 
     least_gamma, guard, tolerated_lead = 1.0, 5.0, 0.0
 

@@ -92,8 +92,8 @@ class FastPath(NamedTuple):
     Attributes:
         device: the type of device that it was chosen for.
         plain: none of the rest: standard layout, float32 without TF32, eager, the C library's own allocator.
-        bfloat16: the convolutions of the encoder and of the prior run under autocast. The decoder's do not: where the
-            grey level of the black background is off by 0.003, SSIM falls by 8 %, and bfloat16's steps are that coarse.
+        bfloat16: the encoder and the prior run under autocast. The decoder does not: where the grey level of the black
+            background is off by 0.003, SSIM falls by 8 %, and bfloat16's steps are that coarse.
         compiled: encoder and decoder are compiled.
     """
 

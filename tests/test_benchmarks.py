@@ -167,11 +167,12 @@ def test_each_row_of_the_dcgan_ablation_updates_both_networks(name, vqvae, train
 def test_the_flow_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
     torch.save(VQVAE(32).state_dict(), tmp_path / "vqvae.pth")
     words = ["--data", data, "--vqvae", tmp_path / "vqvae.pth", "--seeds", "0", "--epochs", "1", "--flow-steps", "1"]
-    row = ["--out", tmp_path / "runs" / "narrow-0", "--train", "narrow"]
+    row = ["--out", tmp_path / "runs" / "narrow-0", "--train", "narrow", "--precision", "bfloat16"]
     run_main(flow_ablation, words + row, monkeypatch, capfd)
     out, err = run_main(flow_ablation, [*words, "--out", tmp_path / "runs", "--rows", "narrow"], monkeypatch, capfd)
     saved = resume_file(next((tmp_path / "runs" / "narrow-0").iterdir()))
     assert saved["state"]["flow"]["networks"]["flow"]["down.0.0.weight"].shape == (48, 26, 3, 3)
+    assert saved["fast_path"]["bfloat16"]
     assert f"| {saved['rows'][0]['validation_loss']:.4f} | " in out and "…" not in err
 
 

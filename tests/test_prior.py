@@ -177,7 +177,7 @@ def test_samples_follow_the_network_and_lead_away_from_its_guide(vqvae, latents)
 
 def test_a_flow_without_its_guide_is_refused(priors, vqvae, tmp_path):
     torch.save({key: value for key, value in priors["flow"].checkpoint().items() if key != "guide"}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="weights of a UNet"):
+    with pytest.raises(UserError, match="without a guide"):
         load_prior(tmp_path / "x.pth", vqvae)
 
 

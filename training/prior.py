@@ -81,8 +81,6 @@ class Prior:
         Args:
             real: `covariance_spectrum` of real coefficients.
             noise: (B, *noise_shape), on the CPU, of the samples that are compared.
-
-        `scale` must be that of the training.
         """
         device = self.scale.support.device
         generated = torch.cat([self.coefficients(move(part, device)) for part in noise.split(32)])
@@ -193,6 +191,8 @@ class FlowPrior(Prior):
     @classmethod
     def untrained(cls, contents: dict, *words) -> "FlowPrior":
         scale, factor = words[0], contents["factor"]
+        if "guide" not in contents:
+            raise ValueError("it is a flow without a guide, of an earlier version; train it anew")
         if not isinstance(factor, float) or not 0 < factor < math.inf:
             raise ValueError("its 'factor' is not a positive number")
         channels = 4 * len(scale.scale)
@@ -219,7 +219,7 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     kind = FlowPrior if "factor" in contents else GeneratorPrior
     prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
     for key, network in prior.networks.items():
-        files.load_state(network, contents.get(key))
+        files.load_state(network, contents[key])
     if "gain" in contents:
         n = len(scale.scale)
         prior.gain = checked(contents["gain"], "gain", (N_RINGS, n, n)).to(weight.device)
