@@ -82,7 +82,6 @@ ROWS = {
     "ema-revival": Row("moving averages with the start and revival of `kmeans`", EMAWithRevival),
     "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, 0.0, epochs=1),
 }
-PRECISIONS = ("float32", "bfloat16")  # of a prior
 MEASURES = {  # columns of metrics.csv, for priors
     "coherence": ("coherence", ".3f"),
     "kurtosis_256": ("kurtosis", ".2f"),
@@ -205,6 +204,15 @@ def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser
     parser.add_argument("--epochs", type=int, metavar="N", default=epochs, help=f"default: {epochs}")
     parser.add_argument("--train", choices=rows, help=argparse.SUPPRESS)
     return parser
+
+
+def prior_parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser:
+    """Those of `parser`, and what the ablations of priors share."""
+    options = parser(description, rows, epochs)
+    options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
+    choices = ("float32", "bfloat16")
+    options.add_argument("--precision", choices=choices, default="float32", help="of the prior (default: float32)")
+    return options
 
 
 if __name__ == "__main__":

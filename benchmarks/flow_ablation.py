@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch  # noqa: E402
-from ablation import MEASURES, PRECISIONS, begin, parser, print_last_epochs, train_missing  # noqa: E402
+from ablation import MEASURES, begin, print_last_epochs, prior_parser, train_missing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
@@ -112,10 +112,8 @@ COLUMNS = LOSSES | MEASURES
 
 
 def main() -> None:
-    options = parser(__doc__, ROWS, 14)
-    options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
+    options = prior_parser(__doc__, ROWS, 14)
     options.add_argument("--flow-steps", type=int, metavar="N", default=STEPS, help=f"of the solver (default: {STEPS})")
-    options.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the flow (default: float32)")
     o = options.parse_args()
     if o.train:
         train_row(o)

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import gan_variants  # noqa: E402
-from ablation import MEASURES, PRECISIONS, begin, parser, print_last_epochs, train_missing  # noqa: E402
+from ablation import MEASURES, begin, print_last_epochs, prior_parser, train_missing  # noqa: E402
 
 import train  # noqa: E402
 from support import console  # noqa: E402
@@ -54,10 +54,7 @@ COLUMNS = {"d_real": ("D(x)", ".2f"), "d_fake": ("D(G(z))", ".2f"), "g_loss": ("
 
 
 def main() -> None:
-    options = parser(__doc__, ROWS, 10)
-    options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
-    options.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the DCGAN (default: float32)")
-    o = options.parse_args()
+    o = prior_parser(__doc__, ROWS, 10).parse_args()
     if o.train:
         train_row(o)
         return
