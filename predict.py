@@ -27,7 +27,7 @@ from support import console, files, seeds
 from support.console import SEED, Number, UserError, in_batches
 from support.device import choose_device, exact_float32, keep_freed_memory
 from support.run import environment, mark, new_folder, read_record
-from training.prior import STEPS, FlowPrior, Prior, load_prior, walk
+from training.prior import STEP_COUNT, STEPS, FlowPrior, Prior, load_prior, walk
 from training.vqvae import load_vqvae
 
 N_WALKS = 4
@@ -217,8 +217,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group.add_argument("--generator", metavar="PATH", help="generator.pth or flow.pth trained with this vqvae.pth")
     group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
     group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
-    steps = Number(int, 1, "a whole number from 1 to 1000", below=1001)
-    group.add_argument("--steps", metavar="N", type=steps, help=f"of a flow's solver (default: {STEPS})")
+    group.add_argument("--steps", metavar="N", type=STEP_COUNT, help=f"of a flow's solver (default: {STEPS})")
     o = parser.parse_args(words)
     if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")

@@ -19,7 +19,7 @@ from support.console import SEED, Number, UserError
 from support.device import FastPath, choose_device, choose_fast_path
 from support.run import RESUME_FILE, Run, open_run
 from training import codebook, gan_update
-from training.prior import STEPS
+from training.prior import STEP_COUNT, STEPS
 from training.vqvae import first_loss, load_vqvae
 
 # in order: the title, and the prefix of options
@@ -90,7 +90,7 @@ class Config:
         50, "Flow", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
     flow_batch_size: int = _option(32, "Flow", "latents in a step (of all processes together)", type=COUNT, metavar="N")
     flow_lr: float = _option(1e-3, "Flow", "highest learning rate of Adam", type=RATE, metavar="RATE")
-    flow_steps: int = _option(STEPS, "Flow", "solver's steps of samples", resumable=True, type=COUNT, metavar="N")
+    flow_steps: int = _option(STEPS, "Flow", "solver's steps of samples", resumable=True, type=STEP_COUNT, metavar="N")
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, m
 
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 STEPS, FINER = 20, 1.5  # of the flow's solver (docs/results.md)
+STEP_COUNT = console.Number(int, 1, "a whole number from 1 to 1000", below=1001)  # far above, times coincide
 GUIDE_WIDTHS, GUIDANCE = (24, 32, 40, 40), 0.5  # of the U-Net that guides it
 
 
