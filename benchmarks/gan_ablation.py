@@ -47,7 +47,6 @@ ROWS = {
     "quantized": ("embeddings as the real side", gan_variants.Quantized),
     "unaveraged": ("samples without averaged weights", gan_variants.Unaveraged),
     "short-average": ("samples with weights averaged over at most 20 steps", gan_variants.ShortAverage),
-    "long-average": ("samples with weights averaged over at most 500 steps", gan_variants.LongAverage),
     "report": ("`report`: the report's bare procedure", PlainUpdate),
 }
 COLUMNS = {"d_real": ("D(x)", ".2f"), "d_fake": ("D(G(z))", ".2f"), "g_loss": ("generator's loss", ".2f"), **MEASURES}

@@ -209,7 +209,3 @@ class Unaveraged(BalancedUpdate):
 
 class ShortAverage(BalancedUpdate):
     average_decay = 0.95
-
-
-class LongAverage(BalancedUpdate):
-    average_decay = 0.998

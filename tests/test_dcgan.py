@@ -16,7 +16,7 @@ from training.latents import Latents
 from training.scale import LatentScale
 
 
-@pytest.mark.parametrize("epochs, n_steps", [(1, 2), (3, 6), (500, 400)])
+@pytest.mark.parametrize("epochs, n_steps", [(1, 2), (3, 6), (2000, 3000)])
 def test_the_generator_and_its_average_start_from_the_same_weights(data, vqvae, tmp_path, monkeypatch, epochs, n_steps):
     asked = []
 

@@ -84,15 +84,15 @@ class BalancedUpdate(PlainUpdate):
 
     - Real latents are continuous, cut to what decodes to heads, with a flatter spectrum (`LatentScale.fit`); the
       discriminator sees where it is (`LatentScale.seen`).
-    - The generator begins with smooth heads, learned from data (`training.start`). Samples are of its EMA, calibrated.
+    - The generator begins with heads that are learned from data (`training.start`). Samples are of its EMA, calibrated.
     - R1 (arXiv 1801.04406, eq. 9) penalises the discriminator's gradient at real latents. Its weight γ is 0.3 while the
       discriminator's lead d, the running mean of D(x) - D(G(z)), is below 0.4, and 0.3 exp(10 (d - 0.4)) above.
     """
 
     fit_scale = LatentScale.fit
     quantized, calibrated = False, True
-    average_decay = 0.995
-    most_start_steps = 400
+    average_decay = 0.999
+    most_start_steps = 3000
     least_gamma, guard, tolerated_lead, lead_decay = 0.3, 10.0, 0.4, 0.98
 
     def __init__(self, generator, discriminator, optimizers):

@@ -18,8 +18,8 @@ def start_generator(
 ) -> dict[str, Tensor]:
     """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
 
-    These scores are distributed somewhat like noise: so the generator begins with smooth heads that vary as real ones
-    do. Fine detail is not determined by its noise, and is left to adversarial training. Minimises mean squared error
+    These scores are distributed somewhat like noise: so the generator begins with heads that vary as real ones do.
+    Fine detail is hardly determined by its noise, and is left to adversarial training. Minimises mean squared error
     with Adam.
 
     Args:
