@@ -6,7 +6,7 @@
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and measures of them
 
-Everything is written to a new folder, gen_imgs/<date_time>_predict/. README.md says what is in it.
+Everything is written to a new folder, gen_imgs/<date_time>_predict/. docs/usage.md says what is in it.
 """
 
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing

@@ -4,7 +4,7 @@
     python benchmarks/gan_ablation.py … --rows unflattened report --seeds 0 --epochs 5
 
 One run after the other, each in a process of its own. Measures are those that train.py takes at the end of a run, on
-the validation split. The networks, optimizers and losses are the same in every row. OUT belongs to one VQ-VAE, one
+the validation split. The networks and optimizers are the same in every row. OUT belongs to one VQ-VAE, one
 commit and one number of epochs.
 """
 
