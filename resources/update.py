@@ -51,8 +51,8 @@ def main(run: Path, predicted: Path | None = None) -> None:
         shown = {run / f"{name}.png": name for name in OF_SCANS_GAN}
         with open(run / "metrics.csv", newline="") as file:
             last = len(list(csv.DictReader(file)))  # of a run that may have been stopped
-        for epoch, name in ((10, "10"), (33, "33"), (last, "last")):
-            shown[run / f"gan_epoch_{epoch}.png"] = f"gan_epoch_{name}"
+        shown |= {run / f"gan_epoch_{n}.png": f"gan_epoch_{n}" for n in (10, 33) if n <= last}
+        shown[run / f"gan_epoch_{last}.png"] = "gan_epoch_last"
         shown[predicted / "walk.png"] = "walk"
         generator = run / "generator.pth"
     elif options["only"] == "flow":
