@@ -33,7 +33,8 @@ def start() -> None:
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # on a slow CPU the start of a generator takes long
+    timeout = None if torch.cuda.is_available() else timedelta(hours=2)  # the generator's start is long on a slow CPU
+    dist.init_process_group(backend, timeout=timeout)
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = _print_after_grace
