@@ -27,7 +27,7 @@ from support import console  # noqa: E402
 from training.fit import fit  # noqa: E402
 from training.flow import FlowStage  # noqa: E402
 from training.latents import Latents  # noqa: E402
-from training.prior import STEPS  # noqa: E402
+from training.prior import STEP_COUNT, STEPS  # noqa: E402
 
 
 class Narrow(FlowStage):
@@ -113,7 +113,8 @@ COLUMNS = LOSSES | MEASURES
 
 def main() -> None:
     options = prior_parser(__doc__, ROWS, 14)
-    options.add_argument("--flow-steps", type=int, metavar="N", default=STEPS, help=f"of the solver (default: {STEPS})")
+    text = f"of the solver (default: {STEPS})"
+    options.add_argument("--flow-steps", type=STEP_COUNT, metavar="N", default=STEPS, help=text)
     o = options.parse_args()
     if o.train:
         train_row(o)

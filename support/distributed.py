@@ -32,9 +32,10 @@ def start() -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = None if torch.cuda.is_available() else timedelta(hours=2)  # the generator's start is long on a slow CPU
-    dist.init_process_group(backend, timeout=timeout)
+    if torch.cuda.is_available():
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:  # rank 0 alone makes the generator's start, which is long on a slow CPU
+        dist.init_process_group("gloo", timeout=timedelta(hours=2))
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = _print_after_grace
