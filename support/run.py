@@ -1,4 +1,4 @@
-"""The folder of a run: its record, its lock, saving complete epochs, and resuming."""
+"""The folder of a run: its record, its lock, saving what is complete, and resuming."""
 
 import contextlib
 import dataclasses
@@ -87,10 +87,14 @@ class Run:
         return self.state[stage]["epoch"] if stage in self.state else 0
 
     def save(self) -> None:
-        """Write metrics.csv, then resume.pth, which completes an epoch."""
+        """Write metrics.csv, if there is an epoch, then resume.pth, which completes an epoch or a stage's start."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         rows = [[row.get(column) for column in columns] for row in self.rows]
-        files.write_csv(self.folder / "metrics.csv", columns, rows)
+        path = self.folder / "metrics.csv"
+        if rows:
+            files.write_csv(path, columns, rows)
+        else:
+            path.unlink(missing_ok=True)  # of a process that was killed before it wrote resume.pth
         contents = {"options": dataclasses.asdict(self.config), "state": self.state, "rows": self.rows}
         fast_path = self.fast_path._asdict() if self.fast_path else None
         files.save(contents | {"fast_path": fast_path}, self.folder / RESUME_FILE)
@@ -118,7 +122,7 @@ class Run:
 
 
 def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
-    """The run in a folder (as given, or under gen_imgs/), as `Run.save` left it after its last complete epoch.
+    """The run in a folder (as given, or under gen_imgs/), as `Run.save` left it last.
 
     `config` is the dataclass of its options, `stages` are the names that a stage may have.
 
@@ -126,7 +130,7 @@ def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
     """
     folder = files.find(path)
     if not (folder / RESUME_FILE).is_file():
-        raise UserError(f"{folder}: holds no {RESUME_FILE}, so there is no epoch to resume from; start a new run")
+        raise UserError(f"{folder}: holds no {RESUME_FILE}, so there is nothing to resume; start a new run")
     run = Run(None, folder)
     with run.restoring():
         saved = files.load(folder / RESUME_FILE)

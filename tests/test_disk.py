@@ -63,9 +63,9 @@ def in_whole_seconds(folder: Path) -> None:
 
 
 def test_a_run_goes_on_after_each_file_that_could_not_be_written(trained, data, tmp_path, failing):
-    """And ends as one that was left alone. What could not be saved before the first epoch is begun anew."""
+    """And ends as one that was left alone. A run that never wrote resume.pth is begun anew."""
     begin = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", tmp_path / "out")
-    for name, n in (("run.json", 1), ("vqvae.pth", 1), ("resume.pth", 2)):
+    for name, n in (("run.json", 1), ("vqvae.pth", 1), ("resume.pth", 1), ("resume.pth", 3)):
         failing(re.escape(name), n)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         done = run_program("train.py", *begin, cwd=tmp_path)

@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_same_history, assert_same_weights
 
 from dataset import OasisDataset
 from evaluation import reconstruction
 from modules import Generator
+from report import page
 from support.console import UserError
 from support.device import FastPath
-from support.run import Run
+from support.run import Run, open_run
 from training import fit
 from training.config import Config
+from training.dcgan import DCGANStage
+from training.flow import FlowStage
 from training.vqvae import VQVAEStage
 
 
@@ -88,6 +92,30 @@ def test_means_over_images_weigh_the_smaller_last_batch():
     sizes = fit.batch_sizes(10, 4)
     assert sizes == [4, 4, 2] and fit.batch_sizes(8, 4) == [4, 4] and fit.batch_sizes(3, 32) == [3]
     assert fit.mean_over_images(torch.tensor([1.0, 1.0, 4.0]), sizes) == pytest.approx((8 * 1 + 2 * 4) / 10)
+
+
+@pytest.mark.parametrize("kind, names", [(DCGANStage, ("generator", "discriminator")), (FlowStage, ("flow",))])
+def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqvae, tmp_path, monkeypatch):
+    sets = [OasisDataset(data, split) for split in ("train", "validate")]
+    words = {f"{kind.name}_{key}": value for key, value in (("epochs", 1), ("batch_size", 4))}
+    monkeypatch.setattr(page, "write_run", lambda folder: None)
+    for method in ("begin", "measured_now", "draw"):  # figures and measures take most of the time
+        monkeypatch.setattr(kind, method, lambda *words: False)
+    runs = [new_run(tmp_path / name, embeddings_dim=8, **words) for name in ("whole", "stopped")]
+    whole, stopped = (kind(run, copy.deepcopy(vqvae), *sets, n_measures=1) for run in runs)
+    for run in runs:
+        torch.save(vqvae.state_dict(), run.folder / "vqvae.pth")
+    fit.fit(whole, runs[0])
+    monkeypatch.setattr(stopped, "step", lambda *words: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit.fit(stopped, runs[1])
+    assert not (tmp_path / "stopped" / "metrics.csv").exists()  # there is no epoch
+    again = open_run(tmp_path / "stopped", Config, [kind.name])
+    stage = kind(again, copy.deepcopy(vqvae), *sets, n_measures=1)
+    monkeypatch.setattr(stage, "start", lambda: 1 / 0)
+    fit.fit(stage, again)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped", [f"{name}.pth" for name in names])
+    assert_same_history(tmp_path / "whole", tmp_path / "stopped", [kind.name])
 
 
 class OneWeight(fit.Stage):

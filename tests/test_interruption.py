@@ -126,7 +126,7 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
             more = ("--resume", run) if resumable else ("--data", data, *words, "--out", out)
             process = start(tmp_path, "train", *more)
             if run is not None and not resumable:
-                shutil.rmtree(run)  # killed before its first epoch was complete: a new run is begun
+                shutil.rmtree(run)  # killed before anything was saved: a new run is begun
             if kills < KILLS:
                 wait(process, rng.uniform(0, 1.1 * seconds / (1 + 2 * resumable)), out, rng.random() < 0.5)
             else:
@@ -234,7 +234,7 @@ def test_a_signal_before_the_first_epoch_is_complete(data, tmp_path):
         process.stdout.read()
         said = process.stderr.read()
     assert process.returncode == 143 and "Traceback" not in said
-    assert said.splitlines()[-1] == "Stopped. No epoch was complete, so there is nothing to resume."
+    assert said.splitlines()[-1].startswith("Stopped. To resume at VQ-VAE epoch 1: python train.py --resume ")
 
 
 def test_a_disk_that_fills_up_damages_nothing_earlier_and_a_figure_that_cannot_be_drawn_costs_a_warning(data, tmp_path):

@@ -445,7 +445,8 @@ def test_a_rate_that_makes_the_loss_infinite_stops_the_run(trained, data, tmp_pa
     done = run_program("train.py", "--data", data, *words, "--out", "one", cwd=tmp_path)
     # one step an epoch: its loss, before the step, is finite, and the weights after it are not
     refused(done, "VQ-VAE epoch 1, step 1", "not finite")
-    assert not list((tmp_path / "one").glob("*/*.pth"))
+    (saved,) = (tmp_path / "one").glob("*/*.pth")  # no weights, and of the state what was there before
+    assert saved.name == "resume.pth" and resume_file(saved.parent)["state"]["vqvae"]["epoch"] == 0
     words = ("--only", "gan", "--vqvae", run / "vqvae.pth", "--gan-epochs", 3, "--gan-lr", 1e30)
     done = run_program("train.py", "--data", data, *SMALL, *words, cwd=tmp_path)
     refused(done, "DCGAN epoch 1, step", "not finite", "learning rate")

@@ -41,7 +41,7 @@ class LossOnly:
         """Count the codes, of any shape, of this process's part of the batch."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What resuming needs, the same on all ranks."""
+        """What resuming needs; called on all ranks, and the same on all."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -266,7 +266,7 @@ def print_plan(given: dict[str, Any]) -> None:
 def how_to_resume(run: Run) -> str:
     """What to print when a run is stopped."""
     if run.folder is None or not (run.folder / RESUME_FILE).exists():
-        return "Stopped. No epoch was complete, so there is nothing to resume."
+        return "Stopped. Nothing was saved yet, so there is nothing to resume."
     for stage, title, epochs, _ in stages(run.config):
         done = run.epochs_of(stage)
         if done < epochs:

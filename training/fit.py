@@ -69,7 +69,7 @@ class Stage:
         """Write the weights that a user loads; called on rank 0, after `draw`."""
 
     def extra_state(self) -> dict:
-        """What resuming needs besides networks, averages and optimizers, the same on all ranks."""
+        """What resuming needs besides networks, averages and optimizers; called on all ranks, and the same on all."""
         return {}
 
     def load_extra_state(self, state: dict) -> None:
@@ -92,21 +92,26 @@ class Stage:
 
 
 def fit(stage: Stage, run: Run) -> None:
-    """Train a stage to its last epoch, resuming after the last complete one.
+    """Train a stage to its last epoch, resuming after the last complete one, or after its start.
 
     Raises UserError if a loss or weight is not finite, or if the run's state does not fit the stage.
     """
     done, history = run.epochs_of(stage.name), {column: [] for column in stage.columns}
-    if done:
+    if stage.name in run.state:
         with run.restoring():
             saved = run.state[stage.name]
             stage.load_state_dict(saved)
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
             if stage.chosen_by and not all(isinstance(r[stage.chosen_by], float) for r in run.rows_of(stage.name)):
                 raise ValueError(f"{stage.chosen_by} is not a number in each of its rows")
-    with exact_float32():
-        if not done:
+    else:
+        with exact_float32():
             stage.start()
+        state = {"epoch": 0, "history": history} | stage.state_dict()
+        if distributed.is_first():
+            run.state[stage.name] = state
+            run.save()
+    with exact_float32():
         data = stage.data()
 
     for epoch in range(done + 1, stage.epochs + 1):
