@@ -26,7 +26,8 @@ class Features(NamedTuple):
         indices: what `texture_indices` returns.
         moments: what `encoder_moments` returns.
         anatomy: (N, 4096), the images four times smaller.
-        windows, window_image: features (M, F) of the texture of windows inside heads, and the image (M,) of each.
+        windows, window_image: features (M, F) of the texture of windows inside heads, and the image (M,) of each. The
+            columns are `log_band_powers`, coherence, and means and standard deviations of the encoder's channels.
     """
 
     subjects: list[Hashable]

@@ -92,4 +92,7 @@ def test_features_of_a_split_are_those_of_its_parts_and_windows_lie_in_heads(ima
     torch.testing.assert_close(found.moments[1, 2, 3, :64].float(), z[:, 32:48, 48:].mean((1, 2)), rtol=1e-4, atol=1e-5)
     std = z[:, 32:48, 48:].std((1, 2), correction=0)
     torch.testing.assert_close(found.moments[1, 2, 3, 64:].float(), std, rtol=1e-2, atol=1e-4)
+    powers = texture.log_band_powers(bright[1:2, :, :64, :64])[0].double()  # of the first window, which is all head
+    torch.testing.assert_close(alone.windows[0, :5], powers, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.windows[0, 6:], alone.moments[0, 0, 0], rtol=1e-4, atol=1e-4)
     assert found.anatomy.shape == (len(images), 4096) and found.indices["coherence"].shape == (len(images),)
