@@ -22,7 +22,7 @@ from dataset import OasisDataset  # noqa: E402
 from evaluation.generation import COMPARISONS, INDICES, HeldOut, decode_independent_codes  # noqa: E402
 from evaluation.reconstruction import reconstruct  # noqa: E402
 from evaluation.texture import BANDS, Features, features  # noqa: E402
-from evaluation.two_sample import Interval, compare, mean_indices, numbered  # noqa: E402
+from evaluation.two_sample import Interval, compare, mean_indices, numbered, texture_auc  # noqa: E402
 from support import console, seeds  # noqa: E402
 from support.device import exact_float32  # noqa: E402
 from training.prior import load_prior  # noqa: E402
@@ -104,7 +104,7 @@ def texture_by_part(real: Features, fake: Features, seed: int) -> dict[str, Inte
         share = 100 * variance[:k].sum() / variance.sum()
         parts[f"{k} components, {share:.2f} % of the variance"] = x @ directions[:, :k], y @ directions[:, :k]
     pairs = {name: (real._replace(windows=a), fake._replace(windows=b)) for name, (a, b) in parts.items()}
-    return {name: compare(*pair, seeds.generator(seed, "resampling"))["texture_auc"] for name, pair in pairs.items()}
+    return {name: texture_auc(*pair, seeds.generator(seed, "resampling")) for name, pair in pairs.items()}
 
 
 def print_parts(found: dict[str, dict[str, Interval]]) -> None:

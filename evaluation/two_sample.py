@@ -63,15 +63,8 @@ def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, I
       real images, or by its channel's mean one if that is more. The limits of density and coverage are over samples of
       the real side alone, for coverage falls where fake images are repeated.
     """
-    both = [(side, number, resample(number, rng)) for side in (real, fake) for number in (numbered(side.subjects),)]
-    windows = torch.cat([real.windows, fake.windows])
-    mean = windows.mean(0)
-    std = (windows - mean).square().mean(0).sqrt().clamp(min=1e-6)  # NaN without a warning if there are none
-    sides = [
-        Rows((side.windows - mean) / std, number[side.window_image], weight[:, side.window_image])
-        for side, number, weight in both
-    ]
-    values = {"texture_auc": two_sample_auc(*sides)}
+    both = _resampled(real, fake, rng)
+    values = {"texture_auc": two_sample_auc(*_window_rows(both))}
 
     anatomy = principal_components(torch.cat([real.anatomy, fake.anatomy])).split(
         [len(real.anatomy), len(fake.anatomy)]
@@ -85,6 +78,27 @@ def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, I
     values["kernel_distance"] = kernel_distance(x, y)
     values["density"], values["coverage"] = density_and_coverage(x, y.values)
     return {name: interval(value) for name, value in values.items()}
+
+
+def texture_auc(real: Features, fake: Features, rng: torch.Generator) -> Interval:
+    """That of `compare` alone."""
+    return interval(two_sample_auc(*_window_rows(_resampled(real, fake, rng))))
+
+
+def _resampled(real: Features, fake: Features, rng: torch.Generator) -> list[tuple[Features, Tensor, Tensor]]:
+    """Each side, with its subjects' numbers (N,) and weights (1 + RESAMPLES, N)."""
+    return [(side, number, resample(number, rng)) for side in (real, fake) for number in (numbered(side.subjects),)]
+
+
+def _window_rows(both: list[tuple[Features, Tensor, Tensor]]) -> list[Rows]:
+    """The windows of each side, every feature with a mean of 0 and a variance of 1 over both."""
+    windows = torch.cat([side.windows for side, _, _ in both])
+    mean = windows.mean(0)
+    std = (windows - mean).square().mean(0).sqrt().clamp(min=1e-6)  # NaN without a warning if there are none
+    return [
+        Rows((side.windows - mean) / std, number[side.window_image], weight[:, side.window_image])
+        for side, number, weight in both
+    ]
 
 
 def interval(values: Tensor) -> Interval:
