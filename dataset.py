@@ -28,6 +28,7 @@ from support.files import natural
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
 DEFAULT_DATA = Path("keras_png_slices_data")
+BOX_MARGIN = 12  # pixels: the padding of hidden layers reaches 3 codes of 4 pixels inwards and changes none beyond
 MOST_BYTES = 16 * 2**20  # of a file; 256x256 pixels take half a megabyte uncompressed in the richest kind of PNG
 
 # Pillow's guard against images that fill the memory. Here the size is checked before anything is decoded.
@@ -162,6 +163,25 @@ def refuse_shared_cases(root: Path) -> None:
             f"{printable(root)}: case {case} is in keras_png_slices_{first} and keras_png_slices_{second}{more}, so "
             "that scores would be of subjects seen in training; correct the splits, or give --allow-shared-cases"
         )
+
+
+def picture_box(images: Tensor) -> tuple[slice, slice]:
+    """The rows and columns of images (N, 1, H, W) that are ever above 0, and BOX_MARGIN around them.
+
+    They begin at a multiple of 4, so that codes lie where those of whole images do, and their number is a multiple of
+    8, at most H and W. All rows and columns if every image is black.
+    """
+    bright = images.amax((0, 1)) > 0
+    return _box_along(bright.any(1)), _box_along(bright.any(0))
+
+
+def _box_along(bright: Tensor) -> slice:
+    size, places = len(bright), bright.nonzero().flatten().tolist()
+    first, end = (places[0], places[-1] + 1) if places else (0, size)
+    start = max(0, first - BOX_MARGIN) // 4 * 4
+    length = min(size, -(-(end + BOX_MARGIN - start) // 8) * 8)
+    start = min(start, size - length)
+    return slice(start, start + length)
 
 
 class _Shares(BatchSampler):

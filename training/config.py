@@ -58,7 +58,7 @@ class Config:
     device: str = _option(
         "auto", "run", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", resumable=True, metavar="NAME")
     precision: str = _option(
-        "auto", "run", "precision of the encoder and of the prior; auto is bfloat16 on GPUs that have it, else float32",
+        "auto", "run", "precision of training; auto is bfloat16 on GPUs that have it and CPUs with AMX, else float32",
         choices=("auto", "float32", "bfloat16"))
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
     prior: str = _option("dcgan", "run", "what generates codes: dcgan or flow", choices=tuple(PRIORS.values()))

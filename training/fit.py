@@ -1,5 +1,6 @@
 """The training loop, shared by all stages."""
 
+import math
 import time
 
 import torch
@@ -167,6 +168,16 @@ def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
         # losses precede the last update, which may have made weights infinite
         check_finite(torch.cat([p.detach().flatten().float() for p in network.parameters()])[None], where, step)
     return values
+
+
+def falling_rate(step: int, n_steps: int, constant: float = 0.0, last: float = 0.01) -> float:
+    """The learning rate in step 0, 1, … of n_steps as a share of the highest.
+
+    It is 1 for a share `constant` of the steps and then falls to `last` along half a period of a cosine (Loshchilov and
+    Hutter 2017, arXiv 1608.03983, eq. 5). After n_steps it stays there.
+    """
+    progress = (step / n_steps - constant) / (1 - constant)
+    return last + (1 - last) * (1 + math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The flow's training stage: flow matching along straight paths (Lipman et al. 2022, arXiv 2210.02747)."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
 from support.run import Run
-from training.fit import batch_sizes
+from training.fit import batch_sizes, falling_rate
 from training.prior import GUIDE_WIDTHS, FlowPrior, load_prior, prior_of
 from training.prior_stage import PriorStage
 from training.scale import DIRECTIONS, LatentScale
@@ -89,8 +88,7 @@ class FlowStage(PriorStage):
     def rate(self, step: int) -> float:
         """A step's learning rate as a share of the highest: it rises in WARM_UP steps and falls along a cosine."""
         n_steps = self.epochs * len(batch_sizes(len(self.data()), self.batch_size))
-        falling = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1.0, step / n_steps))) / 2
-        return min(1.0, (step + 1) / WARM_UP) * falling
+        return min(1.0, (step + 1) / WARM_UP) * falling_rate(step, n_steps, last=LAST_RATE)
 
     def drawn(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Times (n,) with a normal logit (arXiv 2403.03206, section 3.1), and the noise of n images; on the CPU."""

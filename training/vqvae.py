@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import OasisDataset
+from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
 from modules import VQVAE, VectorQuantizer
 from report import page
@@ -17,11 +17,14 @@ from support.console import in_batches
 from support.device import FastPath, exact_float32
 from support.run import Run
 from training import codebook
-from training.fit import Stage, batch_sizes, check_finite
+from training.fit import Stage, batch_sizes, check_finite, falling_rate
 
 # At a constant learning rate the weights wander from step to step, and with them the grey level of the black
-# background, to which SSIM is very sensitive. So an exponential moving average (EMA) of them is scored and saved.
-AVERAGE_DECAY = 0.99
+# background, to which SSIM is very sensitive. So an exponential moving average (EMA) of them is scored and saved, and
+# the learning rate falls at the end.
+AVERAGE_DECAY = 0.998
+CONSTANT_RATE = 0.6  # share of the steps with the highest learning rate
+LAST_RATE = 0.01  # the last step's learning rate, as a share of the highest
 
 
 class VQVAEStage(Stage):
@@ -47,7 +50,8 @@ class VQVAEStage(Stage):
         super().__init__(run)
         config, self.fast_path = run.config, run.fast_path
         self.train_set, self.validate_set = train_set, validate_set
-        self.epochs, self.batch_size, self.average_decay = config.epochs, config.batch_size, average_decay
+        self.epochs, self.batch_size, self.lr = config.epochs, config.batch_size, config.lr
+        self.average_decay = average_decay
         torch.manual_seed(seeds.derived_seed(config.seed, "vqvae weights"))
         self.vqvae = VQVAE(config.n_embeddings, config.embeddings_dim, config.beta)
         self.vqvae.to(run.device, memory_format=self.fast_path.layout)
@@ -57,6 +61,7 @@ class VQVAEStage(Stage):
         self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
         self.optimizers = {"vqvae": self.optimizer}
         self.fast_path.compile(self.vqvae.encoder, self.vqvae.decoder)
+        self.box = picture_box(train_set.images)
         self.parallel = distributed.data_parallel(self.vqvae)
         n_shown = min(32, len(train_set))
         self.shown = train_set.batch([i * len(train_set) // n_shown for i in range(n_shown)])
@@ -71,16 +76,20 @@ class VQVAEStage(Stage):
         return self.train_set
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
-        """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss."""
+        """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss, inside the box."""
         weight = distributed.weight(n)
+        n_steps = self.epochs * len(batch_sizes(len(self.train_set), self.batch_size))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * falling_rate(step, n_steps, CONSTANT_RATE, LAST_RATE)
+        x = batch[..., *self.box]  # where all is black there is nothing to learn
 
         def before_lookup(quantizer: VectorQuantizer, inputs: tuple[Tensor]) -> None:
             with torch.autocast(self.fast_path.device, enabled=False):
                 self.codebook.before_lookup(step, inputs[0].detach().float(), n, rng)
 
         with self.fast_path.autocast(), self.vqvae.vector_quantizer.register_forward_pre_hook(before_lookup):
-            vq_loss, x_hat, _, codes = self.parallel(batch)
-        recon_loss = F.mse_loss(x_hat, batch)
+            vq_loss, x_hat, _, codes = self.parallel(x)
+        recon_loss = F.mse_loss(x_hat, x)
         loss = recon_loss + vq_loss
         self.optimizer.zero_grad()
         (loss * weight * distributed.world_size()).backward()  # data_parallel averages over processes
