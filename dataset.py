@@ -1,12 +1,15 @@
 """OASIS PNG folders -> batches of float images on the device.
 
 A data folder holds keras_png_slices_train, keras_png_slices_validate and keras_png_slices_test; every .png in one of
-them is a 256x256 scan. Folders of label maps beside them (keras_png_slices_seg_*) are not read.
+them is a 256x256 scan. Folders of label maps beside them (keras_png_slices_seg_*) are never read as scans; they say
+where the brain is.
 """
 
+import hashlib
 import os
 import re
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -27,6 +30,14 @@ from support.files import natural
 
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
+TISSUES = ("brain", "CSF", "grey matter", "white matter")  # the last three by their label; the first is all of them
+LABEL_STEP = 85  # grey levels between two labels in the files of label maps
+# `OasisDataset.digest` of the set that the report used
+REPORT_SET = {
+    "train": "037125ce7bcdfee926c84c46107ae9a04270bbf407a3653d664faacf72c4f594",
+    "validate": "c0cb3c1038f3066a7cb533d235f9a29e2b22d9ef956087592bb5de4cda84d95b",
+    "test": "a5cc9d92aa2c70a96e7d88f74f704a184c91bcd6ea1060edc693a0879e268ba9",
+}
 DEFAULT_DATA = Path("keras_png_slices_data")
 BOX_MARGIN = 12  # pixels: the padding of hidden layers reaches 3 codes of 4 pixels inwards and changes none beyond
 MOST_BYTES = 16 * 2**20  # of a file; 256x256 pixels take half a megabyte uncompressed in the richest kind of PNG
@@ -53,6 +64,7 @@ class OasisDataset(Dataset):
     Attributes:
         images, files: (N, 1, 256, 256) uint8, and the N paths in the same order.
         skipped: for each file that was left out, a line that names it and says what is wrong.
+        digest: SHA-256 of the SHA-256 of each image's pixels, in order.
         phantoms: whether the folder holds phantoms.
 
     Raises:
@@ -62,25 +74,14 @@ class OasisDataset(Dataset):
     def __init__(self, root: str | Path, split: str, device: str | torch.device = "cpu", skip_bad: bool = False):
         self.root, self.split = Path(root), split
         self.files = list_scans(self.root, split)
-        pixels = np.empty((len(self.files), 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-
-        def read(i: int) -> str | None:
-            try:
-                pixels[i, 0] = read_png(self.files[i])
-            except DataError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow releases the interpreter while it decodes
-            results, reading = [], pool.map(read, range(len(self.files)))
-            for result in console.progress(reading, total=len(self.files), desc=f"Reading {split}", unit=" images"):
-                results.append(result)
-                console.stop_if_signalled()
-        self.skipped = [error for error in results if error]
-        good = [i for i, error in enumerate(results) if not error]
+        pixels, digests, errors = read_pngs(self.files, f"Reading {split}")
+        self.skipped = [error for error in errors if error]
+        good = [i for i, error in enumerate(errors) if not error]
         if self.skipped and (not skip_bad or not good):
-            raise DataError(_report(self.skipped, len(results)))
+            raise DataError(_report(self.skipped, len(errors)))
         if self.skipped:
             self.files, pixels = [self.files[i] for i in good], pixels[good]
+        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
         if not pixels.any():
             folder = printable(self.files[0].parent)
             raise DataError(f"{folder}: every image is black; put the split's scans there")
@@ -110,6 +111,25 @@ class OasisDataset(Dataset):
             lines = [f"Left out of {self.split}: {n} of {n + len(self)} files.", *self.skipped]
             print("\n  ".join(lines), flush=True)
 
+    def read_labels(self) -> Tensor | None:
+        """The label maps of the images, (N, 256, 256) uint8: 0 outside the brain, else the index in TISSUES.
+
+        They are keras_png_slices_seg_<split>/seg_C_slice_S… beside the scans, with grey values 0, 85, 170 and 255. None
+        if there is no such folder; and, after a warning, if an image has no map there.
+        """
+        folder = self.root / f"keras_png_slices_seg_{self.split}"
+        if not folder.is_dir():
+            return None
+        paths = [folder / path.name.replace("case_", "seg_", 1) for path in self.files]
+        pixels, _, errors = read_pngs(paths, f"Reading label maps of {self.split}")
+        bad = [error for error in errors if error]
+        if not bad and (pixels % LABEL_STEP).any():
+            bad = [f"{printable(folder)}: has grey values other than 0, 85, 170 and 255"]
+        if bad:
+            print(f"warning: label maps are left out: {bad[0]}", file=sys.stderr)
+            return None
+        return torch.from_numpy(pixels[:, 0] // LABEL_STEP)
+
     def name(self, i: int) -> str:
         """The name of image i's file, as it can be printed."""
         return printable(self.files[i].name)
@@ -122,6 +142,41 @@ class OasisDataset(Dataset):
         """What tells image i's subject from others: the case number in its file name, else the name."""
         case, _ = self.case_and_slice(i)
         return self.name(i) if case is None else case
+
+
+def describe(*datasets: OasisDataset) -> str:
+    """Which data these splits are, in a few words: the report's set, phantoms or others."""
+    if all(dataset.digest == REPORT_SET.get(dataset.split) for dataset in datasets):
+        return "the report's set"
+    kind = "phantoms" if datasets[0].phantoms else "not the report's set"
+    n = sum(map(len, datasets))
+    cases = {dataset.case_and_slice(i)[0] for dataset in datasets for i in range(len(dataset))}
+    return f"{kind}, {n} slices" + ("" if None in cases else f" of {len(cases)} subjects")
+
+
+def read_pngs(paths: Sequence[Path], desc: str) -> tuple[np.ndarray, list[bytes], list[str | None]]:
+    """Read 256x256 PNGs by `read_png` in threads, for Pillow releases the interpreter while it decodes.
+
+    Returns:
+        pixels (N, 1, 256, 256) uint8, undefined where an image could not be read; the SHA-256 of each image that could;
+        and for each image what is wrong with it, or None.
+    """
+    pixels = np.empty((len(paths), 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+
+    def read(i: int) -> tuple[bytes, str | None]:
+        try:
+            pixels[i, 0] = read_png(paths[i])
+        except DataError as error:
+            return b"", str(error)
+        return hashlib.sha256(pixels[i]).digest(), None
+
+    results = []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for result in console.progress(pool.map(read, range(len(paths))), total=len(paths), desc=desc, unit=" images"):
+            results.append(result)
+            console.stop_if_signalled()
+    digests, errors = zip(*results, strict=True)
+    return pixels, list(digests), list(errors)
 
 
 def case_and_slice(path: Path) -> tuple[int | None, int | None]:

@@ -11,6 +11,7 @@ Everything is written to a new folder, gen_imgs/<date_time>_predict/. docs/usage
 
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from dataset import SPLITS, DataError, OasisDataset, find_data
+from dataset import SPLITS, TISSUES, DataError, OasisDataset, describe, find_data
 from evaluation import generation, reconstruction
 from modules import VQVAE
 from report import page
@@ -53,11 +54,18 @@ def main(words: list[str] | None = None) -> None:
 def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Print the report's four lines, and draw the split's scores, its best and its worst image."""
     dataset = open_split(o, vqvae)
-    scores = reconstruction.score(vqvae, dataset)
+    labels = dataset.read_labels()
+    scores = reconstruction.score(vqvae, dataset, labels)
     ssim, folder = scores.ssim, new_folder(o.out, "_predict")
-    numbers = [dataset.case_and_slice(i) for i in range(len(dataset))]
-    rows = [(dataset.name(i), *numbers[i], value) for i, value in enumerate(ssim.tolist())]
-    files.write_csv(folder / "scores.csv", ("file", "case", "slice", "ssim"), rows)
+    columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
+    columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
+    columns["ssim"] = ssim.tolist()
+    if labels is not None:
+        for k, tissue in enumerate(TISSUES):
+            for name, values in (("ssim", scores.tissue_ssim), ("psnr", scores.tissue_psnr)):
+                column = [None if math.isnan(value) else value for value in values[:, k].tolist()]
+                columns[f"{name}_{tissue.replace(' ', '_').lower()}"] = column
+    files.write_csv(folder / "scores.csv", list(columns), list(zip(*columns.values(), strict=True)))
     figures = Figures(folder, dataset.phantoms)
     for name, i in (("best", int(ssim.argmax())), ("worst", int(ssim.argmin()))):
         x = dataset.batch([i])
@@ -66,11 +74,13 @@ def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
         figures.single_image(f"{name}_recon_before.png", x[0], title)
         figures.single_image(f"{name}_recon.png", x_hat[0], f"Its reconstruction, SSIM {ssim[i]:.4f}")
         figures.comparison(f"{name}_comparison.png", x[0], x_hat[0], ssim[i].item(), title)
-    cases = [case for case, _ in numbers]
-    figures.scores(f"{o.split}_ssim_scores.png", ssim, cases, THRESHOLD, f"SSIM of the {o.split} split")
+    figures.scores(f"{o.split}_ssim_scores.png", ssim, columns["case"], THRESHOLD, f"SSIM of the {o.split} split")
     print_scores(scores, mark(dataset.phantoms))
     facts = {"SSIM, mean": f"{ssim.mean():.4f}", "SSIM, range": f"{ssim.min():.4f} to {ssim.max():.4f}"}
-    facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": o.path, "Data": dataset.root}
+    if labels is not None:
+        facts["SSIM in the brain"] = f"{scores.tissue_ssim[:, 0].nanmean():.4f}"
+    facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": o.path}
+    facts["Data"] = f"{dataset.root}: {describe(dataset)}"
     write_page(folder, "Reconstructions", facts, vqvae, dataset.phantoms)
 
 
@@ -78,6 +88,9 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
     """Print a line for each measure, with `end` after it."""
     psnr, ssim, n_embeddings = scores.psnr, scores.ssim, scores.usage.shape[1]
     usage, above = reconstruction.codebook_usage(scores), int((ssim >= THRESHOLD).sum())
+    for tissue, tissue_ssim, tissue_psnr in zip(TISSUES, scores.tissue_ssim.T, scores.tissue_psnr.T, strict=True):
+        if not tissue_ssim.isnan().all():
+            print(f"In the {tissue}: SSIM {tissue_ssim.nanmean():.4f}, PSNR {tissue_psnr.nanmean():.2f} dB{end}")
     print(f"PSNR mean: {psnr.mean():.2f} dB, from {psnr.min():.2f} to {psnr.max():.2f} dB{end}")
     print(
         f"Codes used: {usage['codes_used']} of {n_embeddings} ({usage['codes_used_10_times']} at least 10 times); "
@@ -189,6 +202,7 @@ def open_folder(data: Path, split: str, o: argparse.Namespace, vqvae: VQVAE) -> 
     """A split with batches on the network's device."""
     dataset = OasisDataset(data, split, vqvae.conv1.weight.device, o.skip_bad)
     dataset.print_skipped()
+    print(f"Data: {data}, {split} split: {describe(dataset)}")
     return dataset
 
 

@@ -14,7 +14,7 @@ import support.early  # isort: skip  # noqa: F401  before what takes long to imp
 import sys
 from pathlib import Path
 
-from dataset import SPLITS, OasisDataset, list_scans, refuse_shared_cases
+from dataset import SPLITS, OasisDataset, describe, list_scans, refuse_shared_cases
 from modules import VQVAE
 from support import console, distributed, files
 from support.device import choose_device
@@ -67,9 +67,12 @@ def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
     run.phantoms = train_set.phantoms
     run.fast_path = config.choose_run_fast_path(run, len(train_set))
     run.fast_path.set_up()
+    content = describe(train_set, validate_set)
     if distributed.is_first():
-        run.begin({"folder": options.data, "phantoms": run.phantoms, "images": counts})
-    run.say(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images)")
+        digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
+        record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
+        run.begin(record | {"images": counts, "digests": digests})
+    run.say(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
     print(f"Device: {run.device}. Folder: {run.folder}. To resume it: {config.resume_command(run)}")
     processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
     print(f"Fast path: {processes}{run.fast_path}", flush=True)

@@ -2,58 +2,43 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from support.console import in_batches
 from support.device import exact_float32
 
+BORDER = 3  # pixels at an image's border around which no 7x7 window lies inside it
 SCORE_BATCH = 32  # fixed, so that a score does not depend on how a network was trained
 PRIOR_COUNT = 32.0  # weight, in images, of the overall code frequencies with which `adaptive_bits` starts
 FOREGROUND = 0.04  # a code position is foreground where its 4x4 pixels have a greater mean
 
 
 def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Structural similarity of each pair of images (Wang et al. 2004, "Image quality assessment").
+    """Structural similarity of each pair of images (Wang et al. 2004, "Image quality assessment"): the mean of its map.
 
-    Equals skimage.metrics.structural_similarity(x, x_hat, data_range=1.0) with its defaults: uniform 7x7 windows
-    that lie inside the image, sample covariance, K1 = 0.01, K2 = 0.03.
-
-    x and x_hat are (B, 1, H, W), H and W at least 7; x is in [0, 1], x_hat may leave that range. Returns (B,) float64,
-    at most 1; on a device without float64 the computation, and the result, are on the CPU.
+    x and x_hat are (B, 1, H, W), H and W at least 7; x is in [0, 1], x_hat may leave that range. Returns (B,) float64
+    on the CPU, at most 1.
     """
-    device = torch.device("cpu") if x.device.type == "mps" else x.device
-    at_once = 2 if device.type == "cpu" else len(x)  # two images' moments stay in a CPU's cache: 5 times faster
-    pairs = zip(x.to(device).split(at_once), x_hat.to(device).split(at_once), strict=True)
-    return torch.cat([_ssim(a[:, 0].double(), b[:, 0].double()) for a, b in pairs])
+    return ssim_map(x, x_hat)[:, BORDER:-BORDER, BORDER:-BORDER].mean((1, 2))
 
 
-def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    # Variances are differences of nearly equal moments: in float32 flat regions would lose all their digits.
-    # From the sum s and the difference d of the images four window sums suffice, where x and y need five:
-    # 4xy = s² - d², 2(x² + y²) = s² + d², and so for means and (co)variances. Numerator and denominator are doubled.
-    s, d = x + y, x - y
-    mean_s2, mean_d2 = (_window_sum(m).div_(49).square_() for m in (s, d))
-    var_s, var_d = (_window_sum(m.square()).div_(49).sub_(m2).mul_(49 / 48) for m, m2 in ((s, mean_s2), (d, mean_d2)))
-    c1, c2 = 2 * 0.01**2, 2 * 0.03**2
-    similarity = (mean_s2 - mean_d2 + c1) * (var_s - var_d + c2)
-    similarity /= (mean_s2 + mean_d2 + c1) * (var_s + var_d + c2)
-    return similarity.mean((1, 2))
+def ssim_map(x: Tensor, x_hat: Tensor) -> Tensor:
+    """SSIM of the 7x7 window around each pixel, by scikit-image, of images as `ssim` takes them: (B, H, W) float64.
 
-
-def _window_sum(image: Tensor) -> Tensor:
-    """Sum over every 7x7 window: (B, H, W) -> (B, H - 6, W - 6). Sums of 7 from sums of 2."""
-    for axis in (1, 2):
-        n = image.shape[axis] - 6
-        two = image.narrow(axis, 0, n + 5) + image.narrow(axis, 1, n + 5)
-        seven = two.narrow(axis, 0, n) + two.narrow(axis, 2, n)
-        seven += two.narrow(axis, 4, n)
-        seven += image.narrow(axis, 6, n)
-        image = seven
-    return image
+    Windows lie inside the image from BORDER pixels on. Variances are differences of nearly equal moments: in float32
+    flat regions would lose all their digits.
+    """
+    pairs = zip(x[:, 0].cpu().double().numpy(), x_hat[:, 0].cpu().double().numpy(), strict=True)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        maps = pool.map(lambda pair: structural_similarity(*pair, data_range=1.0, full=True)[1], pairs)
+        return torch.from_numpy(np.stack(list(maps)))
 
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -75,21 +60,26 @@ class Scores(NamedTuple):
         psnr: (N,) float64, peak signal-to-noise ratio in dB.
         usage: (64·64, n_embeddings) int32, number of images with each code at each position, row by row.
         foreground_usage: (n_embeddings,) int64, number of foreground positions of all images with each code.
+        tissue_ssim, tissue_psnr: (N, 4) float64, mean SSIM of the windows around the pixels of each tissue, and PSNR
+            of these, by `tissue_masks`; NaN where an image has none, or no label map.
     """
 
     ssim: Tensor
     psnr: Tensor
     usage: Tensor
     foreground_usage: Tensor
+    tissue_ssim: Tensor
+    tissue_psnr: Tensor
 
 
 @torch.no_grad()
-def score(vqvae, dataset, rank: int = 0, world_size: int = 1) -> Scores:
+def score(vqvae, dataset, labels: Tensor | None = None, rank: int = 0, world_size: int = 1) -> Scores:
     """Reconstruct every image of a data set and compare. train.py and predict.py share this function.
 
     Args:
         vqvae: a `modules.VQVAE`. Its layout becomes channels_last and its mode eval.
         dataset: a `dataset.OasisDataset` with batches on the network's device.
+        labels: label maps (N, 256, 256) of the images, as `dataset.OasisDataset.read_labels` gives them.
         rank, world_size: each of several processes scores every world_size-th batch and returns 0 for the others. The
             sum over processes is what one process returns.
     """
@@ -97,6 +87,7 @@ def score(vqvae, dataset, rank: int = 0, world_size: int = 1) -> Scores:
     n, device = len(dataset), vqvae.conv1.weight.device
     n_embeddings = vqvae.vector_quantizer.embedding.num_embeddings
     ssim_of, psnr_of = torch.zeros(2, n, dtype=torch.double)
+    tissue_ssim, tissue_psnr = torch.zeros(2, n, 4, dtype=torch.double)
     usage = torch.zeros(64 * 64, n_embeddings, dtype=torch.int32, device=device)
     foreground_usage = torch.zeros(n_embeddings, dtype=torch.int64)
     mine = [i for i in range(n) if i // SCORE_BATCH % world_size == rank]
@@ -106,12 +97,33 @@ def score(vqvae, dataset, rank: int = 0, world_size: int = 1) -> Scores:
             codes = vqvae.encode(x)
             x_hat = vqvae.decode(codes)
             here = mine[i * SCORE_BATCH : (i + 1) * SCORE_BATCH]
-            ssim_of[here], psnr_of[here] = ssim(x, x_hat).cpu(), psnr(x, x_hat)
+            similarity = ssim_map(x, x_hat)
+            ssim_of[here] = similarity[:, BORDER:-BORDER, BORDER:-BORDER].mean((1, 2))
+            psnr_of[here] = psnr(x, x_hat)
+            masks = tissue_masks(torch.zeros_like(similarity) if labels is None else labels[here])
+            tissue_ssim[here] = _mean_inside(masks, similarity)
+            tissue_psnr[here] = -10 * _mean_inside(masks, (x_hat - x)[:, 0].square().cpu().double()).log10()
             by_position = codes.flatten(1).T  # (64·64, B)
             usage.scatter_add_(1, by_position, torch.ones_like(by_position, dtype=torch.int32))
             foreground = F.avg_pool2d(x, 4)[:, 0] > FOREGROUND
             foreground_usage += torch.bincount(codes[foreground], minlength=n_embeddings).cpu()
-    return Scores(ssim_of, psnr_of, usage.cpu(), foreground_usage)
+    return Scores(ssim_of, psnr_of, usage.cpu(), foreground_usage, tissue_ssim, tissue_psnr)
+
+
+def tissue_masks(labels: Tensor) -> Tensor:
+    """Where an image shows the brain, CSF, grey matter and white matter: labels (B, H, W) from 0 to 3 -> (B, 4, H, W).
+
+    The brain is where a label is not 0. Pixels without a window around them are left out.
+    """
+    masks = torch.stack([labels > 0, labels == 1, labels == 2, labels == 3], 1)
+    inside = torch.zeros_like(masks)
+    inside[..., BORDER:-BORDER, BORDER:-BORDER] = masks[..., BORDER:-BORDER, BORDER:-BORDER]
+    return inside
+
+
+def _mean_inside(masks: Tensor, values: Tensor) -> Tensor:
+    """Means of values (B, H, W) in each of the masks (B, 4, H, W): (B, 4), NaN where a mask is empty."""
+    return torch.einsum("bthw,bhw->bt", masks.double(), values) / masks.sum((2, 3))
 
 
 @exact_float32()

@@ -66,7 +66,7 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
         facts[title] = f"{epochs.get(stage, 0)} of {options[f'{stage}_epochs']} epochs"
     facts["Training time"] = f"{sum(float(row['seconds']) for row in rows) / 60:.1f} minutes"
     images = ", ".join(f"{n} {split}" for split, n in data["images"].items())
-    facts["Data"] = f"{data['folder']} ({images})"
+    facts["Data"] = f"{data['folder']} ({images}): {data['content']}"
     facts["Seed"] = record["seed"]
     facts["Options"] = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     facts |= environment_facts(record)

@@ -10,6 +10,7 @@ os.environ["MPLBACKEND"] = "agg"  # figures are only written to files, whatever 
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
+from torchvision.utils import make_grid
 
 from support import console, files
 
@@ -51,12 +52,7 @@ class Figures:
     @_figure
     def image_grid(self, name: str, images, title: str) -> None:
         """Images (N, 1, H, W), eight a row, in the order given."""
-        gap, (n, _, h, w) = 4, images.shape
-        columns = min(8, n)
-        grid = np.ones((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap), np.float32)
-        for i, image in enumerate(images[:, 0].float().cpu().clamp(0, 1)):
-            top, left = i // columns * (h + gap) + gap, i % columns * (w + gap) + gap
-            grid[top : top + h, left : left + w] = image
+        grid = make_grid(images.float().cpu().clamp(0, 1), nrow=8, padding=4, pad_value=1.0)[0].numpy()
         height = 8 * grid.shape[0] / grid.shape[1]
         figure, axes = self._axes(8, height + (0.7 if self.phantoms else 0.45), title)
         axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
@@ -118,6 +114,9 @@ class Figures:
         figure, axes = self._axes(6.4, 4.2, "Validation SSIM by epoch")
         axes.fill_between(epochs, low, high, color=BLUE, alpha=0.2, label="worst to best image")
         axes.plot(epochs, mean, color=BLUE, marker="o", markersize=4, label="mean")
+        if "ssim_brain" in rows[0]:
+            brain = [row["ssim_brain"] for row in rows]
+            axes.plot(epochs, brain, color=ORANGE, marker="s", markersize=4, label="mean inside the brain")
         axes.set(xlabel="epoch", ylabel="SSIM (1 = identical)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower right")

@@ -47,8 +47,9 @@ class Run:
     def begin(self, data: dict) -> None:
         """Make the folder of a new run and write run.json. A resumed run keeps its first environment.
 
-        `data` is the folder, whether it holds phantoms, and the number of images in each split. Raises UserError if the
-        folder cannot be made, or if the data of a resumed run have other numbers of images.
+        `data` is the folder, whether it holds phantoms, what it holds in words, the number of images in each split, and
+        `OasisDataset.digest` of those that were read. Raises UserError if the folder cannot be made, or if a resumed
+        run began with other images.
         """
         here = environment(self.device)
         if self.folder is None:
@@ -58,9 +59,15 @@ class Run:
         else:
             self._lock()
             record = here | {"resumed": []} | read_record(self.folder)
-            images = record.get("data", {}).get("images", data["images"])
-            if images != data["images"]:
-                raise UserError(f"{data['folder']}: has {data['images']} images, the run began with {images}")
+            began = data | record.get("data", {})
+            if began["images"] != data["images"]:
+                raise UserError(f"{data['folder']}: has {data['images']} images, the run began with {began['images']}")
+            changed = [split for split, digest in data["digests"].items() if began["digests"].get(split) != digest]
+            if changed:
+                raise UserError(
+                    f"{data['folder']}: the images of {' and '.join(changed)} are not those that the run began with; "
+                    "name its data with --data, or start a new run"
+                )
             record["resumed"] = [*record["resumed"], here]
             self.save()  # so that raised numbers of epochs outlast an interruption
             for path in (*self.outdated, *self.folder.glob(".*.tmp")):  # temporary files of a killed process

@@ -11,16 +11,20 @@ import torch
 from conftest import png_of
 from PIL import Image, PngImagePlugin
 
+import dataset as dataset_module
 from dataset import (
     DEFAULT_DATA,
     DataError,
     OasisDataset,
+    describe,
     find_data,
     list_scans,
     make_loader,
+    picture_box,
     read_png,
     refuse_shared_cases,
 )
+from modules import VQVAE
 
 
 @pytest.fixture
@@ -315,3 +319,68 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("OASIS_DIR", "nowhere")
     with pytest.raises(DataError, match="named by OASIS_DIR"):
         find_data(None)
+
+
+def test_label_maps_belong_to_the_scans_beside_them(folder, capsys):
+    labels = folder.parent / "keras_png_slices_seg_train"
+    for s in (0, 1):
+        grey().save(folder / f"case_003_slice_{s}.nii.png")
+    dataset = OasisDataset(folder.parent, "train")
+    assert dataset.read_labels() is None and not capsys.readouterr().err
+    labels.mkdir()
+    levels = np.random.default_rng(0).integers(0, 4, (2, 256, 256), np.uint8)
+    for s in (1, 0):
+        Image.fromarray(levels[s] * np.uint8(85)).save(labels / f"seg_003_slice_{s}.nii.png")
+    assert np.array_equal(dataset.read_labels().numpy(), levels)
+    grey(86).save(labels / "seg_003_slice_1.nii.png")
+    assert dataset.read_labels() is None and "grey values other than" in capsys.readouterr().err
+    (labels / "seg_003_slice_1.nii.png").unlink()
+    assert dataset.read_labels() is None
+    assert "label maps are left out: " in (message := capsys.readouterr().err) and "seg_003_slice_1" in message
+
+
+def test_data_are_recognised_by_their_pixels(folder, tmp_path, monkeypatch):
+    for case in (3, 4):
+        grey(case).save(folder / f"case_{case:03d}_slice_0.nii.png")
+    dataset = OasisDataset(folder.parent, "train")
+    assert describe(dataset) == "not the report's set, 2 slices of 2 subjects"
+    monkeypatch.setitem(dataset_module.REPORT_SET, "train", dataset.digest)
+    assert describe(dataset) == describe(OasisDataset(folder.parent, "train")) == "the report's set"
+    changed = np.full((256, 256), 4, np.uint8)
+    changed[200, 100] = 5
+    Image.fromarray(changed).save(folder / "case_004_slice_0.nii.png")
+    assert describe(OasisDataset(folder.parent, "train")).startswith("not the report's set")
+    grey(3).save(folder / "case_004_slice_0.nii.png")
+    grey(4).save(folder / "case_003_slice_0.nii.png")  # the same images in another order
+    assert describe(OasisDataset(folder.parent, "train")).startswith("not the report's set")
+    (folder / "case_003_slice_0.nii.png").rename(folder / "a_scan.png")
+    assert describe(OasisDataset(folder.parent, "train")) == "not the report's set, 2 slices"
+
+
+@pytest.mark.parametrize(
+    "top, bottom, left, right, rows, columns",
+    [
+        (40, 216, 24, 232, (28, 228), (12, 244)),  # the set's
+        (0, 256, 0, 256, (0, 256), (0, 256)),
+        (100, 101, 250, 256, (88, 120), (224, 256)),
+        (15, 243, 60, 61, (0, 256), (48, 80)),
+    ],
+)
+def test_the_box_holds_every_picture_and_its_margin(top, bottom, left, right, rows, columns):
+    images = torch.zeros(3, 1, 256, 256, dtype=torch.uint8)
+    images[0, 0, top, left] = images[2, 0, bottom - 1, right - 1] = 1
+    assert picture_box(images) == (slice(*rows), slice(*columns))
+    assert picture_box(0 * images) == (slice(0, 256), slice(0, 256))
+
+
+def test_codes_of_pictures_in_the_box_are_those_of_whole_images():
+    torch.manual_seed(0)
+    images = torch.zeros(2, 1, 256, 256)
+    images[:, :, 40:216, 24:232] = torch.rand(2, 1, 176, 208)
+    vqvae, (rows, columns) = VQVAE(), picture_box((images * 255).byte())
+    z_whole = vqvae.latents(images)[:, :, 10:54, 6:58]
+    top, left = (40 - rows.start) // 4, (24 - columns.start) // 4
+    z_box = vqvae.latents(images[..., rows, columns])[:, :, top : top + 44, left : left + 52]
+    torch.testing.assert_close(z_box, z_whole, rtol=0, atol=1e-5)
+    z_near = vqvae.latents(images[..., 32:224, 16:240])[:, :, 2:46, 2:54]  # two codes of margin are too few
+    assert (z_near - z_whole).abs().max() > 1e-4

@@ -53,10 +53,10 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
     train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
     seen = []
 
-    def falling(vqvae, dataset, rank, world_size):
+    def falling(vqvae, dataset, labels, rank, world_size):
         seen.append(copy.deepcopy(vqvae.state_dict()))
         ssim = torch.tensor([[0.2, 0.4], [0.5, 0.7], [0.1, 0.9], [0.6, 0.6]][len(seen) - 1], dtype=torch.double)
-        return reconstruction.Scores(ssim, 20 + ssim, torch.ones(4096, 16), torch.ones(16))
+        return reconstruction.Scores(ssim, 20 + ssim, torch.ones(4096, 16), torch.ones(16), *torch.ones(2, 2, 4))
 
     monkeypatch.setattr(reconstruction, "score", falling)
     run = new_run(tmp_path, epochs=4, batch_size=15, n_embeddings=16, embeddings_dim=4)
@@ -170,3 +170,11 @@ def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
     again.epochs = 4
     fit.fit(again, resumed)
     assert again.network.weight.item() > stage.network.weight.item() and resumed.rows[-1]["epoch"] == 4
+
+
+def test_the_rate_is_constant_at_first_and_falls_along_a_cosine():
+    rates = [fit.falling_rate(step, 100, constant=0.6, last=0.01) for step in range(101)]
+    assert rates[:61] == [1.0] * 61 and rates == sorted(rates, reverse=True)
+    assert rates[80] == pytest.approx((1 + 0.01) / 2)  # half way down
+    assert rates[70] == pytest.approx(0.01 + 0.99 * (2 + 2**0.5) / 4)  # a quarter
+    assert rates[100] == pytest.approx(0.01) == fit.falling_rate(1000, 100, 0.6, 0.01)

@@ -49,7 +49,7 @@ class VQVAEStage(Stage):
     ):
         super().__init__(run)
         config, self.fast_path = run.config, run.fast_path
-        self.train_set, self.validate_set = train_set, validate_set
+        self.train_set, self.validate_set, self.labels = train_set, validate_set, validate_set.read_labels()
         self.epochs, self.batch_size, self.lr = config.epochs, config.batch_size, config.lr
         self.average_decay = average_decay
         torch.manual_seed(seeds.derived_seed(config.seed, "vqvae weights"))
@@ -100,11 +100,14 @@ class VQVAEStage(Stage):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Score the validation split with the averaged weights."""
-        shares = reconstruction.score(self.average, self.validate_set, distributed.rank(), distributed.world_size())
+        among = distributed.rank(), distributed.world_size()
+        shares = reconstruction.score(self.average, self.validate_set, self.labels, *among)
         scores = reconstruction.Scores(*(distributed.total(part) for part in shares))
         steps = epoch * len(batch_sizes(len(self.train_set), self.batch_size))
         check_finite(scores.ssim[None], f"{self.title} epoch {epoch}", steps)
         ssim = {f"ssim_{kind}": getattr(scores.ssim, kind)().item() for kind in ("mean", "min", "max")}
+        if self.labels is not None:
+            ssim["ssim_brain"] = scores.tissue_ssim[:, 0].nanmean().item()
         return ssim | {"psnr_mean": scores.psnr.mean().item()} | reconstruction.codebook_usage(scores)
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
@@ -136,6 +139,7 @@ class VQVAEStage(Stage):
             f"Codebook usage: {row['codes_used']} of {self.run.config.n_embeddings} codes, "
             f"perplexity {row['perplexity']:.1f}, in the foreground {row['foreground_perplexity']:.1f}; "
             f"PSNR {row['psnr_mean']:.2f} dB"
+            + (f"; SSIM in the brain {row['ssim_brain']:.4f}" if "ssim_brain" in row else "")
         )
 
     def extra_state(self) -> dict:
