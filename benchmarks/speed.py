@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt           # the peers; sides whose package is missing are left out
     python benchmarks/speed.py                           # every part, about twelve minutes on two cores
-    python benchmarks/speed.py step ssim --rounds 20     # some parts; --help lists them
+    python benchmarks/speed.py step dcgan --rounds 20    # some parts; --help lists them
     python benchmarks/speed.py --json speed.json
 
 Each side runs in a process of its own, so that none profits from another's settings. The processes wait while one of
@@ -29,7 +29,6 @@ sys.path.insert(0, str(PROJECT))
 
 import peers
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,8 +96,8 @@ def new_run(device, **fast_path) -> Run:
     return run
 
 
-def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Work:
-    """A step of `train_vqvae` with the average of the weights and the counts of codes.
+def our_step(change: dict, device, folder: Path, keep_memory: bool = True, whole: bool = False) -> Work:
+    """A step of `train_vqvae` with the average of the weights and the counts of codes; on whole slices if asked for.
 
     Left out: revival, which is one step in ten and only where a code is dead, and the DataLoader, which is a part of
     its own.
@@ -108,6 +107,8 @@ def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Wo
         run.fast_path.set_up()
     train_set = OasisDataset(folder, "train", device)
     stage = VQVAEStage(run, train_set, train_set)
+    if whole:
+        stage.box = slice(None), slice(None)
     x = train_set.batch(range(BATCH))
     start_codebook(stage.vqvae, x)
 
@@ -115,7 +116,9 @@ def our_step(change: dict, device, folder: Path, keep_memory: bool = True) -> Wo
         stage.step(x, BATCH, 101, torch.Generator())  # neither a k-means step nor a revival
         update_average(stage.average, stage.vqvae, 1000, stage.average_decay)
 
-    return Work(once, BATCH, lambda x: stage.vqvae(x)[:2], "bfloat16" if run.fast_path.bfloat16 else "float32")
+    return Work(
+        once, BATCH, lambda x: stage.vqvae(x[..., *stage.box])[:2], "bfloat16" if run.fast_path.bfloat16 else "float32"
+    )
 
 
 def peer_step(make_network: Callable, device, folder: Path) -> Work:
@@ -141,6 +144,8 @@ LIMITS = {
 }
 STEP = {
     "ours": Side("the default", partial(our_step, {})),
+    "ours, whole slices": Side("the same, with the black frame", partial(our_step, {}, whole=True)),
+    "ours, float32": Side("the same, --precision float32", partial(our_step, {"bfloat16": False})),
     "ours, compiled": Side("the same, compiled", partial(our_step, {"compiled": True})),
     "ours, not compiled": Side("the same, not compiled", partial(our_step, {"compiled": False})),
     "ours, bfloat16": Side("the same, --precision bfloat16", partial(our_step, {"bfloat16": True})),
@@ -176,23 +181,9 @@ def peer_validation(device, folder: Path) -> Work:
     return Work(lambda: peers.validate(network, x), len(x))
 
 
-def ssim_alone(ours: bool, device, folder: Path) -> Work:
-    x = OasisDataset(folder, "validate", device).batch(range(64))
-    x_hat = x + 0.01 * torch.randn_like(x)
-    if ours:
-        keep_freed_memory()
-        return Work(lambda: reconstruction.ssim(x, x_hat), len(x))
-    pairs = list(zip(x[:, 0].cpu().numpy(), x_hat[:, 0].cpu().numpy(), strict=True))
-    return Work(lambda: [peers.structural_similarity(a, b, data_range=1.0) for a, b in pairs], len(x))
-
-
 VALIDATION = {
-    "ours": Side("reconstruction.score: float32, batches of 32, SSIM in batches", our_validation),
+    "ours": Side("reconstruction.score: float32, batches of 32, scikit-image in threads", our_validation),
     "report's style": Side("network and scikit-image, image by image", peer_validation),
-}
-SSIM = {
-    "ours": Side("reconstruction.ssim, a batch of 64", partial(ssim_alone, True)),
-    "scikit-image": Side("structural_similarity, image by image", partial(ssim_alone, False)),
 }
 
 # --- one training step of the DCGAN
@@ -306,7 +297,6 @@ START = {
 PARTS = {
     "step": STEP | LIMITS,
     "validation": VALIDATION,
-    "ssim": SSIM,
     "dcgan": DCGAN,
     "reading": READING,
     "batches": BATCHES,
@@ -315,7 +305,6 @@ PARTS = {
 TITLES = {
     "step": "VQ-VAE, a training step",
     "validation": "Validation: network and SSIM",
-    "ssim": "SSIM alone",
     "dcgan": "DCGAN, a training step",
     "reading": "First read of the PNG files",
     "batches": "An epoch's batches",
@@ -328,7 +317,7 @@ def flops_an_image(network: Callable, device) -> float:
     x = torch.rand(2, 1, 256, 256, device=device)
     with FlopCounterMode(display=False) as counter:
         vq_loss, x_hat = network(x)
-        (F.mse_loss(x_hat, x) + vq_loss).backward()
+        (x_hat.square().mean() + vq_loss).backward()
     return counter.get_total_flops() / len(x)
 
 

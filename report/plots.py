@@ -155,6 +155,21 @@ class Figures:
         self._save(figure, name)
 
     @_figure
+    def curves(self, name: str, curves: dict[str, tuple], title: str, xlabel: str, levels: dict[str, float]) -> None:
+        """SSIM of several sides: for each its x values (log scale) and SSIM; `levels` of SSIM as lines, by name."""
+        figure, axes = self._axes(7.2, 4.8, title)
+        for i, (label, (x, y)) in enumerate(curves.items()):
+            axes.plot(x, y, color=f"C{i}", marker="os^vDPX*"[i % 8], markersize=4, linewidth=1, label=label)
+        for label, level in levels.items():
+            axes.axhline(level, color=GREY, linestyle="--", linewidth=0.8)
+            axes.annotate(
+                label, (1, level), (-4, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=9
+            )
+        axes.set(xlabel=xlabel, ylabel="SSIM (1 = identical)", xscale="log")
+        axes.legend(loc="lower right", fontsize=9)
+        self._save(figure, name)
+
+    @_figure
     def gan_losses(self, name: str, history: dict[str, list[float]]) -> None:
         """The DCGAN's losses (above) and the discriminator's mean outputs (below) by step, as `DCGANStage` has them."""
         figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)

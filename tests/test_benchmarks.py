@@ -1,6 +1,8 @@
 """The benchmarks run, and their reference computes what ours does."""
 
+import importlib.util
 import json
+import math
 import subprocess
 import sys
 
@@ -214,6 +216,24 @@ def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(mo
         for wrong in (1.5, float("nan")):
             with pytest.raises(gpu_check.Failed, match=f"{name}: CPU 0.5000000, GPU .*BEYOND"):
                 gpu_check.compare(same, same | {name: wrong})
+
+
+def test_bits_of_codecs_beside_those_of_codes(images, data, tmp_path, monkeypatch, capfd):
+    spec = importlib.util.spec_from_file_location("benchmarks_codecs", PROJECT / "benchmarks" / "codecs.py")
+    codecs = importlib.util.module_from_spec(spec)  # by its path: Python has a module of that name
+    spec.loader.exec_module(codecs)
+    image = (images[0, 0] * 255).byte().numpy()
+    bits, decoded = codecs.coded(image, {"format": "PNG"})
+    assert (decoded == image).all() and 8 * 5_000 < bits < 8 * 65_536
+    curve = [100, 200, 400, 800], [0.8, 0.9, 0.7, 1.0]  # the third quality is worse than the second
+    assert codecs.bits_at(0.85, *curve) == pytest.approx(100 * math.sqrt(2))
+    assert codecs.bits_at(0.95, *curve) == pytest.approx(400)
+    assert codecs.bits_at(0.7, *curve) is None
+    monkeypatch.setattr(codecs, "CODECS", {name: settings[-2:] for name, settings in codecs.CODECS.items()})
+    words = [PRETRAINED / "vqvae.pth", "--data", data, "--out", tmp_path, "--every", 5]
+    out, _ = run_main(codecs, words, monkeypatch, capfd)
+    assert (tmp_path / "rate_codecs.png").is_file() and "SSIM of 2 images" in out
+    assert out.count("\n| ") == 1 + 4 + 1 + 1 and "| 36,864 |" in out
 
 
 def test_measures_are_admitted_where_intervals_are_apart_and_halves_equal():

@@ -24,7 +24,9 @@ from training.flow import FlowStage
 from training.gan_update import BalancedUpdate
 from training.scale import LatentScale
 
+# float32, for two processes differ from one by rounding: of bfloat16, the default on some processors, far too much
 SMALL = ("--batch-size", 7, "--gan-batch-size", 6, "--n-embeddings", 32, "--device", "cpu", "--seed", 5)
+SMALL += ("--precision", "float32")
 EPOCHS = ("--epochs", 2, "--gan-epochs", 1)
 
 
@@ -74,7 +76,7 @@ def test_two_processes_give_the_curve_of_one(runs_of_one_and_two):
 def test_the_dcgan_of_two_processes_begins_as_that_of_one(runs_of_one_and_two, data, tmp_path):
     """On the same VQ-VAE: the two runs' own ones differ by rounding, which the start of the generator magnifies."""
     _, two = runs_of_one_and_two[1]
-    words = ("--gan-batch-size", 6, "--gan-epochs", 1, "--device", "cpu", "--seed", 5, "--out", "again")
+    words = (*SMALL, "--gan-epochs", 1, "--out", "again")
     done = run_program("train.py", "--data", data, "--only", "gan", "--vqvae", two / "vqvae.pth", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (again,) = (tmp_path / "again").iterdir()
@@ -194,8 +196,9 @@ def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
     for found in in_two_processes(_dcgan_step, tmp_path):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            rtol = 0.02 if "bfloat16" in key else 1e-9
-            torch.testing.assert_close(found[key], value, rtol=rtol, atol=1e-12, msg=key)
+            # bfloat16 has 8 bits, and a sure discriminator's loss is the small difference of what has been rounded
+            rtol, atol = (0.02, 1e-3) if "bfloat16" in key else (1e-9, 1e-12)
+            torch.testing.assert_close(found[key], value, rtol=rtol, atol=atol, msg=key)
 
 
 class Images(list):
