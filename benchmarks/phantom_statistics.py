@@ -1,6 +1,6 @@
 """Statistics of phantoms and of real slices, side by side: a table of docs/method.md.
 
-python benchmarks/phantom_statistics.py PHANTOMS OASIS    # two folders with keras_png_slices_train
+python benchmarks/phantom_statistics.py PHANTOMS OASIS    # two folders with keras_png_slices_train and label maps
 """
 
 import sys
@@ -14,35 +14,74 @@ from PIL import Image
 from dataset import list_scans
 from support import console
 
+NAMES = (
+    "foreground share",
+    "foreground mean",
+    "foreground standard deviation",
+    "PNG size / bytes",
+    "share of exact zeros",
+    "level of white matter",
+)
+WHITE_MATTER = 255  # in label maps
+EVERY = 5  # of 32 slices a subject: all heights occur equally often
+
 
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     ours, theirs = (statistics(folder) for folder in sys.argv[1:])
     print(f"{'':32}{sys.argv[1]:>16}{sys.argv[2]:>16}{'ratio':>8}")
+    print(f"{'slices':32}{ours.pop('slices'):16}{theirs.pop('slices'):16}")
     for name, value in ours.items():
         print(f"{name:32}{value:16.4g}{theirs[name]:16.4g}{value / theirs[name]:8.3f}")
 
 
-def statistics(folder: str | Path) -> dict[str, float]:
-    """Means over every fourth training slice of an OASIS-shaped folder, by which phantoms and scans are compared.
+def statistics(folder: str | Path, every: int = EVERY) -> dict[str, float]:
+    """Means over an OASIS-shaped folder, by which phantoms and scans are compared, and how many slices they are over.
 
-    The foreground is above 0.04 of the grey range. The slope is that of log power against log spatial frequency, fitted
-    to the radially averaged spectrum from 4 to 100 cycles an image.
+    They are over every fifth slice of the training and validation splits that has a label map; where no slice has one,
+    over every fifth slice, and the level of white matter is NaN. The test split is not read.
+
+    The foreground is above 0.04 of the grey range. The level of white matter is its mean in that range. The slope is
+    that of log power against log spatial frequency, fitted to the radially averaged spectrum from 4 to 100 cycles an
+    image.
     """
-    frequency = np.fft.fftfreq(256, 1 / 256)
-    radius = np.hypot(frequency[:, None], frequency).round().astype(int).ravel()
+    scans = list_scans(Path(folder), "train")
+    if (Path(folder) / "keras_png_slices_validate").is_dir():
+        scans += list_scans(Path(folder), "validate")
+    scans = ([path for path in scans if _label_map(path).is_file()] or scans)[::every]
     rows, power = [], np.zeros((256, 256))
-    for path in sorted(list_scans(Path(folder), "train"))[::4]:
+    for path in scans:
         image = np.asarray(Image.open(path).convert("L")) / 255
         foreground = image[image > 0.04]
-        rows.append((foreground.size / image.size, foreground.mean(), foreground.std(), path.stat().st_size))
+        white = image[np.asarray(Image.open(_label_map(path))) == WHITE_MATTER] if _label_map(path).is_file() else None
+        rows.append(
+            (
+                foreground.size / image.size,
+                foreground.mean(),
+                foreground.std(),
+                path.stat().st_size,
+                (image == 0).mean(),
+                np.nan if white is None else white.mean(),
+            )
+        )
         power += np.abs(np.fft.fft2(image)) ** 2
+    values = dict(zip(NAMES, np.mean(rows, 0).tolist(), strict=True))
+    return values | {"slope of the power spectrum": _slope(power), "slices": len(rows)}
+
+
+def _label_map(scan: Path) -> Path:
+    folder = scan.parent.name.replace("slices_", "slices_seg_")
+    return scan.parent.with_name(folder) / scan.name.replace("case_", "seg_", 1)
+
+
+def _slope(power: np.ndarray) -> float:
+    """Of a power spectrum (256, 256), radially averaged."""
+    frequency = np.fft.fftfreq(256, 1 / 256)
+    radius = np.hypot(frequency[:, None], frequency).round().astype(int).ravel()
     band = np.arange(4, 101)
     radial = (np.bincount(radius, power.ravel()) / np.bincount(radius))[band]
-    names = ("foreground share", "foreground mean", "foreground standard deviation", "PNG size / bytes")
-    slope = np.polyfit(np.log(band), np.log(radial), 1)[0]
-    return dict(zip(names, np.mean(rows, 0).tolist(), strict=True)) | {"slope of the power spectrum": slope.item()}
+    return np.polyfit(np.log(band), np.log(radial), 1)[0].item()
 
 
 if __name__ == "__main__":
