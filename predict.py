@@ -107,7 +107,7 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 
 
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
-    """Decode new brains and walks between others. With --data, measure as many brains as the split has images."""
+    """Decode new brains and walks between others. With --data, measure as many brains as images of the split."""
     prior, splits = load_prior(files.find(o.generator), vqvae), []
     if o.steps is not None:
         if not isinstance(prior, FlowPrior):
@@ -122,7 +122,7 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         held_out, train = splits
         phantoms = phantoms or held_out.phantoms
         facts["Measured against"] = f"{o.split} split of {held_out.root}"
-        noise = prior.noise(min(len(held_out), len(train)), seeds.generator(seed, "measures"))
+        noise = prior.noise(generation.n_measured(held_out, train), seeds.generator(seed, "measures"))
         rows = generation.compare_generated(prior.sample_images(noise), vqvae, held_out, train, seed)
         write_measures(folder, rows, mark(phantoms))
     write_page(folder, "New brains", facts, vqvae, phantoms)

@@ -72,7 +72,7 @@ def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
         digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
         record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
         run.begin(record | {"images": counts, "digests": digests})
-    run.say(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
+    print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
     print(f"Device: {run.device}. Folder: {run.folder}. To resume it: {config.resume_command(run)}")
     processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
     print(f"Fast path: {processes}{run.fast_path}", flush=True)

@@ -41,7 +41,7 @@ def main() -> None:
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
     train, validate = (OasisDataset(o.data, split) for split in ("train", "validate"))
-    real = HeldOut(vqvae, validate, train, min(len(validate), len(train)), o.seed)
+    real = HeldOut(vqvae, validate, train, o.seed)
     n, rng = len(real.subjects), seeds.generator(o.seed, "independent codes")
 
     def reconstructed(numbers: list[int]) -> Features:

@@ -1,4 +1,4 @@
-"""The other sides of benchmarks/speed.py: the report's style written plainly, and packages from the index."""
+"""The other sides of benchmarks that compare: the report's style written plainly, and packages from the index."""
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +81,11 @@ class Monai(nn.Module):
         return loss, x_hat
 
 
-def vqvae_step(network: nn.Module, x: Tensor):
-    """A training step as tutorials write it, as a function without arguments."""
+def vqvae_step(network: nn.Module):
+    """A training step as tutorials write it, as a function of a batch."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
 
-    def step() -> None:
+    def step(x: Tensor) -> None:
         vq_loss, x_hat = network(x)
         loss = F.mse_loss(x_hat, x) + vq_loss
         optimizer.zero_grad()

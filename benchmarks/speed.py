@@ -123,7 +123,8 @@ def our_step(change: dict, device, folder: Path, keep_memory: bool = True, whole
 
 def peer_step(make_network: Callable, device, folder: Path) -> Work:
     network, x = make_network().to(device), images(folder, device)
-    return Work(peers.vqvae_step(network, x), BATCH, network)
+    step = peers.vqvae_step(network)
+    return Work(lambda: step(x), BATCH, network)
 
 
 def report_style() -> torch.nn.Module:

@@ -17,6 +17,9 @@ from support.console import in_batches
 from support.device import exact_float32
 
 PATCH, PATCHES_PER_IMAGE, PROJECTIONS = 7, 128, 512
+# Images a side that are measured, at most: a kilobyte of numbers each and all pairs of them take 20 s on two cores. Of
+# more, the intervals hardly shrink, for they are over subjects.
+MOST_MEASURED = 256
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 HELD_OUT, TRAINED = "reconstructed held-out images", "reconstructed training images"
@@ -187,19 +190,26 @@ def decode_independent_codes(vqvae, dataset, indices: Sequence[int], rng: torch.
     return torch.cat([vqvae.decode(part).clamp(0, 1) for part in codes.gather(0, drawn).split(32)])
 
 
+def n_measured(held_out, train) -> int:
+    """How many images a side are measured: MOST_MEASURED, or as many as the smaller data set has."""
+    return min(MOST_MEASURED, len(held_out), len(train))
+
+
 class HeldOut:
-    """The first n images of a held-out split, which generated images are measured against.
+    """The images of a held-out split which generated images are measured against: `n_measured`, spaced evenly.
 
     Args:
         vqvae: the network that generated images are decoded with.
-        held_out, train: data sets of at least n images.
+        held_out, train: data sets.
         seed: draws what is random in a measure; the same seed gives the same values.
     """
 
-    def __init__(self, vqvae, held_out, train, n: int, seed: int):
-        self.vqvae, self.held_out, self.train, self.n, self.seed = vqvae, held_out, train, n, seed
-        self.subjects = [held_out.subject(i) for i in range(n)]
-        self.features = features(vqvae, reconstruct(vqvae, held_out, range(n)), self.subjects)
+    def __init__(self, vqvae, held_out, train, seed: int):
+        self.vqvae, self.held_out, self.train, self.seed = vqvae, held_out, train, seed
+        n = n_measured(held_out, train)
+        self.indices = [i * len(held_out) // n for i in range(n)]
+        self.subjects = [held_out.subject(i) for i in self.indices]
+        self.features = features(vqvae, reconstruct(vqvae, held_out, self.indices), self.subjects)
         self.picked = torch.randperm(len(train), generator=seeds.generator(seed, "measured images"))[:n].tolist()
 
     def measure(self, images: Tensor, subjects: Sequence | None = None) -> dict[str, Interval]:
@@ -208,7 +218,7 @@ class HeldOut:
         Without `subjects`, each image is a subject of its own.
         """
         side, rng = features(self.vqvae, images, subjects), seeds.generator(self.seed, "resampling")
-        found = distances(self.held_out.batch(range(self.n)), images, seeds.derived_seed(self.seed, "measures"))
+        found = distances(self.held_out.batch(self.indices), images, seeds.derived_seed(self.seed, "measures"))
         found = {name: Interval(value) for name, value in found.items()}
         return found | mean_indices(side, rng) | compare(self.features, side, rng)
 
@@ -223,22 +233,22 @@ class HeldOut:
 def compare_generated(generated: Tensor, vqvae, held_out, train, seed: int, n_pairs: int = 1000) -> list[Row]:
     """Measures of generated images beside those of reconstructions and of independent codes.
 
-    `generated` is (N, 1, 256, 256), decoded by `vqvae`; `held_out` and `train` are data sets of at least N
-    images, the first N held-out ones the real side. With the seed of a run, measures are those that train.py gives.
+    `generated` is (N, 1, 256, 256), N = `n_measured`, decoded by `vqvae`; `held_out` and `train` are data sets. With
+    the seed of a run, measures are those that train.py gives.
     """
     n = len(generated)
-    real, rng = HeldOut(vqvae, held_out, train, n, seed), seeds.generator(seed, "measured images")
+    real, rng = HeldOut(vqvae, held_out, train, seed), seeds.generator(seed, "measured images")
     independent = decode_independent_codes(vqvae, train, real.picked, seeds.generator(seed, "independent codes"))
     measured, floor, unstructured = real.measure(generated), real.floor(), real.measure(independent)
     rows = [
         Row(text, measured[name], floor[name], unstructured[name], HELD_OUT if name in INDICES else TRAINED)
         for name, text in (DISTANCES | INDICES | COMPARISONS).items()
     ]
-    groups = ((generated, range(n)), (held_out.batch(range(n)), real.subjects), (independent, range(n)))
+    groups = ((generated, range(n)), (held_out.batch(real.indices), real.subjects), (independent, range(n)))
     similar = [Interval(similarity_of_pairs(side, group, rng, n_pairs)) for side, group in groups]
     rows.append(Row("MS-SSIM of pairs", *similar, "held-out pairs of different subjects"))
 
-    images = torch.cat([generated, reconstruct(vqvae, held_out, range(n)), independent])
+    images = torch.cat([generated, reconstruct(vqvae, held_out, real.indices), independent])
     nearest = nearest_distances(images, in_batches(train, size=512, desc="Comparing")).split(n)
     near = [Interval(part.quantile(0.05).item()) for part in nearest]
     rows.append(Row("distance to the nearest training image, 5th percentile", *near, HELD_OUT))

@@ -170,14 +170,14 @@ def choose_fast_path(
         return FastPath(device.type, plain=True)
     cuda = device.type == "cuda"
     if precision == "auto":
-        precision = "bfloat16" if distributed.everywhere(_has_fast_bfloat16(device)) else "float32"
+        precision = "bfloat16" if distributed.everywhere(has_fast_bfloat16(device)) else "float32"
     bfloat16 = precision == "bfloat16" and (kept is None or kept.bfloat16)
     compiled = FastPath(device.type, bfloat16=bfloat16, compiled=True)
     wanted = cuda and n_steps >= COMPILING_REPAYS if kept is None else kept.compiled
     return compiled._replace(compiled=wanted and distributed.everywhere(can_train(compiled, compute_loss)))
 
 
-def _has_fast_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32, by what the device has; not by timing, which depends on the day."""
     if device.type == "cpu":
         # PyTorch multiplies matrices by oneDNN, which this variable keeps from using newer instructions

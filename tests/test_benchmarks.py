@@ -15,6 +15,7 @@ import measures
 import peers
 import pytest
 import speed
+import time_to_quality
 import torch
 import torch.nn.functional as F
 from conftest import PRETRAINED, PROJECT, resume_file
@@ -84,7 +85,7 @@ def test_the_full_size_benchmark_runs(tmp_path):
     words = ["--", "--epochs", "1", "--gan-epochs", "1", "--n-embeddings", "32"]
     done = subprocess.run([*map(str, command), *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "(39 training, 4 validation images) (phantoms)" in done.stdout
+    assert "(39 training, 4 validation images): phantoms, 43 slices of 3 subjects" in done.stdout
     assert "Training time: " in done.stdout
 
 
@@ -216,6 +217,25 @@ def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(mo
         for wrong in (1.5, float("nan")):
             with pytest.raises(gpu_check.Failed, match=f"{name}: CPU 0.5000000, GPU .*BEYOND"):
                 gpu_check.compare(same, same | {name: wrong})
+
+
+def test_time_to_quality_counts_training_alone(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(time_to_quality, "EVERY", 2)
+    monkeypatch.setattr(time_to_quality, "LEVELS", {"low": -1.0, "reached": 0.005, "high": 1.0})
+    words = ["--data", data, "--out", tmp_path, "--sides", "ours", "report's style", "--seconds", 1.0]
+    out, _ = run_main(time_to_quality, words, monkeypatch, capfd)
+    assert "SSIM of 2 images" in out and (tmp_path / "time_to_quality.png").is_file()
+    lines = [line.split(",") for line in (tmp_path / "time_to_quality.csv").read_text().splitlines()[1:]]
+    for name in ("ours", "report's style"):
+        steps, seconds, ssim = zip(
+            *([float(cell) for cell in line[1:]] for line in lines if line[0] == name), strict=True
+        )
+        assert steps == tuple(range(2, 2 * len(steps) + 1, 2)) and list(seconds) == sorted(seconds)
+        assert seconds[-1] > 1.0 and (len(seconds) == 1 or seconds[-2] <= 1.0)
+        (row,) = [line for line in out.splitlines() if line.startswith(f"| {name} |")]
+        first = [s for s, value in zip(seconds, ssim, strict=True) if value > 0.005]
+        reached = f"{first[0] / 60:.1f}" if first else "not reached"
+        assert row.split(" | ")[1:] == [f"{seconds[0] / 60:.1f}", reached, "not reached", f"{ssim[-1]:.4f} |"]
 
 
 def test_bits_of_codecs_beside_those_of_codes(images, data, tmp_path, monkeypatch, capfd):

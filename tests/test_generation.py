@@ -154,3 +154,13 @@ def test_independent_codes_are_at_each_position_those_of_some_image(data):
     for one in drawn:
         assert ((one == codes[0]) | (one == codes[1])).all()
         assert (one != codes[0]).any() and (one != codes[1]).any()
+
+
+def test_the_images_that_are_measured_are_spaced_over_all_subjects(data, monkeypatch):
+    train, held_out = OasisDataset(data, "train"), OasisDataset(data, "validate")
+    monkeypatch.setattr(generation, "MOST_MEASURED", 4)
+    real = generation.HeldOut(VQVAE().eval(), held_out, train, seed=0)
+    assert real.indices == [0, 2, 5, 7] and real.subjects == [4, 4, 5, 5]
+    assert len(real.picked) == 4 == len(real.features.anatomy)
+    assert generation.n_measured(held_out, held_out) == 4 < len(held_out)
+    assert real.measure(held_out.batch([0, 2, 5, 7]))["swd_mean"].value == 0  # the same images on both sides

@@ -50,9 +50,12 @@ def test_predict_on_the_test_split(trained, folder, data):
     ]
     ssim = [float(row["ssim"]) for row in table]
     above = sum(value >= 0.6 for value in ssim)
-    begin = [line.split(":")[0] for line in done.stdout.splitlines()[:3]]
-    assert begin == ["PSNR mean", "Codes used", "Bits per image"]
-    assert done.stdout.splitlines()[3:7] == [
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"Data: {data}, test split: phantoms, 10 slices of 2 subjects"
+    begin = [re.split(": |: SSIM", line)[0] for line in lines[1:8]]
+    tissues = ["In the brain", "In the CSF", "In the grey matter", "In the white matter"]
+    assert begin == [*tissues, "PSNR mean", "Codes used", "Bits per image"]
+    assert lines[8:12] == [
         f"SSIM mean: {np.mean(ssim):.4f} (phantoms)",
         f"Min SSIM score: {min(ssim):.4f} (phantoms)",
         f"Max SSIM score: {max(ssim):.4f} (phantoms)",
@@ -65,7 +68,7 @@ def test_the_pretrained_weights_keep_their_scores(data, tmp_path):
     done = run_program("predict.py", PRETRAINED / "vqvae.pth", "--data", data, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     mean = float(re.search(r"SSIM mean: ([\d.]+) \(phantoms\)", done.stdout)[1])
-    assert mean == pytest.approx(0.9651, abs=2e-4)
+    assert mean == pytest.approx(0.9508, abs=2e-4)
 
 
 def test_new_brains_need_no_data(trained, tmp_path):

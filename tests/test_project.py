@@ -80,7 +80,7 @@ CODE = [path for top in MAY_IMPORT for path in (*PROJECT.glob(f"{top}.py"), *PRO
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_the_house(path):
-    """Who may import whom, no import inside a function, and sizes."""
+    """Who may import whom, no import inside a function, and functions of one screen."""
     text = path.read_text()
     tree = ast.parse(text)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -93,7 +93,6 @@ def test_the_house(path):
         for node in ast.iter_child_nodes(parent)
         if node in imports
     )
-    assert len(text.splitlines()) <= (400 if path.name == "modules.py" else 280)  # which has all networks
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name

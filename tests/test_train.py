@@ -31,6 +31,7 @@ from PIL import Image
 from dataset import OasisDataset
 from modules import VQVAE
 from support import seeds
+from support.device import has_fast_bfloat16
 from training.config import FIELDS, flag
 from training.latents import Latents
 from training.prior import LARGEST_FACTOR, load_prior, transport
@@ -83,10 +84,13 @@ def test_run_json(trained, data):
     assert record["data"] == {
         "folder": str(data),
         "phantoms": True,
+        "content": "phantoms, 25 slices of 5 subjects",
         "images": {"train": 15, "validate": 10, "test": 10},
+        "digests": {split: OasisDataset(data, split).digest for split in ("train", "validate")},
     }
     assert record["seed"] == 5 and record["options"]["batch_size"] == 4 and record["options"]["lr"] == 1e-3
-    assert record["fast_path"] == {"device": "cpu", "plain": False, "bfloat16": False, "compiled": False}
+    bfloat16 = has_fast_bfloat16(torch.device("cpu"))
+    assert record["fast_path"] == {"device": "cpu", "plain": False, "bfloat16": bfloat16, "compiled": False}
     assert record["torch"] == torch.__version__ and record["device"] == "cpu" and record["resumed"] == []
     assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", record["commit"])
 
@@ -150,13 +154,14 @@ def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
     assert len(json.loads((killed / "run.json").read_text())["resumed"]) == 2
 
 
-def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(trained, data, folder):
-    """One epoch, raised to two, but killed before the second is complete: in the end as if it had been two at once."""
-    _, run = trained
+def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, folder):
+    """One epoch, raised to two, but killed before the second is complete: in the end as if it had not been killed."""
     words = ("--data", data, *SMALL, "--epochs", 1, "--gan-epochs", 1, "--seed", 5, "--out", "short")
     short = new_run(run_program("train.py", *words, cwd=folder), folder / "short")
     dry = run_program("train.py", "--resume", short, *EPOCHS, "--dry-run", cwd=folder)
     assert "so the DCGAN begins anew" in dry.stdout
+    calm = shutil.copytree(short, folder / "calm")
+    assert run_program("train.py", "--resume", calm, *EPOCHS, cwd=folder).returncode == 0
     kill_after([sys.executable, PROJECT / "train.py", "--resume", short, *EPOCHS], folder, "Device", 1)
     saved = resume_file(short)
     assert saved["options"]["epochs"] == 2 and "gan" not in saved["state"]
@@ -165,17 +170,19 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(trained,
     done = run_program("train.py", "--resume", short, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert not list(short.glob(".*"))
-    assert_same_weights(run, short)
-    assert_same_history(run, short)
+    assert_same_weights(calm, short)
+    assert_same_history(calm, short)
     words = (short / "vqvae.pth", "--generator", short / "generator.pth", "--samples", 1, "--out", "r")
     assert run_program("predict.py", *words, cwd=folder).returncode == 0  # they belong together
 
 
 def test_resuming_a_codebook_of_moving_averages(data, folder):
-    words = ("--data", data, *SMALL, "--only", "vqvae", "--codebook", "ema")
-    whole = new_run(run_program("train.py", *words, "--epochs", 2, "--out", "ema", cwd=folder), folder / "ema")
-    half = new_run(run_program("train.py", *words, "--epochs", 1, "--out", "ema_1", cwd=folder), folder / "ema_1")
-    done = run_program("train.py", "--resume", half, "--epochs", 2, cwd=folder)
+    words = ("--data", data, *SMALL, "--only", "vqvae", "--codebook", "ema", "--epochs", 2)
+    whole = new_run(run_program("train.py", *words, "--out", "ema", cwd=folder), folder / "ema")
+    kill_after([sys.executable, PROJECT / "train.py", *words, "--out", "ema_1"], folder, "Epoch: 2", 1)
+    (half,) = (folder / "ema_1").iterdir()
+    assert resume_file(half)["state"]["vqvae"]["epoch"] == 1
+    done = run_program("train.py", "--resume", half, cwd=folder)
     assert done.returncode == 0, done.stderr
     saved = [resume_file(run)["state"]["vqvae"] for run in (whole, half)]
     for key in ("networks", "averages"):
@@ -474,8 +481,8 @@ def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path, monkeypa
         first = [process.stdout.readline() for _ in range(6)]
         process.kill()
     assert "DEMO" in first[1] and "phantoms" in first[1]
-    assert re.search(r"512 training, 64 validation images\) \(phantoms\)", first[4])
-    assert len(list((tmp_path / "phantoms").rglob("*.png"))) == 640
+    assert re.search(r"512 training, 64 validation images\): phantoms, 576 slices of 18 subjects", first[4])
+    assert len(list((tmp_path / "phantoms").rglob("case_*.png"))) == 640
 
 
 def test_help_names_every_option_with_its_default(tmp_path):

@@ -59,12 +59,11 @@ class PriorStage(Stage):
 
     @cached_property
     def eval_noise(self) -> Tensor:
-        return self.noise(min(len(self.validate_set), len(self.train_set)), "measures")
+        return self.noise(generation.n_measured(self.validate_set, self.train_set), "measures")
 
     @cached_property
     def held_out(self) -> generation.HeldOut:
-        sides = self.vqvae, self.validate_set, self.train_set
-        return generation.HeldOut(*sides, n=len(self.eval_noise), seed=self.run.config.seed)
+        return generation.HeldOut(self.vqvae, self.validate_set, self.train_set, self.run.config.seed)
 
     def noise(self, n: int, stream: str) -> Tensor:
         """The noise of n images, the same at each call."""
@@ -86,7 +85,7 @@ class PriorStage(Stage):
         return True
 
     def measure(self, epoch: int) -> dict[str, float]:
-        """Measures of as many samples as there are validation images, where they are due; on rank 0."""
+        """Measures of as many samples as validation images are measured, where they are due; on rank 0."""
         if not self.measured_now(epoch) or not distributed.is_first():
             return {}
         found = self.held_out.measure(self.prior.sample_images(self.eval_noise))

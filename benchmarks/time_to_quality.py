@@ -1,0 +1,153 @@
+"""Minutes of training until validation SSIM passes some levels: ours, the report's style and two packages.
+
+    pip install -r benchmarks/requirements.txt       # the packages; sides whose package is missing are left out
+    python benchmarks/time_to_quality.py --data DIR --out FOLDER        # up to two hours on two cores
+
+Each side trains alone, one after another, on the same batches with the report's batch size, Adam and learning rate, as
+its own documentation has it; ours as `train.py` does, in a run of 12 epochs. Every 50 steps SSIM is measured on one
+validation image of each subject, by `evaluation.reconstruction.ssim`; that is not counted as training. A side ends when
+it has passed every level, or after half an hour of training.
+
+FOLDER gets time_to_quality.png and time_to_quality.csv; the table is printed.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import peers
+import torch
+from torch import Tensor, nn
+
+from dataset import OasisDataset, describe, make_loader
+from evaluation import reconstruction
+from report.plots import Figures
+from support import console, files, seeds
+from support.device import choose_device, exact_float32
+from support.run import Run
+from training.config import Config, choose_run_fast_path
+from training.fit import update_average
+from training.vqvae import VQVAEStage
+
+LEVELS = {"the report, 12 epochs": 0.8407, "0.90": 0.90, "0.95": 0.95}
+EVERY = 50  # steps
+MOST_SECONDS = 1800.0
+
+
+def batches(train_set: OasisDataset) -> Iterator[Tensor]:
+    """Batches without end, the same for every side."""
+    epoch = 0
+    while True:
+        epoch += 1
+        yield from make_loader(train_set, Config.batch_size, seeds.generator(0, "vqvae", epoch))
+
+
+def ours(train_set: OasisDataset, device: torch.device) -> tuple[Callable[[Tensor], None], nn.Module]:
+    """A step of train.py on a batch, and the averaged network that it scores."""
+    run = Run(Config(), Path(), device=device)
+    run.fast_path = choose_run_fast_path(run, len(train_set))
+    run.fast_path.set_up()
+    stage, rng, n_steps = VQVAEStage(run, train_set, train_set), seeds.generator(0, "vqvae", 1), 0
+
+    def step(x: Tensor) -> None:
+        nonlocal n_steps
+        stage.step(x, len(x), n_steps, rng)
+        n_steps += 1
+        update_average(stage.average, stage.vqvae, n_steps, stage.average_decay)
+
+    stage.vqvae.train()
+    print(f"ours: {run.fast_path}", flush=True)
+    return step, stage.average
+
+
+def peer(make: Callable[[], nn.Module], device: torch.device) -> tuple[Callable[[Tensor], None], nn.Module]:
+    torch.manual_seed(0)
+    network = make().to(device)
+    return peers.vqvae_step(network), network
+
+
+SIDES = {
+    "ours": None,
+    "report's style": lambda: peers.Autoencoder(peers.ReportStyleQuantizer()),
+    "vector-quantize-pytorch": lambda: peers.Autoencoder(peers.PeerQuantizer()),
+    "MONAI VQVAE": peers.Monai,
+}
+
+
+@exact_float32()
+@torch.no_grad()
+def mean_ssim(network: nn.Module, images: Tensor) -> float:
+    """Mean SSIM of images (N, 1, 256, 256); the network's mode stays."""
+    training = network.training
+    network.eval()
+    x_hat = torch.cat([network(x)[1].float() for x in images.split(16)])
+    network.train(training)
+    return reconstruction.ssim(images, x_hat).mean().item()
+
+
+def train(step: Callable, network: nn.Module, train_set: OasisDataset, images: Tensor, most: float) -> list[tuple]:
+    """Rows of steps, seconds of training and SSIM until the highest level is passed, or `most` seconds."""
+    rows, seconds = [], 0.0
+    for n, x in enumerate(batches(train_set), 1):
+        started = time.perf_counter()
+        step(x)
+        seconds += time.perf_counter() - started
+        if n % EVERY == 0:
+            rows.append((n, seconds, mean_ssim(network, images)))
+            print(f"{n} steps, {seconds:.0f} s: SSIM {rows[-1][2]:.4f}", flush=True)
+            if rows[-1][2] > max(LEVELS.values()) or seconds > most:
+                return rows
+    return rows
+
+
+def first_passing(rows: list[tuple], level: float) -> str:
+    """Minutes until SSIM was first above a level, as text."""
+    return next((f"{seconds / 60:.1f}" for _, seconds, ssim in rows if ssim > level), "not reached")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="folder of the figure, which exists")
+    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="(default: all)")
+    parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help=f"(default: {MOST_SECONDS:.0f})")
+    parser.add_argument("--device", default="auto", help="(default: auto)")
+    o = parser.parse_args()
+    device = choose_device(o.device)
+    train_set, validate_set = (OasisDataset(o.data, split, device) for split in ("train", "validate"))
+    subjects = [validate_set.subject(i) for i in range(len(validate_set))]
+    first = [subjects.index(subject) for subject in dict.fromkeys(subjects)]
+    # one plane further up from subject to subject, so that all are seen
+    images = validate_set.batch([i + k % subjects.count(subjects[i]) for k, i in enumerate(first)])
+    print(f"Data: {describe(train_set, validate_set)}; SSIM of {len(images)} images")
+
+    measured = {}
+    for name in o.sides:
+        print(f"\n{name}", flush=True)
+        try:
+            step, network = ours(train_set, device) if name == "ours" else peer(SIDES[name], device)
+        except ImportError as error:
+            print(f"left out: {error.name} is not installed")
+            continue
+        measured[name] = train(step, network, train_set, images, o.seconds)
+
+    print(
+        "\n| minutes until SSIM passes | " + " | ".join(LEVELS) + " | last SSIM |\n|---|" + "---:|" * (len(LEVELS) + 1)
+    )
+    for name, rows in measured.items():
+        cells = [first_passing(rows, level) for level in LEVELS.values()]
+        print(f"| {name} | " + " | ".join(cells) + f" | {rows[-1][2]:.4f} |")
+    table = [(name, *row) for name, rows in measured.items() for row in rows]
+    files.write_csv(o.out / "time_to_quality.csv", ("side", "steps", "seconds", "ssim"), table)
+    curves = {name: ([s / 60 for _, s, _ in rows], [ssim for *_, ssim in rows]) for name, rows in measured.items()}
+    title = f"Validation SSIM by time of training, {len(images)} images"
+    label = f"minutes of training on {device.type} (log scale)"
+    Figures(o.out, train_set.phantoms).curves("time_to_quality.png", curves, title, label, LEVELS)
+
+
+if __name__ == "__main__":
+    console.run_program(main, "time_to_quality.py")
