@@ -83,7 +83,8 @@ def main() -> None:
     dataset = OasisDataset(o.data, "validate")
     indices = range(0, len(dataset), o.every)
     images = dataset.images[indices]
-    print(f"Data: {describe(dataset)}; SSIM of {len(images)} images\n")
+    black = reconstruction.ssim(images / 255, torch.zeros(images.shape)).mean().item()
+    print(f"Data: {describe(dataset)}; SSIM of {len(images)} images; a black image has {black:.3f}\n")
 
     curves = {name: codec_curve(images, qualities) for name, qualities in CODECS.items()}
     print("| bits an image at SSIM | " + " | ".join(map(str, TARGETS)) + " |\n|---|" + "---:|" * len(TARGETS))

@@ -17,7 +17,9 @@ from support.device import exact_float32
 BORDER = 3  # pixels at an image's border around which no 7x7 window lies inside it
 SCORE_BATCH = 32  # fixed, so that a score does not depend on how a network was trained
 PRIOR_COUNT = 32.0  # weight, in images, of the overall code frequencies with which `adaptive_bits` starts
-FOREGROUND = 0.04  # a code position is foreground where its 4x4 pixels have a greater mean
+# A code position is foreground where its 4x4 pixels have a greater mean. In the report's set these are 99.8 % of the
+# positions inside the brain, and 7 % of those with noise alone, at more than 8 pixels from the head.
+FOREGROUND = 0.06
 
 
 def ssim(x: Tensor, x_hat: Tensor) -> Tensor:

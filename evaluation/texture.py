@@ -11,7 +11,9 @@ from torch import Tensor
 from support.console import stop_if_signalled
 from support.device import exact_float32
 
-HEAD = 0.15  # grey level above which an image, blurred by a Gaussian of 4 pixels, shows the head
+# Grey level above which an image, blurred by a Gaussian of 4 pixels, shows the head: in the report's set 99.8 % of the
+# brain's pixels, ventricles and skull included, and 1 % of the noise around it.
+HEAD = 0.08
 MARGIN = 8  # pixels between the head and what counts as outside
 BANDS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # cycles per pixel: the limits of five octaves
 PYRAMID_LEVELS = 5  # 256, 128, 64, 32 and 16 pixels

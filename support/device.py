@@ -164,14 +164,15 @@ def choose_fast_path(
     Precision "auto" is bfloat16 on GPUs that have it, for before Ampere it is emulated, which is slow, and on CPUs with
     AMX, for on others it is slower than float32. Networks are compiled on a GPU where that repays and where
     `compute_loss`, the loss of new networks on a fast path, can be computed and differentiated. On resuming, `kept` is
-    the fast path so far: a part that is missing now is given up, none is added.
+    the fast path so far: its precision stays, and compiling is given up where it does not work now.
     """
     if plain:
         return FastPath(device.type, plain=True)
     cuda = device.type == "cuda"
-    if precision == "auto":
-        precision = "bfloat16" if distributed.everywhere(has_fast_bfloat16(device)) else "float32"
-    bfloat16 = precision == "bfloat16" and (kept is None or kept.bfloat16)
+    if kept is not None:
+        bfloat16 = kept.bfloat16
+    else:
+        bfloat16 = precision == "bfloat16" or precision == "auto" and distributed.everywhere(has_fast_bfloat16(device))
     compiled = FastPath(device.type, bfloat16=bfloat16, compiled=True)
     wanted = cuda and n_steps >= COMPILING_REPAYS if kept is None else kept.compiled
     return compiled._replace(compiled=wanted and distributed.everywhere(can_train(compiled, compute_loss)))

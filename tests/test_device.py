@@ -116,7 +116,10 @@ def test_what_is_chosen(monkeypatch):
         tried.append(fast_path)
         return torch.ones((), requires_grad=True)
 
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert module.choose_fast_path(cpu, "auto", False, 10**6, loss) == FastPath("cpu")
+    kept = FastPath("cpu", bfloat16=True)  # begun on another processor
+    assert module.choose_fast_path(cpu, "auto", False, 10, loss, kept) == kept
     assert module.choose_fast_path(cpu, "bfloat16", False, 10, loss) == FastPath("cpu", bfloat16=True)
     assert module.choose_fast_path(cpu, "auto", True, 10, loss) == PLAIN and not tried
     for capability, bfloat16 in (((7, 5), False), ((9, 0), True)):
@@ -126,6 +129,30 @@ def test_what_is_chosen(monkeypatch):
             assert chosen == FastPath("cuda", bfloat16=bfloat16, compiled=compiled)
         assert tried.pop() == chosen and not tried
     assert not module.choose_fast_path(cuda, "float32", False, 10, loss).bfloat16
+
+
+@pytest.mark.parametrize(
+    "has_amx, variable, fast",
+    [
+        (True, None, True),
+        (True, "ALL", True),
+        (True, "avx512_core_amx", True),
+        (True, "AVX512_CORE_BF16", False),
+        (True, "AVX2", False),
+        (False, None, False),
+        (False, "ALL", False),
+    ],
+)
+def test_bfloat16_is_fast_on_cpus_with_amx_alone(has_amx, variable, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if variable:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", variable)
+    cpu = torch.device("cpu")
+    assert module.has_fast_bfloat16(cpu) == fast
+    chosen = module.choose_fast_path(cpu, "auto", False, 10, lambda fast_path: None)
+    assert chosen == FastPath("cpu", bfloat16=fast)
+    assert module.choose_fast_path(cpu, "auto", False, 10, lambda fast_path: None, FastPath("cpu")) == FastPath("cpu")
 
 
 def test_what_fails_in_backward_alone_is_not_compiled():

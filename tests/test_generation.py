@@ -113,7 +113,7 @@ def test_nearest_distances_are_a_plain_loop(images, noise):
 
 def test_grey_value_distance_is_scipys(images, noise):
     real, fake = images, images**2
-    levels = [(side[side > 0.04] * 255).round().numpy() for side in (real, fake)]
+    levels = [(side[side > generation.FOREGROUND] * 255).round().numpy() for side in (real, fake)]
     expected = scipy.stats.wasserstein_distance(*levels) / 255
     assert generation.grey_value_distance(real, fake) == pytest.approx(expected, rel=1e-6)
     assert generation.grey_value_distance(real, real) == 0

@@ -119,7 +119,7 @@ def test_score_is_a_plain_loop(data):
                 k = codes[0, row, column]
                 usage[row, column, k] += 1
                 pixels = x[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-                foreground_usage[k] += pixels.double().mean() > 0.04
+                foreground_usage[k] += pixels.double().mean() > reconstruction.FOREGROUND
     # another batch size may round a latent to the other side of a boundary between two codes
     assert abs(scores.usage.numpy() - usage.reshape(4096, 512)).sum() <= 4
     assert abs(scores.foreground_usage.numpy() - foreground_usage).sum() <= 4

@@ -64,7 +64,7 @@ def test_grain_is_a_plain_mean_inside_and_outside_the_head(images):
     inside, direction = texture.head(images), texture.coherence(images)
     found = texture.texture_indices(images, inside, direction)
     for i in range(len(images)):
-        head = scipy.ndimage.gaussian_filter(images[i, 0].double().numpy(), 4, mode="mirror", truncate=3) > 0.15
+        head = scipy.ndimage.gaussian_filter(images[i, 0].double().numpy(), 4, mode="mirror", truncate=3) > texture.HEAD
         assert found["coherence"][i] == pytest.approx(direction[i, 0].numpy()[head].mean(), rel=1e-3)
         detail = texture.laplacian_pyramid(images)[0][i, 0].double().numpy()[head]
         assert found["kurtosis_256"][i] == pytest.approx((detail**4).mean() / (detail**2).mean() ** 2, rel=1e-2)

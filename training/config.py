@@ -66,7 +66,7 @@ class Config:
     vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only gan or flow", metavar="PATH")
 
     epochs: int = _option(
-        12, "VQ-VAE", "passes over the training images", demo=5, resumable=True, type=COUNT, metavar="N")
+        12, "VQ-VAE", "passes over the training images", demo=8, resumable=True, type=COUNT, metavar="N")
     batch_size: int = _option(32, "VQ-VAE", "images in a step (of all processes together)", type=COUNT, metavar="N")
     lr: float = _option(1e-3, "VQ-VAE", "learning rate of Adam", type=RATE, metavar="RATE")
     beta: float = _option(0.25, "VQ-VAE", "weight of the commitment loss", type=WEIGHT, metavar="B")
