@@ -121,12 +121,18 @@ class OasisDataset(Dataset):
         if not folder.is_dir():
             return None
         paths = [folder / path.name.replace("case_", "seg_", 1) for path in self.files]
-        pixels, _, errors = read_pngs(paths, f"Reading label maps of {self.split}")
-        bad = [error for error in errors if error]
-        if not bad and (pixels % LABEL_STEP).any():
-            bad = [f"{printable(folder)}: has grey values other than 0, 85, 170 and 255"]
-        if bad:
-            print(f"warning: label maps are left out: {bad[0]}", file=sys.stderr)
+        missing = [path.name for path in paths if not path.exists()]
+        if missing:
+            error = f"{printable(folder)}: {len(missing)} of {len(self)} images have no map, such as {missing[0]}"
+        else:
+            pixels, _, errors = read_pngs(paths, f"Reading label maps of {self.split}")
+            error = next(filter(None, errors), None)
+            if error is None and (pixels % LABEL_STEP).any():
+                error = f"{printable(folder)}: has grey values other than 0, 85, 170 and 255"
+            if error is None and not pixels.any():
+                error = f"{printable(folder)}: no map shows a brain"
+        if error is not None:
+            print(f"warning: label maps are left out: {error}", file=sys.stderr)
             return None
         return torch.from_numpy(pixels[:, 0] // LABEL_STEP)
 
@@ -220,21 +226,21 @@ def refuse_shared_cases(root: Path) -> None:
         )
 
 
-def picture_box(images: Tensor) -> tuple[slice, slice]:
-    """The rows and columns of images (N, 1, H, W) that are ever above 0, and BOX_MARGIN around them.
+def picture_box(images: Tensor, margin: int = BOX_MARGIN) -> tuple[slice, slice]:
+    """The rows and columns of images (N, 1, H, W) that are ever above 0, and `margin` pixels around them.
 
     They begin at a multiple of 4, so that codes lie where those of whole images do, and their number is a multiple of
     8, at most H and W. All rows and columns if every image is black.
     """
     bright = images.amax((0, 1)) > 0
-    return _box_along(bright.any(1)), _box_along(bright.any(0))
+    return _box_along(bright.any(1), margin), _box_along(bright.any(0), margin)
 
 
-def _box_along(bright: Tensor) -> slice:
+def _box_along(bright: Tensor, margin: int) -> slice:
     size, places = len(bright), bright.nonzero().flatten().tolist()
     first, end = (places[0], places[-1] + 1) if places else (0, size)
-    start = max(0, first - BOX_MARGIN) // 4 * 4
-    length = min(size, -(-(end + BOX_MARGIN - start) // 8) * 8)
+    start = max(0, first - margin) // 4 * 4
+    length = min(size, -(-(end + margin - start) // 8) * 8)
     start = min(start, size - length)
     return slice(start, start + length)
 

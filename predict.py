@@ -107,7 +107,7 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 
 
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
-    """Decode new brains and walks between others. With --data, measure as many brains as images of the split."""
+    """Decode new brains and walks between others. With --data, measure `n_measured` of them against a split."""
     prior, splits = load_prior(files.find(o.generator), vqvae), []
     if o.steps is not None:
         if not isinstance(prior, FlowPrior):

@@ -14,7 +14,7 @@ import support.early  # isort: skip  # noqa: F401  before what takes long to imp
 import sys
 from pathlib import Path
 
-from dataset import SPLITS, OasisDataset, describe, list_scans, refuse_shared_cases
+from dataset import SPLITS, OasisDataset, describe, list_scans, picture_box, refuse_shared_cases
 from modules import VQVAE
 from support import console, distributed, files
 from support.device import choose_device
@@ -65,7 +65,8 @@ def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
         dataset.print_skipped()
         counts[dataset.split] = len(dataset)
     run.phantoms = train_set.phantoms
-    run.fast_path = config.choose_run_fast_path(run, len(train_set))
+    size = train_set.images[(..., *picture_box(train_set.images))].shape[2:]
+    run.fast_path = config.choose_run_fast_path(run, len(train_set), size)
     run.fast_path.set_up()
     content = describe(train_set, validate_set)
     if distributed.is_first():

@@ -3,7 +3,7 @@
     python benchmarks/codecs.py --data DIR PATH/vqvae.pth ... --out FOLDER     # about five minutes on two cores
 
 Codecs are those of Pillow: JPEG, WebP, JPEG 2000 and AVIF, in grey where they have it, at several qualities; bits are
-those of the whole file. SSIM is the mean over every eighth validation image, for every side. A VQ-VAE's bits are those
+those of the whole file. SSIM is the mean over every seventh validation image, for every side. A VQ-VAE's bits are those
 of `evaluation.reconstruction.codebook_usage`, counted on the whole split, for an adaptive coder has to learn.
 
 FOLDER gets rate_codecs.png. Tables are printed: the bits with which each codec reaches some SSIM, between two qualities
@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("paths", metavar="PATH", nargs="*", help="vqvae.pth")
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="folder of the figure, which exists")
-    parser.add_argument("--every", metavar="N", type=int, default=8, help="one validation image in N (default: 8)")
+    parser.add_argument(
+        "--every", metavar="N", type=int, default=7, help="one validation image in N (default: 7, to see all planes)"
+    )
     o = parser.parse_args()
     dataset = OasisDataset(o.data, "validate")
     indices = range(0, len(dataset), o.every)

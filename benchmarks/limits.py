@@ -1,11 +1,12 @@
-"""What limits a VQ-VAE's reconstructions: quantization or the networks, the brain or the background around it.
+"""What limits a VQ-VAE's reconstructions: quantization or the networks, and where in the image.
 
     python benchmarks/limits.py PATH/vqvae.pth --data DIR        # every fourth image of the validation split
 
-SSIM is scikit-image's map of 7x7 windows; windows whose pixels are all at most 0.02 are background. What the DCGAN
-keeps is what `LatentScale` maps there and back. The second table says in how many directions of latent space the images
-are: latents are cut to the first k directions of greatest mean square, as seen from the background's embedding, then
-quantized and decoded.
+SSIM is scikit-image's map of 7x7 windows, averaged over the windows around the brain's pixels (by the label maps beside
+the scans, which must be there), around other pixels of the plane that are above 0 (skull, scalp, noise), around pixels
+that are 0 inside the plane, and around those of the frame outside it. What the DCGAN keeps is what `LatentScale` maps
+there and back. The second table says in how many directions of latent space the images are: latents are cut to the
+first k directions of greatest mean square, as seen from the background's embedding, then quantized and decoded.
 """
 
 import argparse
@@ -16,17 +17,17 @@ HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
 
 import torch
-import torch.nn.functional as F
-from skimage.metrics import structural_similarity
 
-from dataset import OasisDataset
+from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
+from evaluation.reconstruction import BORDER
 from modules import VQVAE, rows
 from support import console
+from support.console import UserError
 from training.scale import LatentScale
 from training.vqvae import load_vqvae
 
-BACKGROUND = 0.02
+REGIONS = ("the image", "the brain", "skull, scalp and noise", "black in the plane", "the frame")
 
 
 @torch.no_grad()
@@ -36,29 +37,35 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     o = parser.parse_args()
     vqvae = load_vqvae(o.path)
-    dataset = OasisDataset(o.data, "validate")
-    scale = LatentScale.fit(vqvae, OasisDataset(o.data, "train"))
-    names = ("codes", "the encoder's output, not quantized", "codes of what the DCGAN keeps")
-    measured = {name: [] for name in names}
-    share = []
+    dataset, train_set = (OasisDataset(o.data, split) for split in ("validate", "train"))
+    labels = dataset.read_labels()
+    if labels is None:
+        raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
+    scale = LatentScale.fit(vqvae, train_set)
+    frame = torch.ones(256, 256, dtype=torch.bool)
+    frame[picture_box(dataset.images, margin=0)] = False
+    ways = ("codes", "the encoder's output, not quantized", "codes of what the DCGAN keeps")
+    measured, shares = {name: [] for name in ways}, []
     for i in range(0, len(dataset), 4):
-        x = dataset[i][None]
-        background = F.max_pool2d(x, 7, 1)[0, 0].numpy() <= BACKGROUND
-        share.append(background.mean())
+        x, brain = dataset[i][None], labels[i] > 0
+        black = x[0, 0] == 0
+        masks = torch.stack([torch.ones_like(brain), brain, ~brain & ~black, black & ~frame, frame])
+        masks = masks[:, BORDER:-BORDER, BORDER:-BORDER]
+        shares.append(masks.double().mean((1, 2)))
         z_e = vqvae.latents(x)
         through = scale.latents(scale.clipped(scale.coefficients(z_e)))
         codes, kept = (vqvae.vector_quantizer.nearest(z) for z in (z_e, through))
-        decoded = (vqvae.decode(codes), vqvae.decoder(z_e), vqvae.decode(kept))
-        for row, x_hat in zip(measured.values(), decoded, strict=True):
-            by_window = structural_similarity(x[0, 0].numpy(), x_hat[0, 0].numpy(), data_range=1.0, full=True)[1]
-            by_window = by_window[3:-3, 3:-3]  # windows that lie inside the image, as in the mean
-            parts = by_window.mean(), by_window[~background].mean(), by_window[background].mean()
-            row.append([*parts, reconstruction.psnr(x, x_hat).item()])
-    print(f"{len(share)} validation images; {100 * sum(share) / len(share):.0f} % of windows are background\n")
-    print("| decoded from | SSIM | in the brain | in the background | PSNR / dB |\n|---|---:|---:|---:|---:|")
+        for row, x_hat in zip(
+            measured.values(), (vqvae.decode(codes), vqvae.decoder(z_e), vqvae.decode(kept)), strict=True
+        ):
+            similarity = reconstruction.ssim_map(x, x_hat)[0, BORDER:-BORDER, BORDER:-BORDER]
+            row.append([similarity[mask].mean().item() for mask in masks] + [reconstruction.psnr(x, x_hat).item()])
+    print(f"{len(shares)} validation images; SSIM by where the window's middle lies\n")
+    print("| decoded from | " + " | ".join(REGIONS) + " | PSNR / dB |\n|---|" + "---:|" * (len(REGIONS) + 1))
+    print("| share of windows | " + " | ".join(f"{share:.1%}" for share in torch.stack(shares).mean(0)) + " | |")
     for name, row in measured.items():
-        mean = torch.tensor(row).mean(0).tolist()
-        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in mean[:3]) + f" | {mean[3]:.2f} |")
+        mean = torch.tensor(row).nanmean(0).tolist()
+        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in mean[:-1]) + f" | {mean[-1]:.2f} |")
     print_directions(vqvae, dataset.batch(range(0, len(dataset), 4)))
 
 

@@ -3,15 +3,17 @@
     pip install -r benchmarks/requirements.txt       # the packages; sides whose package is missing are left out
     python benchmarks/time_to_quality.py --data DIR --out FOLDER        # up to two hours on two cores
 
-Each side trains alone, one after another, on the same batches with the report's batch size, Adam and learning rate, as
-its own documentation has it; ours as `train.py` does, in a run of 12 epochs. Every 50 steps SSIM is measured on one
-validation image of each subject, by `evaluation.reconstruction.ssim`; that is not counted as training. A side ends when
-it has passed every level, or after half an hour of training.
+Each side trains on the CPU in a process of its own, one after another, on the same batches with the report's batch
+size, Adam and learning rate, as its own documentation has it; ours as `train.py` does, in a run of 12 epochs. Every 50
+steps SSIM is measured on one validation image of each subject, by `evaluation.reconstruction.ssim`; that is not counted
+as training. A side ends when it has passed every level, or after half an hour of training.
 
 FOLDER gets time_to_quality.png and time_to_quality.csv; the table is printed.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +27,11 @@ from torch import Tensor, nn
 
 from dataset import OasisDataset, describe, make_loader
 from evaluation import reconstruction
+from preparation import phantoms
 from report.plots import Figures
 from support import console, files, seeds
-from support.device import choose_device, exact_float32
+from support.console import UserError
+from support.device import exact_float32
 from support.run import Run
 from training.config import Config, choose_run_fast_path
 from training.fit import update_average
@@ -46,12 +50,12 @@ def batches(train_set: OasisDataset) -> Iterator[Tensor]:
         yield from make_loader(train_set, Config.batch_size, seeds.generator(0, "vqvae", epoch))
 
 
-def ours(train_set: OasisDataset, device: torch.device) -> tuple[Callable[[Tensor], None], nn.Module]:
+def ours(train_set: OasisDataset, validate_set: OasisDataset) -> tuple[Callable[[Tensor], None], nn.Module]:
     """A step of train.py on a batch, and the averaged network that it scores."""
-    run = Run(Config(), Path(), device=device)
+    run = Run(Config(), Path())
     run.fast_path = choose_run_fast_path(run, len(train_set))
     run.fast_path.set_up()
-    stage, rng, n_steps = VQVAEStage(run, train_set, train_set), seeds.generator(0, "vqvae", 1), 0
+    stage, rng, n_steps = VQVAEStage(run, train_set, validate_set), seeds.generator(0, "vqvae", 1), 0
 
     def step(x: Tensor) -> None:
         nonlocal n_steps
@@ -60,13 +64,13 @@ def ours(train_set: OasisDataset, device: torch.device) -> tuple[Callable[[Tenso
         update_average(stage.average, stage.vqvae, n_steps, stage.average_decay)
 
     stage.vqvae.train()
-    print(f"ours: {run.fast_path}", flush=True)
+    print(f"ours: {run.fast_path}", file=sys.stderr)
     return step, stage.average
 
 
-def peer(make: Callable[[], nn.Module], device: torch.device) -> tuple[Callable[[Tensor], None], nn.Module]:
+def peer(make: Callable[[], nn.Module]) -> tuple[Callable[[Tensor], None], nn.Module]:
     torch.manual_seed(0)
-    network = make().to(device)
+    network = make()
     return peers.vqvae_step(network), network
 
 
@@ -98,10 +102,25 @@ def train(step: Callable, network: nn.Module, train_set: OasisDataset, images: T
         seconds += time.perf_counter() - started
         if n % EVERY == 0:
             rows.append((n, seconds, mean_ssim(network, images)))
-            print(f"{n} steps, {seconds:.0f} s: SSIM {rows[-1][2]:.4f}", flush=True)
+            print(f"{n} steps, {seconds:.0f} s: SSIM {rows[-1][2]:.4f}", file=sys.stderr)
             if rows[-1][2] > max(LEVELS.values()) or seconds > most:
                 return rows
     return rows
+
+
+def train_side(name: str, data: str, most: float) -> list[tuple]:
+    """The rows of `train` of one side. Raises UserError if its package is missing."""
+    train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
+    subjects = [validate_set.subject(i) for i in range(len(validate_set))]
+    first = [subjects.index(subject) for subject in dict.fromkeys(subjects)]
+    # one plane further up from subject to subject, so that all are seen
+    images = validate_set.batch([i + k % subjects.count(subjects[i]) for k, i in enumerate(first)])
+    print(f"Data: {describe(train_set, validate_set)}; SSIM of {len(images)} images", file=sys.stderr)
+    try:
+        step, network = ours(train_set, validate_set) if name == "ours" else peer(SIDES[name])
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; see benchmarks/requirements.txt") from None
+    return train(step, network, train_set, images, most)
 
 
 def first_passing(rows: list[tuple], level: float) -> str:
@@ -115,25 +134,20 @@ def main() -> None:
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="folder of the figure, which exists")
     parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="(default: all)")
     parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help=f"(default: {MOST_SECONDS:.0f})")
-    parser.add_argument("--device", default="auto", help="(default: auto)")
+    parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)  # this process's own
     o = parser.parse_args()
-    device = choose_device(o.device)
-    train_set, validate_set = (OasisDataset(o.data, split, device) for split in ("train", "validate"))
-    subjects = [validate_set.subject(i) for i in range(len(validate_set))]
-    first = [subjects.index(subject) for subject in dict.fromkeys(subjects)]
-    # one plane further up from subject to subject, so that all are seen
-    images = validate_set.batch([i + k % subjects.count(subjects[i]) for k, i in enumerate(first)])
-    print(f"Data: {describe(train_set, validate_set)}; SSIM of {len(images)} images")
-
+    if o.side:
+        print(json.dumps(train_side(o.side, o.data, o.seconds)))
+        return
     measured = {}
     for name in o.sides:
-        print(f"\n{name}", flush=True)
-        try:
-            step, network = ours(train_set, device) if name == "ours" else peer(SIDES[name], device)
-        except ImportError as error:
-            print(f"left out: {error.name} is not installed")
+        print(f"{name} …", flush=True)
+        words = [sys.executable, __file__, "--data", o.data, "--out", o.out, "--seconds", o.seconds, "--side", name]
+        done = subprocess.run([*map(str, words)], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{name}: left out, for it failed")
             continue
-        measured[name] = train(step, network, train_set, images, o.seconds)
+        measured[name] = json.loads(done.stdout.splitlines()[-1])
 
     print(
         "\n| minutes until SSIM passes | " + " | ".join(LEVELS) + " | last SSIM |\n|---|" + "---:|" * (len(LEVELS) + 1)
@@ -144,9 +158,9 @@ def main() -> None:
     table = [(name, *row) for name, rows in measured.items() for row in rows]
     files.write_csv(o.out / "time_to_quality.csv", ("side", "steps", "seconds", "ssim"), table)
     curves = {name: ([s / 60 for _, s, _ in rows], [ssim for *_, ssim in rows]) for name, rows in measured.items()}
-    title = f"Validation SSIM by time of training, {len(images)} images"
-    label = f"minutes of training on {device.type} (log scale)"
-    Figures(o.out, train_set.phantoms).curves("time_to_quality.png", curves, title, label, LEVELS)
+    label = f"minutes of training on {torch.get_num_threads()} threads (log scale)"
+    title = "Validation SSIM by time of training, an image of each subject"
+    Figures(o.out, phantoms.are_in(o.data)).curves("time_to_quality.png", curves, title, label, LEVELS)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ class Scores(NamedTuple):
         psnr: (N,) float64, peak signal-to-noise ratio in dB.
         usage: (64·64, n_embeddings) int32, number of images with each code at each position, row by row.
         foreground_usage: (n_embeddings,) int64, number of foreground positions of all images with each code.
-        tissue_ssim, tissue_psnr: (N, 4) float64, mean SSIM of the windows around the pixels of each tissue, and PSNR
-            of these, by `tissue_masks`; NaN where an image has none, or no label map.
+        tissue_ssim, tissue_psnr: (N, 4) float64, mean SSIM of the windows around the pixels of the brain, CSF, grey and
+            white matter, and PSNR of these pixels; NaN where an image has none, or without label maps.
     """
 
     ssim: Tensor
@@ -89,7 +89,7 @@ def score(vqvae, dataset, labels: Tensor | None = None, rank: int = 0, world_siz
     n, device = len(dataset), vqvae.conv1.weight.device
     n_embeddings = vqvae.vector_quantizer.embedding.num_embeddings
     ssim_of, psnr_of = torch.zeros(2, n, dtype=torch.double)
-    tissue_ssim, tissue_psnr = torch.zeros(2, n, 4, dtype=torch.double)
+    tissue_ssim, tissue_psnr = torch.full((2, n, 4), math.nan if labels is None else 0.0, dtype=torch.double)
     usage = torch.zeros(64 * 64, n_embeddings, dtype=torch.int32, device=device)
     foreground_usage = torch.zeros(n_embeddings, dtype=torch.int64)
     mine = [i for i in range(n) if i // SCORE_BATCH % world_size == rank]
@@ -102,9 +102,10 @@ def score(vqvae, dataset, labels: Tensor | None = None, rank: int = 0, world_siz
             similarity = ssim_map(x, x_hat)
             ssim_of[here] = similarity[:, BORDER:-BORDER, BORDER:-BORDER].mean((1, 2))
             psnr_of[here] = psnr(x, x_hat)
-            masks = tissue_masks(torch.zeros_like(similarity) if labels is None else labels[here])
-            tissue_ssim[here] = _mean_inside(masks, similarity)
-            tissue_psnr[here] = -10 * _mean_inside(masks, (x_hat - x)[:, 0].square().cpu().double()).log10()
+            if labels is not None:
+                error = (x_hat - x)[:, 0].square().cpu()
+                tissue_ssim[here] = means_by_tissue(labels[here], similarity)
+                tissue_psnr[here] = -10 * means_by_tissue(labels[here], error).log10()
             by_position = codes.flatten(1).T  # (64·64, B)
             usage.scatter_add_(1, by_position, torch.ones_like(by_position, dtype=torch.int32))
             foreground = F.avg_pool2d(x, 4)[:, 0] > FOREGROUND
@@ -112,20 +113,19 @@ def score(vqvae, dataset, labels: Tensor | None = None, rank: int = 0, world_siz
     return Scores(ssim_of, psnr_of, usage.cpu(), foreground_usage, tissue_ssim, tissue_psnr)
 
 
-def tissue_masks(labels: Tensor) -> Tensor:
-    """Where an image shows the brain, CSF, grey matter and white matter: labels (B, H, W) from 0 to 3 -> (B, 4, H, W).
+def means_by_tissue(labels: Tensor, values: Tensor) -> Tensor:
+    """Means of values (B, H, W) over the brain, CSF, grey matter and white matter of each image: (B, 4) float64.
 
-    The brain is where a label is not 0. Pixels without a window around them are left out.
+    labels (B, H, W) are 1, 2 and 3 in the tissues, which together are the brain, and 0 elsewhere. Pixels without a
+    window around them are left out. NaN where an image has none.
     """
-    masks = torch.stack([labels > 0, labels == 1, labels == 2, labels == 3], 1)
-    inside = torch.zeros_like(masks)
-    inside[..., BORDER:-BORDER, BORDER:-BORDER] = masks[..., BORDER:-BORDER, BORDER:-BORDER]
-    return inside
-
-
-def _mean_inside(masks: Tensor, values: Tensor) -> Tensor:
-    """Means of values (B, H, W) in each of the masks (B, 4, H, W): (B, 4), NaN where a mask is empty."""
-    return torch.einsum("bthw,bhw->bt", masks.double(), values) / masks.sum((2, 3))
+    inside = slice(BORDER, -BORDER)
+    kind = labels[:, inside, inside].long() + 4 * torch.arange(len(labels))[:, None, None]
+    kind, values = kind.flatten(), values[:, inside, inside].double().flatten()
+    sums = torch.bincount(kind, values, minlength=4 * len(labels)).view(-1, 4)
+    counts = torch.bincount(kind, minlength=4 * len(labels)).view(-1, 4)
+    sums[:, 0], counts[:, 0] = sums[:, 1:].sum(1), counts[:, 1:].sum(1)
+    return sums / counts
 
 
 @exact_float32()

@@ -33,13 +33,8 @@ def make_slice(case: int, slice_number: int, seed: int = 0) -> np.ndarray:
     return make_pair(case, slice_number, seed)[0]
 
 
-def make_labels(case: int, slice_number: int, seed: int = 0) -> np.ndarray:
-    """The label map of that slice, (256, 256) uint8: 0 outside the brain, 85 CSF, 170 grey and 255 white matter."""
-    return make_pair(case, slice_number, seed)[1]
-
-
 def make_pair(case: int, slice_number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A slice and its label map, as make_slice and make_labels describe them."""
+    """The slice of `make_slice` and its label map: 0 outside the brain, 85 CSF, 170 grey and 255 white matter."""
     if not 0 <= slice_number < SLICES:
         raise ValueError(f"slice_number must be 0 to {SLICES - 1}, not {slice_number}")
     subject, noise = np.random.default_rng([seed, case]), np.random.default_rng([seed, case, slice_number + 1])

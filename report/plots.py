@@ -114,8 +114,8 @@ class Figures:
         figure, axes = self._axes(6.4, 4.2, "Validation SSIM by epoch")
         axes.fill_between(epochs, low, high, color=BLUE, alpha=0.2, label="worst to best image")
         axes.plot(epochs, mean, color=BLUE, marker="o", markersize=4, label="mean")
-        if "ssim_brain" in rows[0]:
-            brain = [row["ssim_brain"] for row in rows]
+        brain = [row.get("ssim_brain", np.nan) for row in rows]  # label maps may come and go while a run is stopped
+        if not np.isnan(brain).all():
             axes.plot(epochs, brain, color=ORANGE, marker="s", markersize=4, label="mean inside the brain")
         axes.set(xlabel="epoch", ylabel="SSIM (1 = identical)")
         axes.xaxis.get_major_locator().set_params(integer=True)

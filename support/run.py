@@ -156,7 +156,7 @@ def read_record(folder: Path) -> dict:
     """The record of the run in a folder, run.json; {} if there is none. Raises UserError if it is not train.py's."""
     record = files.read_json(folder / "run.json")
     data, resumed = record.get("data", {}), record.get("resumed", [])
-    kinds = {"folder": str, "images": dict}
+    kinds = {"folder": str, "content": str, "images": dict, "digests": dict}
     right = isinstance(data, dict) and all(isinstance(data[key], kinds[key]) for key in kinds.keys() & data.keys())
     if not right or not isinstance(resumed, list):
         raise UserError(f"{folder / 'run.json'}: was not written by train.py; repair or remove it")

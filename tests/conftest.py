@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -135,6 +136,18 @@ def png_of(chunks) -> bytes:
     """A PNG of chunks, each a kind and its data, with checksums that are right."""
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def kill_after(command, cwd, line: str, times: int) -> None:
+    """Start a program and kill it, as a power cut would, when it has printed a line a number of times."""
+    command = list(map(str, command))
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for printed in process.stdout:
+            times -= printed.startswith(line)
+            if times == 0:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
 
 
 def refused(done: Done, *words: str) -> None:

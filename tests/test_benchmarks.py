@@ -221,21 +221,15 @@ def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(mo
 
 def test_time_to_quality_counts_training_alone(data, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(time_to_quality, "EVERY", 2)
-    monkeypatch.setattr(time_to_quality, "LEVELS", {"low": -1.0, "reached": 0.005, "high": 1.0})
-    words = ["--data", data, "--out", tmp_path, "--sides", "ours", "report's style", "--seconds", 1.0]
-    out, _ = run_main(time_to_quality, words, monkeypatch, capfd)
-    assert "SSIM of 2 images" in out and (tmp_path / "time_to_quality.png").is_file()
-    lines = [line.split(",") for line in (tmp_path / "time_to_quality.csv").read_text().splitlines()[1:]]
-    for name in ("ours", "report's style"):
-        steps, seconds, ssim = zip(
-            *([float(cell) for cell in line[1:]] for line in lines if line[0] == name), strict=True
-        )
-        assert steps == tuple(range(2, 2 * len(steps) + 1, 2)) and list(seconds) == sorted(seconds)
-        assert seconds[-1] > 1.0 and (len(seconds) == 1 or seconds[-2] <= 1.0)
-        (row,) = [line for line in out.splitlines() if line.startswith(f"| {name} |")]
-        first = [s for s, value in zip(seconds, ssim, strict=True) if value > 0.005]
-        reached = f"{first[0] / 60:.1f}" if first else "not reached"
-        assert row.split(" | ")[1:] == [f"{seconds[0] / 60:.1f}", reached, "not reached", f"{ssim[-1]:.4f} |"]
+    rows = time_to_quality.train_side("ours", str(data), 1.0)
+    steps, seconds, ssim = zip(*rows, strict=True)
+    assert steps == tuple(range(2, 2 * len(steps) + 1, 2)) and list(seconds) == sorted(seconds)
+    assert seconds[-1] > 1.0 and (len(seconds) == 1 or seconds[-2] <= 1.0)  # by time, for no level was passed
+    assert all(0 < value < 0.5 for value in ssim)
+    monkeypatch.setattr(time_to_quality, "LEVELS", {"low": -1.0})
+    assert len(time_to_quality.train_side("report's style", str(data), 1000.0)) == 1
+    rows = [(50, 90.0, 0.7), (100, 180.0, 0.92), (150, 276.0, 0.91)]
+    assert [time_to_quality.first_passing(rows, level) for level in (0.5, 0.9, 0.95)] == ["1.5", "3.0", "not reached"]
 
 
 def test_bits_of_codecs_beside_those_of_codes(images, data, tmp_path, monkeypatch, capfd):

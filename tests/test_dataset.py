@@ -336,7 +336,10 @@ def test_label_maps_belong_to_the_scans_beside_them(folder, capsys):
     assert dataset.read_labels() is None and "grey values other than" in capsys.readouterr().err
     (labels / "seg_003_slice_1.nii.png").unlink()
     assert dataset.read_labels() is None
-    assert "label maps are left out: " in (message := capsys.readouterr().err) and "seg_003_slice_1" in message
+    assert "1 of 2 images have no map, such as seg_003_slice_1.nii.png" in capsys.readouterr().err
+    for s in (0, 1):
+        grey(0).save(labels / f"seg_003_slice_{s}.nii.png")
+    assert dataset.read_labels() is None and "no map shows a brain" in capsys.readouterr().err
 
 
 def test_data_are_recognised_by_their_pixels(folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Two processes on the CPU against one: the same steps, the same files, one voice, one end."""
 
+import csv
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import PRETRAINED, PROJECT, resume_file, run_program
+from conftest import PRETRAINED, PROJECT, kill_after, resume_file, run_program
 
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 from support import distributed
@@ -93,8 +94,8 @@ def test_validation_counts_every_image_once(runs_of_one_and_two, tmp_path):
     rows = resume_file(run)["rows"]
     best = max(rows[:2], key=lambda row: row["ssim_mean"])
     assert f"SSIM mean: {best['ssim_mean']:.4f}" in done.stdout
-    lines = next(tmp_path.glob("gen_imgs/*/scores.csv")).read_text().splitlines()[1:]
-    scores = torch.tensor([float(line.split(",")[-1]) for line in lines], dtype=torch.double)
+    with open(next(tmp_path.glob("gen_imgs/*/scores.csv")), newline="") as file:
+        scores = torch.tensor([float(row["ssim"]) for row in csv.DictReader(file)], dtype=torch.double)
     assert len(scores) == 10 and scores.mean().item() == best["ssim_mean"]
 
 
@@ -110,10 +111,10 @@ def test_one_process_speaks_and_writes(runs_of_one_and_two):
 
 
 def test_two_processes_resume_what_one_began(runs_of_one_and_two, data, tmp_path):
-    words = ("--data", data, *SMALL, "--epochs", 1, "--only", "vqvae", "--out", "run")
-    assert run_program("train.py", *words, cwd=tmp_path).returncode == 0
+    words = ("--data", data, *SMALL, "--epochs", 2, "--only", "vqvae", "--out", "run")
+    kill_after([sys.executable, PROJECT / "train.py", *words], tmp_path, "Epoch: 2", 1)
     (run,) = (tmp_path / "run").iterdir()
-    done = torchrun(PROJECT / "train.py", "--resume", run, "--epochs", 2, cwd=tmp_path)
+    done = torchrun(PROJECT / "train.py", "--resume", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     row = resume_file(run)["rows"][1]
     _, whole = runs_of_one_and_two[0]

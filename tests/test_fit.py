@@ -1,13 +1,14 @@
 """The training loop: averages, checks, means, and which epoch is kept."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same_history, assert_same_weights
 
-from dataset import OasisDataset
+from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
 from modules import Generator
 from report import page
@@ -178,3 +179,22 @@ def test_the_rate_is_constant_at_first_and_falls_along_a_cosine():
     assert rates[80] == pytest.approx((1 + 0.01) / 2)  # half way down
     assert rates[70] == pytest.approx(0.01 + 0.99 * (2 + 2**0.5) / 4)  # a quarter
     assert rates[100] == pytest.approx(0.01) == fit.falling_rate(1000, 100, 0.6, 0.01)
+
+
+def test_a_step_sees_the_box_of_the_pictures_at_the_rate_of_the_step(data, tmp_path):
+    train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
+    run = new_run(tmp_path / "run", epochs=2, batch_size=8, n_embeddings=16, embeddings_dim=4)  # 4 steps in all
+    boxed, cut, whole = (VQVAEStage(run, train_set, validate_set) for _ in range(3))
+    assert boxed.box == picture_box(train_set.images) != (slice(0, 256), slice(0, 256))
+    cut.box = whole.box = slice(None), slice(None)
+    x = train_set.batch(range(8))
+    sides = ((boxed, x), (cut, x[(..., *boxed.box)]), (whole, x))
+    losses = [stage.step(images, 8, 0, torch.Generator().manual_seed(0)) for stage, images in sides]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    assert all(torch.equal(a, b) for a, b in zip(boxed.vqvae.parameters(), cut.vqvae.parameters(), strict=True))
+    for step, rate in ((2, 1e-3), (3, 1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * 0.375)) / 2)), (4, 1e-5)):
+        boxed.step(x, 8, step, torch.Generator().manual_seed(step))
+        assert boxed.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    assert 0 < boxed.evaluate(1)["ssim_brain"] < 1  # phantoms have label maps
+    boxed.labels = None
+    assert "ssim_brain" not in boxed.evaluate(1)

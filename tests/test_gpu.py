@@ -89,7 +89,8 @@ def new_gan(run, train_set, validate_set):
 
 
 def update(stage, batch, step: int) -> torch.Tensor:
-    """One step as in `fit`."""
+    """One step as in `fit`, on what `part` has left of the images."""
+    stage.box = slice(None), slice(None)
     values = stage.step(batch, len(batch), step, torch.Generator().manual_seed(step))
     for name, average in stage.averages.items():
         update_average(average, stage.networks[name], step, stage.average_decay)

@@ -20,6 +20,7 @@ from conftest import (
     Done,
     assert_same_history,
     assert_same_weights,
+    kill_after,
     new_run,
     refused,
     resume_file,
@@ -123,18 +124,6 @@ def test_generator_pth_loads_as_weights_only(trained):
     assert not torch.equal(state["averages"]["generator"]["net.4.weight"], trained_weight)
 
 
-def kill_after(command, cwd, line: str, times: int) -> None:
-    """Start a program and kill it, as a power cut would, when it has printed a line a number of times."""
-    command = list(map(str, command))
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for printed in process.stdout:
-            times -= printed.startswith(line)
-            if times == 0:
-                process.kill()
-                break
-    assert process.returncode == -signal.SIGKILL
-
-
 def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
     """Which also shows that the same seed gives the same weights."""
     _, run = trained
@@ -202,7 +191,14 @@ def test_another_seed_gives_other_weights(data, folder, trained):
 def test_resuming_with_other_data_is_refused(trained, folder, data, tmp_path):
     _, run = trained
     shutil.copytree(data, tmp_path / "data")
-    next((tmp_path / "data" / "keras_png_slices_train").glob("*.png")).unlink()
+    splits = [tmp_path / "data" / f"keras_png_slices_{split}" for split in ("train", "validate")]
+    one, other = splits[0] / "case_001_slice_0.nii.png", splits[1] / "case_004_slice_0.nii.png"
+    contents = one.read_bytes()
+    one.write_bytes(other.read_bytes())  # as many as before, with a subject exchanged
+    other.write_bytes(contents)
+    done = run_program("train.py", "--resume", run, "--data", tmp_path / "data", cwd=folder)
+    refused(done, "the images of train and validate are not those that the run began with")
+    one.unlink()
     done = run_program("train.py", "--resume", run, "--data", tmp_path / "data", cwd=folder)
     refused(done, "'train': 14", "'train': 15")
 

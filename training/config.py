@@ -16,7 +16,7 @@ from dataset import SPLITS, find_data, list_scans
 from preparation import phantoms
 from support import distributed, files
 from support.console import SEED, Number, UserError
-from support.device import FastPath, choose_device, choose_fast_path
+from support.device import FastPath, choose_device, choose_fast_path, has_fast_bfloat16
 from support.run import RESUME_FILE, Run, open_run
 from training import codebook, gan_update
 from training.prior import STEP_COUNT, STEPS
@@ -232,15 +232,23 @@ def _resumed_run(given: dict[str, Any]) -> Run:
     return run
 
 
-def choose_run_fast_path(run: Run, n_images: int) -> FastPath:
-    """The run's fast path: kept as far as it works when it is resumed, chosen anew on another type of device."""
+def choose_run_fast_path(run: Run, n_images: int, size: tuple[int, int] = (256, 256)) -> FastPath:
+    """The run's fast path: kept as far as it works when it is resumed, chosen anew on another type of device.
+
+    `size` is that of the training images, inside their box.
+    """
     config = run.config
     kept = run.fast_path if run.fast_path and run.fast_path.device == run.device.type else None
+    if kept and kept.bfloat16 and not has_fast_bfloat16(run.device):
+        print(
+            "warning: the run was begun in bfloat16, which is slow here; it stays, for the same numbers",
+            file=sys.stderr,
+        )
     if kept and run.epochs_of("vqvae") >= config.epochs:  # only the prior is left
         return kept
     # priors are not compiled
     n_steps = 0 if config.only in PRIORS else config.epochs * math.ceil(n_images / config.batch_size)
-    compute_loss = partial(first_loss, config, run.device)
+    compute_loss = partial(first_loss, config, run.device, size)
     return choose_fast_path(run.device, config.precision, config.plain, n_steps, compute_loss, kept)
 
 

@@ -170,7 +170,7 @@ def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
     return values
 
 
-def falling_rate(step: int, n_steps: int, constant: float = 0.0, last: float = 0.01) -> float:
+def falling_rate(step: int, n_steps: int, constant: float, last: float) -> float:
     """The learning rate in step 0, 1, … of n_steps as a share of the highest.
 
     It is 1 for a share `constant` of the steps and then falls to `last` along half a period of a cosine (Loshchilov and

@@ -88,7 +88,7 @@ class FlowStage(PriorStage):
     def rate(self, step: int) -> float:
         """A step's learning rate as a share of the highest: it rises in WARM_UP steps and falls along a cosine."""
         n_steps = self.epochs * len(batch_sizes(len(self.data()), self.batch_size))
-        return min(1.0, (step + 1) / WARM_UP) * falling_rate(step, n_steps, last=LAST_RATE)
+        return min(1.0, (step + 1) / WARM_UP) * falling_rate(step, n_steps, 0.0, LAST_RATE)
 
     def drawn(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Times (n,) with a normal logit (arXiv 2403.03206, section 3.1), and the noise of n images; on the CPU."""

@@ -85,7 +85,7 @@ class PriorStage(Stage):
         return True
 
     def measure(self, epoch: int) -> dict[str, float]:
-        """Measures of as many samples as validation images are measured, where they are due; on rank 0."""
+        """Measures of `generation.n_measured` samples, where they are due; on rank 0."""
         if not self.measured_now(epoch) or not distributed.is_first():
             return {}
         found = self.held_out.measure(self.prior.sample_images(self.eval_noise))

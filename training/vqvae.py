@@ -21,8 +21,9 @@ from training.fit import Stage, batch_sizes, check_finite, falling_rate
 
 # At a constant learning rate the weights wander from step to step, and with them the grey level of the black
 # background, to which SSIM is very sensitive. So an exponential moving average (EMA) of them is scored and saved, and
-# the learning rate falls at the end.
-AVERAGE_DECAY = 0.998
+# the learning rate falls at the end. The EMA is short: weights that change together do not average one by one, so that
+# a long one decodes black to a level that none of them had.
+AVERAGE_DECAY = 0.9
 CONSTANT_RATE = 0.6  # share of the steps with the highest learning rate
 LAST_RATE = 0.01  # the last step's learning rate, as a share of the highest
 
@@ -171,12 +172,12 @@ class VQVAEStage(Stage):
         self.figures.single_image("decoded.png", decoded, "First validation image, decoded from its codes")
 
 
-def first_loss(config, device: torch.device, fast_path: FastPath) -> Tensor:
-    """The loss of a new VQ-VAE on a batch of black images, computed as in training: shows whether a fast path works."""
+def first_loss(config, device: torch.device, size: tuple[int, int], fast_path: FastPath) -> Tensor:
+    """The loss of a new VQ-VAE on a batch of black images of a size: shows whether a fast path works in training."""
     vqvae = VQVAE(config.n_embeddings, config.embeddings_dim, config.beta)
     vqvae.to(device, memory_format=fast_path.layout)
     fast_path.compile(vqvae.encoder, vqvae.decoder)
-    x = torch.zeros(max(1, config.batch_size // distributed.world_size()), 1, 256, 256, device=device)
+    x = torch.zeros(max(1, config.batch_size // distributed.world_size()), 1, *size, device=device)
     with fast_path.autocast():
         vq_loss, x_hat, _, _ = vqvae(x)
     return F.mse_loss(x_hat, x) + vq_loss
