@@ -17,8 +17,8 @@ from support.console import in_batches
 from support.device import exact_float32
 
 PATCH, PATCHES_PER_IMAGE, PROJECTIONS = 7, 128, 512
-# Images a side that are measured, at most. With more, features and distances of all pairs take longer, and the intervals
-# hardly shrink, for they are over subjects.
+# Images a side that are measured, at most. More take longer, and the intervals hardly shrink, for they are over
+# subjects.
 MOST_MEASURED = 256
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
