@@ -60,10 +60,12 @@ class OasisDataset(Dataset):
         root, split: the folder that holds keras_png_slices_<split>, and "train", "validate" or "test".
         device: where batches are made. The images are kept there too if they take at most half of its free memory.
         skip_bad: leave out files that cannot be used instead of raising an error that lists them.
+        with_labels: read the label maps beside the scans, if there are any.
 
     Attributes:
         images, files: (N, 1, 256, 256) uint8, and the N paths in the same order.
         skipped: for each file that was left out, a line that names it and says what is wrong.
+        labels: with `with_labels`, (N, 256, 256) uint8, 0 outside the brain, else the index in TISSUES; or None.
         digest: SHA-256 of the SHA-256 of each image's pixels, in order.
         phantoms: whether the folder holds phantoms.
 
@@ -71,7 +73,14 @@ class OasisDataset(Dataset):
         DataError: a folder is missing or empty, a file is not a readable 256x256 PNG, or all images are black.
     """
 
-    def __init__(self, root: str | Path, split: str, device: str | torch.device = "cpu", skip_bad: bool = False):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        device: str | torch.device = "cpu",
+        skip_bad: bool = False,
+        with_labels: bool = False,
+    ):
         self.root, self.split = Path(root), split
         self.files = list_scans(self.root, split)
         pixels, digests, errors = read_pngs(self.files, f"Reading {split}")
@@ -85,6 +94,7 @@ class OasisDataset(Dataset):
         if not pixels.any():
             folder = printable(self.files[0].parent)
             raise DataError(f"{folder}: every image is black; put the split's scans there")
+        self.labels = self._read_labels() if with_labels else None
         self.phantoms = phantoms.are_in(self.root)
         self.device = torch.device(device)
         self.images = torch.from_numpy(pixels)
@@ -111,11 +121,10 @@ class OasisDataset(Dataset):
             lines = [f"Left out of {self.split}: {n} of {n + len(self)} files.", *self.skipped]
             print("\n  ".join(lines), flush=True)
 
-    def read_labels(self) -> Tensor | None:
-        """The label maps of the images, (N, 256, 256) uint8: 0 outside the brain, else the index in TISSUES.
+    def _read_labels(self) -> Tensor | None:
+        """The files keras_png_slices_seg_<split>/seg_C_slice_S… beside the scans, with grey values 0, 85, 170 and 255.
 
-        They are keras_png_slices_seg_<split>/seg_C_slice_S… beside the scans, with grey values 0, 85, 170 and 255. None
-        if there is no such folder; and, after a warning, if an image has no map there.
+        None if there is no such folder; and, after a warning, if an image has no map there.
         """
         folder = self.root / f"keras_png_slices_seg_{self.split}"
         if not folder.is_dir():

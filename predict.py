@@ -54,7 +54,7 @@ def main(words: list[str] | None = None) -> None:
 def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Print the report's four lines, and draw the split's scores, its best and its worst image."""
     dataset = open_split(o, vqvae)
-    labels = dataset.read_labels()
+    labels = dataset.labels
     scores = reconstruction.score(vqvae, dataset, labels)
     ssim, folder = scores.ssim, new_folder(o.out, "_predict")
     columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
@@ -200,7 +200,8 @@ def open_split(o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
 
 def open_folder(data: Path, split: str, o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
     """A split with batches on the network's device."""
-    dataset = OasisDataset(data, split, vqvae.conv1.weight.device, o.skip_bad)
+    with_labels = not (o.export_codes or o.generator)  # which scores need
+    dataset = OasisDataset(data, split, vqvae.conv1.weight.device, o.skip_bad, with_labels)
     dataset.print_skipped()
     print(f"Data: {data}, {split} split: {describe(dataset)}")
     return dataset

@@ -60,7 +60,10 @@ def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
     if not options.allow_shared_cases:
         refuse_shared_cases(data)
-    train_set, validate_set = (OasisDataset(data, split, run.device, options.skip_bad) for split in SPLITS[:2])
+    train_set = OasisDataset(data, "train", run.device, options.skip_bad)
+    validate_set = OasisDataset(
+        data, "validate", run.device, options.skip_bad, with_labels=options.only in (None, "vqvae")
+    )
     for dataset in (train_set, validate_set):
         dataset.print_skipped()
         counts[dataset.split] = len(dataset)

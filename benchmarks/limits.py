@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     o = parser.parse_args()
     vqvae = load_vqvae(o.path)
-    dataset, train_set = (OasisDataset(o.data, split) for split in ("validate", "train"))
-    labels = dataset.read_labels()
+    dataset, train_set = OasisDataset(o.data, "validate", with_labels=True), OasisDataset(o.data, "train")
+    labels = dataset.labels
     if labels is None:
         raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
     scale = LatentScale.fit(vqvae, train_set)

@@ -81,7 +81,7 @@ def score(vqvae, dataset, labels: Tensor | None = None, rank: int = 0, world_siz
     Args:
         vqvae: a `modules.VQVAE`. Its layout becomes channels_last and its mode eval.
         dataset: a `dataset.OasisDataset` with batches on the network's device.
-        labels: label maps (N, 256, 256) of the images, as `dataset.OasisDataset.read_labels` gives them.
+        labels: label maps (N, 256, 256) of the images, as `dataset.OasisDataset` has them.
         rank, world_size: each of several processes scores every world_size-th batch and returns 0 for the others. The
             sum over processes is what one process returns.
     """

@@ -225,7 +225,7 @@ def test_time_to_quality_counts_training_alone(data, tmp_path, monkeypatch, capf
     steps, seconds, ssim = zip(*rows, strict=True)
     assert steps == tuple(range(2, 2 * len(steps) + 1, 2)) and list(seconds) == sorted(seconds)
     assert seconds[-1] > 1.0 and (len(seconds) == 1 or seconds[-2] <= 1.0)  # by time, for no level was passed
-    assert all(0 < value < 0.5 for value in ssim)
+    assert all(-0.5 < value < 0.5 for value in ssim)  # it has hardly learned anything
     monkeypatch.setattr(time_to_quality, "LEVELS", {"low": -1.0})
     assert len(time_to_quality.train_side("report's style", str(data), 1000.0)) == 1
     rows = [(50, 90.0, 0.7), (100, 180.0, 0.92), (150, 276.0, 0.91)]

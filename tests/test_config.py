@@ -34,7 +34,7 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     works["compiled"] = False  # as on a cluster's other machine
     assert chosen(run, cuda, 9664) == best._replace(compiled=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert chosen(run, cuda, 9664) == FastPath("cuda")
+    assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True)  # its precision stays
     run.fast_path, run.config.only = None, "gan"
     assert chosen(run, cuda, 9664) == FastPath("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

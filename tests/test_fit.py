@@ -182,7 +182,7 @@ def test_the_rate_is_constant_at_first_and_falls_along_a_cosine():
 
 
 def test_a_step_sees_the_box_of_the_pictures_at_the_rate_of_the_step(data, tmp_path):
-    train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
+    train_set, validate_set = OasisDataset(data, "train"), OasisDataset(data, "validate", with_labels=True)
     run = new_run(tmp_path / "run", epochs=2, batch_size=8, n_embeddings=16, embeddings_dim=4)  # 4 steps in all
     boxed, cut, whole = (VQVAEStage(run, train_set, validate_set) for _ in range(3))
     assert boxed.box == picture_box(train_set.images) != (slice(0, 256), slice(0, 256))

@@ -42,12 +42,20 @@ def json_text(choices, contents) -> bytes:
     return choices.draw(damaged([text])) if choices.draw(st.booleans()) else text
 
 
+# what a run records of its images
+IMAGES = {
+    "images": {"train": 15, "validate": 10, "test": 10},
+    "content": "phantoms",
+    "digests": {"train": "0", "validate": "1"},
+}
+
+
 @pytest.fixture(scope="module")
 def run_folder(data, tmp_path_factory) -> Path:
     """The folder of a run after an epoch, with its record and table."""
     out = tmp_path_factory.mktemp("record")
     run = Run(Config(data=str(data), out=str(out)), None, {}, [ROW], fast_path=FastPath("cpu"))
-    run.begin({"folder": str(data), "phantoms": True, "images": {"train": 15, "validate": 10, "test": 10}})
+    run.begin(IMAGES | {"folder": str(data), "phantoms": True})
     run.save()
     run.release()
     return run.folder
@@ -59,13 +67,12 @@ def test_a_strange_run_json_is_used_or_refused(run_folder, choices, capsys, monk
     monkeypatch.setattr("support.run._commit", lambda: "")  # git is a process of its own
     path = run_folder / "run.json"
     original = path.read_bytes()
-    images = {"train": 15, "validate": 10, "test": 10}
     try:
         path.write_bytes(json_text(choices, json.loads(original)))
         page.write_run(run_folder)
         run = Run(Config(data="data"), run_folder, {}, [ROW], fast_path=FastPath("cpu"))
         with one_line_at_most():
-            run.begin({"folder": "data", "phantoms": True, "images": images})
+            run.begin(IMAGES | {"folder": "data", "phantoms": True})
     finally:
         run.release()
         path.write_bytes(original)

@@ -1,7 +1,9 @@
 """What a prior learns: a split's latents."""
 
 import torch
+import torch.nn.functional as F
 
+from evaluation.reconstruction import FOREGROUND
 from support import device
 from training.latents import Latents
 from training.scale import LatentScale
@@ -29,5 +31,7 @@ def test_stored_latents_equal_encoding_afresh(vqvae, train_set, latents, monkeyp
 
 def test_latents_decode_to_the_image(vqvae, train_set, latents):
     codes = vqvae.vector_quantizer.nearest(latents.scale.latents(latents.batch([2])))
-    expected = vqvae.encode(train_set.batch([2]))
-    assert (codes == expected).float().mean() > 0.95  # but for values that were clipped or fell across a boundary
+    image = train_set.batch([2])
+    head = F.avg_pool2d(image, 4)[:, 0] > FOREGROUND  # around it latents are set to the background's
+    same = codes == vqvae.encode(image)
+    assert same[head].float().mean() > 0.93  # but for values that were clipped or fell across a boundary

@@ -269,8 +269,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     for words, said in (
         (("--data", data, "--batch-size", 4), ("VQ-VAE: 12 epochs of 4 steps, 0 complete", "DCGAN: 25 epochs of 1 ")),
-        (("--gan-epochs", 3), ("would be written to", "VQ-VAE: 5 epochs of 16 steps", "DCGAN: 3 epochs")),
-        (("--prior", "flow", "--flow-epochs", 3), ("VQ-VAE: 5 epochs of 16 steps", "Flow: 3 epochs")),
+        (("--gan-epochs", 3), ("would be written to", "VQ-VAE: 8 epochs of 16 steps", "DCGAN: 3 epochs")),
+        (("--prior", "flow", "--flow-epochs", 3), ("VQ-VAE: 8 epochs of 16 steps", "Flow: 3 epochs")),
         (("--resume", run, "--epochs", 4), ("VQ-VAE: 2 epochs of 4 steps, 2 complete", f"Folder: {run}")),
     ):
         done = run_program("train.py", *words, "--dry-run", cwd=tmp_path)

@@ -50,7 +50,7 @@ class VQVAEStage(Stage):
     ):
         super().__init__(run)
         config, self.fast_path = run.config, run.fast_path
-        self.train_set, self.validate_set, self.labels = train_set, validate_set, validate_set.read_labels()
+        self.train_set, self.validate_set, self.labels = train_set, validate_set, validate_set.labels
         self.epochs, self.batch_size, self.lr = config.epochs, config.batch_size, config.lr
         self.average_decay = average_decay
         torch.manual_seed(seeds.derived_seed(config.seed, "vqvae weights"))
