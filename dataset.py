@@ -129,7 +129,7 @@ class OasisDataset(Dataset):
         folder = self.root / f"keras_png_slices_seg_{self.split}"
         if not folder.is_dir():
             return None
-        paths = [folder / path.name.replace("case_", "seg_", 1) for path in self.files]
+        paths = [label_map(path) for path in self.files]
         missing = [path.name for path in paths if not path.exists()]
         if missing:
             error = f"{printable(folder)}: {len(missing)} of {len(self)} images have no map, such as {missing[0]}"
@@ -157,6 +157,12 @@ class OasisDataset(Dataset):
         """What tells image i's subject from others: the case number in its file name, else the name."""
         case, _ = self.case_and_slice(i)
         return self.name(i) if case is None else case
+
+
+def label_map(scan: Path) -> Path:
+    """Where the label map of a scan would lie: keras_png_slices_seg_<split>/seg_C_slice_S…."""
+    folder = scan.parent.name.replace("slices_", "slices_seg_", 1)
+    return scan.parent.with_name(folder) / scan.name.replace("case_", "seg_", 1)
 
 
 def describe(*datasets: OasisDataset) -> str:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from dataset import list_scans
+from dataset import label_map, list_scans
 from support import console
 
 NAMES = (
@@ -49,12 +49,12 @@ def statistics(folder: str | Path, every: int = EVERY) -> dict[str, float]:
     scans = list_scans(Path(folder), "train")
     if (Path(folder) / "keras_png_slices_validate").is_dir():
         scans += list_scans(Path(folder), "validate")
-    scans = ([path for path in scans if _label_map(path).is_file()] or scans)[::every]
+    scans = ([path for path in scans if label_map(path).is_file()] or scans)[::every]
     rows, power = [], np.zeros((256, 256))
     for path in scans:
         image = np.asarray(Image.open(path).convert("L")) / 255
         foreground = image[image > 0.04]
-        white = image[np.asarray(Image.open(_label_map(path))) == WHITE_MATTER] if _label_map(path).is_file() else None
+        white = image[np.asarray(Image.open(label_map(path))) == WHITE_MATTER] if label_map(path).is_file() else None
         rows.append(
             (
                 foreground.size / image.size,
@@ -68,11 +68,6 @@ def statistics(folder: str | Path, every: int = EVERY) -> dict[str, float]:
         power += np.abs(np.fft.fft2(image)) ** 2
     values = dict(zip(NAMES, np.mean(rows, 0).tolist(), strict=True))
     return values | {"slope of the power spectrum": _slope(power), "slices": len(rows)}
-
-
-def _label_map(scan: Path) -> Path:
-    folder = scan.parent.name.replace("slices_", "slices_seg_")
-    return scan.parent.with_name(folder) / scan.name.replace("case_", "seg_", 1)
 
 
 def _slope(power: np.ndarray) -> float:
