@@ -6,7 +6,9 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239 (U-
 B is the batch size throughout.
 """
 
+import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,13 @@ from torch.autograd.function import once_differentiable
 
 # Images whose distances to 512 embeddings are held at once, 8 MB each: about a CPU's cache; one large kernel on a GPU.
 IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
+
+# Of the prior over codes.
+STRIDES = (8, 4, 2, 1)  # of its grids: at 8 they are few enough to come one by one, and 32 pixels apart
+GROUPS = (3, 1, 2)  # places in a cell, 0 1 above 2 3, in order: the middle lies between four known codes
+N_PLANES = 32  # of the report's set, 1 mm apart
+MOST_DISTANCE = 16  # between a slice and a neighbour: half the planes
+CODE_FEATURES, PLACE_FEATURES = 16, 64  # channels for a code, and for where a slice lies
 
 
 class ResidualBlock(nn.Module):
@@ -371,3 +380,201 @@ def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
     for parameter in convolution.parameters():
         nn.init.zeros_(parameter)
     return convolution
+
+
+class Condition(NamedTuple):
+    """What is known of slices before their codes: where they lie in the head, and other slices of it.
+
+    Attributes:
+        plane: (B,) int64, the number of the slice from 0, or N_PLANES where it is not known.
+        neighbours: (B, 2, H, W) int64, the codes of a slice below it and of one above; not read where there is none.
+        distance: (B, 2) int64, how many planes away these are, at most MOST_DISTANCE; 0 where there is none.
+    """
+
+    plane: Tensor
+    neighbours: Tensor
+    distance: Tensor
+
+
+class DilatedBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), the first kernel dilated: (B, C, H, W) -> (B, C, H, W). Begins as x."""
+
+    def __init__(self, n: int, dilation: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(n, n, (3, 3), (1, 1), dilation, dilation)
+        self.conv2 = _zeroed(nn.Conv2d(n, n, (1, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class CoarseNetwork(nn.Module):
+    """Logits of the codes (B, h, w) of a coarse grid, each given those before it in raster order.
+
+    A Transformer with causal attention (arXiv 1706.03762), LayerNorm before each part (arXiv 2002.04745).
+    """
+
+    def __init__(self, n_codes: int, size: tuple[int, int], width: int = 128, n_layers: int = 4):
+        super().__init__()
+        self.code = nn.Embedding(n_codes + 1, width)  # the last one stands for the start
+        self.position = nn.Parameter(torch.zeros(size[0] * size[1], width))
+        self.place = nn.Linear(PLACE_FEATURES, width)
+        self.near = nn.Conv2d(2 * CODE_FEATURES, width, (3, 3), (1, 1), (1, 1))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_codes))
+
+    def forward(self, codes: Tensor, place: Tensor, near: Tensor) -> Tensor:
+        """Codes (B, h, w), place (B, PLACE_FEATURES), near (B, 2 CODE_FEATURES, h, w) -> logits (B, n_codes, h, w)."""
+        before = F.pad(codes.flatten(1)[:, :-1], (1, 0), value=self.code.num_embeddings - 1)
+        x = self.code(before) + self.position + self.place(place)[:, None] + self.near(near).flatten(2).mT
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        return self.last(self.layers(x, mask)).mT.unflatten(2, codes.shape[1:])
+
+
+class FineNetwork(nn.Module):
+    """Logits of one group of a grid's codes, given the grid of twice the stride and the groups before.
+
+    Two rows of two codes of the grid are a cell. A group has one code of each cell, and all of them are predicted at
+    once (arXiv 1703.03664, section 3).
+    """
+
+    def __init__(self, n_codes: int, size: tuple[int, int], width: int, dilations: tuple[int, ...]):
+        super().__init__()
+        self.code = nn.Embedding(n_codes + 1, CODE_FEATURES)  # the last one stands for a code that is not known yet
+        self.enter = nn.Conv2d((4 + 2 * 4) * CODE_FEATURES, width, (1, 1))
+        self.group, self.place = nn.Embedding(len(GROUPS), width), nn.Linear(PLACE_FEATURES, width)
+        self.position = nn.Parameter(torch.zeros(width, *size))
+        self.blocks = nn.Sequential(*(DilatedBlock(width, dilation) for dilation in dilations))
+        self.last = nn.Conv2d(width, n_codes, (1, 1))
+
+    def forward(self, known: Tensor, group: Tensor, place: Tensor, near: Tensor) -> Tensor:
+        """Logits (B, n_codes, h, w) of a code of each cell.
+
+        Args:
+            known: (B, 4, h, w), the codes of cells, n_codes where they are not known.
+            group: (B,), the index in GROUPS of what is predicted.
+            place, near: (B, PLACE_FEATURES) and (B, 8 CODE_FEATURES, h, w), what is known beforehand.
+        """
+        x = self.code(known).permute(0, 1, 4, 2, 3).flatten(1, 2)
+        x = self.enter(torch.cat([x, near], 1).contiguous(memory_format=torch.channels_last))
+        x = x + self.position + (self.group(group) + self.place(place))[:, :, None, None]
+        return self.last(F.relu(self.blocks(x)))
+
+
+class Autoregressive(nn.Module):
+    """A distribution over codes (B, H, W), from coarse to fine (arXiv 1711.00937, section 3.3; arXiv 1703.03664).
+
+    The codes at every eighth row and column come first, one after the other. Then the stride is halved three times;
+    each time the codes between the known ones come in three groups: the middles of cells, then the two others. The
+    probability of an image is the product over its codes.
+
+    `size` is (H, W); `width` and `dilations` are the channels and the blocks of each `FineNetwork`.
+    """
+
+    def __init__(
+        self,
+        n_codes: int = 512,
+        size: tuple[int, int] = (64, 64),
+        width: int = 64,
+        dilations: tuple[int, ...] = (1, 2, 4, 1, 2, 4),
+    ):
+        super().__init__()
+        self.n_codes, self.size, self.width, self.dilations = n_codes, size, width, dilations
+        coarse, *cells = (tuple(-(-length // stride) for length in size) for stride in (STRIDES[0], *STRIDES[:-1]))
+        self.plane = nn.Embedding(N_PLANES + 1, PLACE_FEATURES)
+        self.below, self.above = (nn.Embedding(MOST_DISTANCE + 1, PLACE_FEATURES) for _ in range(2))
+        self.neighbour = nn.Embedding(n_codes + 1, CODE_FEATURES)  # the last one stands for no slice
+        self.coarse = CoarseNetwork(n_codes, coarse)
+        self.fine = nn.ModuleList(FineNetwork(n_codes, each, width, dilations) for each in cells)
+
+    def forward(self, codes: Tensor, condition: Condition, groups: Tensor | None = None) -> Tensor:
+        """The information in each of codes (B, H, W) int64: -log2 p, (B, H, W) in bits. The sum is an image's.
+
+        With groups (B, 3), an index in GROUPS for each halving, these alone are computed and count three times, the
+        others 0: an estimate in a third of the time, whose mean over random groups is exact.
+        """
+        place, near = self._place(condition), self._near(condition)
+        first, *halved = STRIDES
+        bits = torch.zeros(codes.shape, device=codes.device)
+        coarse = codes[:, ::first, ::first]
+        bits[:, ::first, ::first] = self._bits(self.coarse(coarse, place, _pooled(near, first)), coarse)
+        for level, stride in enumerate(halved):
+            grid = codes[:, ::stride, ::stride]
+            cells, beside = _to_cells(grid, self.n_codes), _to_cells(_pooled(near, stride), 0)
+            found = torch.zeros(cells.shape, device=codes.device)
+            for group in range(len(GROUPS)) if groups is None else (groups[:, level],):
+                group = torch.as_tensor(group, device=codes.device).expand(len(codes))
+                image, place_in_cell = torch.arange(len(codes)), torch.tensor(GROUPS, device=codes.device)[group]
+                logits = self.fine[level](self._known(cells, group), group, place, beside)
+                found[image, place_in_cell] = self._bits(logits, cells[image, place_in_cell])
+            found = found if groups is None else len(GROUPS) * found
+            bits[:, ::stride, ::stride] += _from_cells(found, grid.shape[1:])
+        return bits
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Condition) -> Tensor:
+        """Noise (B, H, W), uniform in [0, 1), -> codes (B, H, W) int64, each drawn with the noise at its place."""
+        place, near = self._place(condition), self._near(condition)
+        first, *halved = STRIDES
+        drawn = noise[:, ::first, ::first]
+        codes = torch.full(drawn.shape, self.n_codes, device=noise.device)
+        for row in range(codes.shape[1]):
+            for column in range(codes.shape[2]):
+                logits = self.coarse(codes, place, _pooled(near, first))[:, :, row, column]
+                codes[:, row, column] = _draw(logits, drawn[:, row, column])
+        for level, stride in enumerate(halved):
+            drawn = noise[:, ::stride, ::stride]
+            cells, beside = _to_cells(drawn, 0), _to_cells(_pooled(near, stride), 0)
+            known = torch.full(cells.shape, self.n_codes, device=noise.device)
+            known[:, 0] = codes
+            inside = _to_cells(torch.ones_like(drawn), 0) > 0
+            for number, place_in_cell in enumerate(GROUPS):
+                group = torch.full((len(noise),), number, device=noise.device)
+                new = _draw(self.fine[level](known, group, place, beside), cells[:, place_in_cell])
+                known[:, place_in_cell] = torch.where(inside[:, place_in_cell], new, self.n_codes)
+            codes = _from_cells(known, drawn.shape[1:])
+        return codes
+
+    def _place(self, condition: Condition) -> Tensor:
+        """(B, PLACE_FEATURES): the plane, and how far the neighbours are."""
+        below, above = condition.distance.T
+        return F.relu(self.plane(condition.plane) + self.below(below) + self.above(above))
+
+    def _near(self, condition: Condition) -> Tensor:
+        """(B, 2 CODE_FEATURES, H, W): the codes of both neighbours."""
+        codes = condition.neighbours.masked_fill((condition.distance == 0)[:, :, None, None], self.n_codes)
+        return self.neighbour(codes).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def _known(self, cells: Tensor, group: Tensor) -> Tensor:
+        """The codes of cells (B, 4, h, w) that precede a group (B,); n_codes for the others."""
+        order = torch.tensor([0, *(1 + GROUPS.index(place) for place in (1, 2, 3))], device=cells.device)
+        return cells.masked_fill((order > group[:, None])[:, :, None, None], self.n_codes)
+
+    def _bits(self, logits: Tensor, codes: Tensor) -> Tensor:
+        """-log2 p of codes (B, h, w) by logits (B, n_codes, h, w); 0 for n_codes, which pads cells."""
+        nats = F.cross_entropy(logits.float(), codes, ignore_index=self.n_codes, reduction="none")
+        return nats / math.log(2)
+
+
+def _to_cells(grid: Tensor, padding: int) -> Tensor:
+    """(B, H, W) or (B, C, H, W) -> (B, 4 C, ⌈H/2⌉, ⌈W/2⌉), the upper left of each cell's four values first."""
+    h, w = grid.shape[-2:]
+    grid = F.pad(grid if grid.ndim == 4 else grid[:, None], (0, w % 2, 0, h % 2), value=padding)
+    return F.pixel_unshuffle(grid, 2)
+
+
+def _from_cells(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 4, h, w) -> (B, *size): the inverse of `_to_cells`."""
+    return F.pixel_shuffle(cells, 2)[:, 0, : size[0], : size[1]]
+
+
+def _pooled(near: Tensor, stride: int) -> Tensor:
+    """The means of squares of `stride` positions, cut at the border: (B, C, H, W) -> (B, C, ⌈H/stride⌉, ⌈W/stride⌉)."""
+    return F.avg_pool2d(near, stride, ceil_mode=True)
+
+
+def _draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Codes (B, …) with probabilities softmax(logits), logits (B, n_codes, …): where their sums pass noise (B, …)."""
+    sums = logits.double().softmax(1).cumsum(1)
+    return (sums <= noise[:, None]).sum(1).clamp(max=logits.shape[1] - 1)

@@ -5,6 +5,7 @@
     python predict.py PATH/vqvae.pth --export-codes FILE.npz                         # a split's codes
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
     python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and measures of them
+    python predict.py PATH/vqvae.pth --generator PATH/autoregressive.pth --slice 0-31    # stacks of slices
 
 Everything is written to a new folder, gen_imgs/<date_time>_predict/. docs/usage.md says what is in it.
 """
@@ -12,7 +13,9 @@ Everything is written to a new folder, gen_imgs/<date_time>_predict/. docs/usage
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import math
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,10 @@ from PIL import Image, PngImagePlugin
 
 from dataset import SPLITS, TISSUES, DataError, OasisDataset, describe, find_data
 from evaluation import generation, reconstruction
-from modules import VQVAE
+from evaluation.reconstruction import SCORE_BATCH
+from modules import N_PLANES, VQVAE
+from priors.autoregressive import AutoregressivePrior, halving_distances
+from priors.code_cache import CodeCache
 from report import page
 from report.plots import NOTE, Figures
 from support import console, files, seeds
@@ -32,6 +38,7 @@ from training.prior import STEP_COUNT, STEPS, FlowPrior, Prior, load_prior, walk
 from training.vqvae import load_vqvae
 
 N_WALKS = 4
+N_STACKS = 4  # of 32 planes, unless --samples says otherwise
 THRESHOLD = 0.6  # the report counts the images at or above it
 
 
@@ -113,10 +120,13 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         if not isinstance(prior, FlowPrior):
             raise UserError(f"--steps is for a flow, and {o.generator} is none; leave it out")
         prior.steps = o.steps
+    if o.slice and not isinstance(prior, AutoregressivePrior):
+        raise UserError(f"--slice is for a prior that knows planes, and {o.generator} is none; leave it out")
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
-    seed, n = o.seed or 0, o.samples or 64
-    folder = draw_samples(prior, n, seed, o.out)
+    planes = o.slice or []
+    seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else 64)
+    folder = draw_samples(prior, n, seed, o.out, planes)
     facts, phantoms = {"Brains": n, "Seed": seed, "VQ-VAE": o.path, "Generator": o.generator}, prior.phantoms
     if splits:
         held_out, train = splits
@@ -125,28 +135,72 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         noise = prior.noise(generation.n_measured(held_out, train), seeds.generator(seed, "measures"))
         rows = generation.compare_generated(prior.sample_images(noise), vqvae, held_out, train, seed)
         write_measures(folder, rows, mark(phantoms))
+        if isinstance(prior, AutoregressivePrior):
+            write_likelihood(folder, prior, held_out, mark(phantoms))
     write_page(folder, "New brains", facts, vqvae, phantoms)
 
 
-def draw_samples(prior: Prior, n: int, seed: int, out: str) -> Path:
-    """Decode n new brains as a grid and one file each, and walks between others. Returns the folder."""
-    started = time.perf_counter()
-    images = prior.sample_images(prior.noise(n, seeds.generator(seed, "samples")))
+def draw_samples(prior: Prior | AutoregressivePrior, n: int, seed: int, out: str, planes: Sequence[int]) -> Path:
+    """Decode n new brains as a grid and one file each, and walks between others. Returns the folder.
+
+    With planes, they are slices of these, and with several, stacks of n heads.
+    """
+    started, rng, names = time.perf_counter(), seeds.generator(seed, "samples"), [f"sample_{i:03d}" for i in range(n)]
+    if len(planes) > 1:
+        codes = prior.sample_stacks(prior.noise(n * len(planes), rng).unflatten(0, (n, -1)), planes)
+        images = torch.cat([prior.decode(part) for part in codes.flatten(0, 1).to(prior.device).split(SCORE_BATCH)])
+        names = [f"{name}_slice_{plane}" for name in names for plane in planes]
+    else:
+        images = prior.sample_images(prior.noise(n, rng), *planes)
     seconds = time.perf_counter() - started
-    ends = prior.noise(2 * N_WALKS, seeds.generator(seed, "walks"))
-    walks = torch.cat([walk(start, end, 8) for start, end in zip(ends[::2], ends[1::2], strict=True)])
     folder = new_folder(out, "_predict")
     figures = Figures(folder, prior.phantoms)
-    figures.image_grid("samples.png", images, f"{n} generated brains (seed {seed})")
-    title = f"{N_WALKS} walks, each from one noise vector (left) to another (right)"
-    figures.image_grid("walk.png", prior.sample_images(walks), title)
+    if len(planes) > 1:
+        title = f"Planes {planes[0]} to {planes[-1]} of {n} generated heads, one in each row (seed {seed})"
+        figures.image_grid("stack.png", images, title, len(planes))
+    else:
+        plane = f" at plane {planes[0]}" if planes else ""
+        figures.image_grid("samples.png", images, f"{n} generated brains{plane} (seed {seed})")
+    if not isinstance(prior, AutoregressivePrior):
+        draw_walks(prior, seed, figures)
     comment = PngImagePlugin.PngInfo()
     comment.add_text("Comment", f"generated, {NOTE}" if prior.phantoms else "generated")
-    for i, image in enumerate((images[:, 0] * 255).round().byte().cpu().numpy()):
-        with files.atomically(folder / f"sample_{i:03d}.png") as temporary:
+    for name, image in zip(names, (images[:, 0] * 255).round().byte().cpu().numpy(), strict=True):
+        with files.atomically(folder / f"{name}.png") as temporary:
             Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
-    print(f"Decoded {n} new brains in {seconds:.1f} s.{mark(prior.phantoms)}")
+    print(f"Decoded {len(images)} new slices in {seconds:.1f} s.{mark(prior.phantoms)}")
     return folder
+
+
+def draw_walks(prior: Prior, seed: int, figures: Figures) -> None:
+    """Draw what a prior makes on walks from one noise vector to another."""
+    ends = prior.noise(2 * N_WALKS, seeds.generator(seed, "walks"))
+    walks = torch.cat([walk(start, end, 8) for start, end in zip(ends[::2], ends[1::2], strict=True)])
+    title = f"{N_WALKS} walks, each from one noise vector (left) to another (right)"
+    figures.image_grid("walk.png", prior.sample_images(walks), title)
+
+
+def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDataset, end: str) -> None:
+    """Write likelihood.csv, the bits of each slice, and print their mean, least and most with `end` after it.
+
+    Slices are told their plane alone, and then the neighbours that come before them in the order of `halving`.
+    """
+    cache = CodeCache(prior.vqvae, dataset)
+    told = {"alone": torch.zeros(len(cache), 2, dtype=torch.long), "given neighbours": halving_distances(cache)}
+    columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
+    columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
+    for name, distance in told.items():
+        bits = []
+        with console.progress(total=len(cache), desc="Likelihood", unit=" images", leave=False) as bar:
+            for indices in torch.arange(len(cache)).split(SCORE_BATCH):
+                condition = cache.condition(indices, distance[indices])
+                bits.append(prior.bits(cache.batch(indices), condition).sum((1, 2)).cpu())
+                bar.update(len(indices))
+                console.stop_if_signalled()
+        bits = torch.cat(bits)
+        columns[f"bits_{name.replace(' ', '_')}"] = bits.tolist()
+        print(f"Bits per image, {name}: mean {bits.mean():.0f}, from {bits.min():.0f} to {bits.max():.0f}{end}")
+    files.write_csv(folder / "likelihood.csv", list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def write_measures(folder: Path, rows: list[generation.Row], end: str) -> None:
@@ -229,23 +283,39 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group.add_argument("--export-codes", metavar="FILE", help="write the split's codes to this .npz file; no scores")
     count = Number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
     group = parser.add_argument_group("new brains, instead of scores")
-    group.add_argument("--generator", metavar="PATH", help="generator.pth or flow.pth trained with this vqvae.pth")
+    group.add_argument(
+        "--generator", metavar="PATH", help="generator.pth, flow.pth or autoregressive.pth trained with this vqvae.pth"
+    )
     group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
     group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
+    text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
+    group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)
     group.add_argument("--steps", metavar="N", type=STEP_COUNT, help=f"of a flow's solver (default: {STEPS})")
     o = parser.parse_args(words)
     if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
     if o.export_codes and o.generator:
         parser.error("--export-codes and --generator contradict each other; give one of them")
-    for name, value in (("--samples", o.samples), ("--seed", o.seed), ("--steps", o.steps)):
+    given = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice), ("--steps", o.steps))
+    for name, value in given:
         if value is not None and not o.generator:
             parser.error(f"{name} is for new brains; name the generator with --generator, or leave it out")
     if o.generator and o.data is None and (o.split != "test" or o.skip_bad):
         parser.error("--split and --skip-bad are for scans; name those with --data, or leave them out")
+    if o.slice and o.data is not None:
+        parser.error("--slice and --data contradict each other: measures are of all planes; give one of them")
     if o.generator and o.split == "train":
         parser.error("--split train: brains of a generator are measured against images that it was not trained on")
     return o
+
+
+def planes_of(word: str) -> list[int]:
+    """The planes that "17" or "0-31" names."""
+    numbers = re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", word)
+    planes = range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1) if numbers else []
+    if not planes or planes[-1] >= N_PLANES:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {N_PLANES - 1}, or two as 0-{N_PLANES - 1}")
+    return list(planes)
 
 
 if __name__ == "__main__":

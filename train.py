@@ -1,9 +1,10 @@
-"""Train the VQ-VAE on brain slices, then the DCGAN, or a flow, on its latents.
+"""Train the VQ-VAE on brain slices, then a prior that generates its codes: the DCGAN, or another.
 
     python train.py                                      # $OASIS_DIR or ./keras_png_slices_data, else a demo
     python train.py --data DIR                           # OASIS elsewhere
     python train.py --resume gen_imgs/<run>              # continue where it was last saved
     python train.py --only gan --vqvae PATH/vqvae.pth    # the DCGAN alone
+    python train.py --prior autoregressive               # a prior over the codes themselves instead of the DCGAN
     python train.py --prior flow                         # flow matching instead of the DCGAN
     torchrun --nproc-per-node=8 train.py --data DIR      # several processes, one GPU each
 
@@ -16,14 +17,17 @@ from pathlib import Path
 
 from dataset import SPLITS, OasisDataset, describe, list_scans, picture_box, refuse_shared_cases
 from modules import VQVAE
+from priors.autoregressive import AutoregressivePrior
 from support import console, distributed, files
 from support.device import choose_device
 from support.run import Run
 from training import config
+from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.fit import fit
 from training.flow import FlowStage
 from training.prior import Prior
+from training.recipes import RECIPES
 from training.vqvae import VQVAEStage, load_vqvae
 
 
@@ -42,8 +46,8 @@ def main(words: list[str] | None = None) -> None:
         else:
             vqvae = train_vqvae(run, train_set, validate_set)
         if run.config.only != "vqvae":
-            train_prior = train_flow if run.config.prior == "flow" else train_gan
-            train_prior(run, vqvae, train_set, validate_set)
+            train_prior = {"dcgan": train_gan, "flow": train_flow, "autoregressive": train_autoregressive}
+            train_prior[run.config.prior](run, vqvae, train_set, validate_set)
     except console.Stopped:
         print(config.how_to_resume(run), file=sys.stderr)
         raise
@@ -75,7 +79,7 @@ def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
     if distributed.is_first():
         digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
         record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
-        run.begin(record | {"images": counts, "digests": digests})
+        run.begin(record | {"images": counts, "digests": digests}, RECIPES)
     print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
     print(f"Device: {run.device}. Folder: {run.folder}. To resume it: {config.resume_command(run)}")
     processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
@@ -108,6 +112,15 @@ def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: Oas
 def train_flow(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> Prior:
     """Train the flow instead: as `train_gan`. Return the prior of the epoch with the lowest validation loss."""
     stage = FlowStage(run, vqvae, train_set, validate_set)
+    fit(stage, run)
+    return stage.best()
+
+
+def train_autoregressive(
+    run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset
+) -> AutoregressivePrior:
+    """Train the prior over codes instead: as `train_gan`. Return that of the epoch with the fewest validation bits."""
+    stage = AutoregressiveStage(run, vqvae, train_set, validate_set)
     fit(stage, run)
     return stage.best()
 

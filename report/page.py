@@ -55,14 +55,15 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
     options, data = record["options"], record["data"]
     epochs = {row["stage"]: row["epoch"] for row in rows}
     facts = {}
-    if options["only"] not in ("gan", "flow"):
+    if options["only"] in (None, "vqvae"):
         facts["VQ-VAE"] = f"{epochs.get('vqvae', 0)} of {options['epochs']} epochs"
     scored = [row for row in rows if row.get("ssim_mean")]
     if scored:
         best = max(scored, key=lambda row: float(row["ssim_mean"]))
         facts["Best validation SSIM"] = f"{float(best['ssim_mean']):.4f}, after epoch {best['epoch']}"
     if options["only"] != "vqvae":
-        title, stage = ("Flow", "flow") if options["prior"] == "flow" else ("DCGAN", "gan")
+        titles = {"dcgan": ("DCGAN", "gan"), "flow": ("Flow", "flow")}
+        title, stage = titles.get(options["prior"], ("Autoregressive prior", "autoregressive"))
         facts[title] = f"{epochs.get(stage, 0)} of {options[f'{stage}_epochs']} epochs"
     facts["Training time"] = f"{sum(float(row['seconds']) for row in rows) / 60:.1f} minutes"
     images = ", ".join(f"{n} {split}" for split, n in data["images"].items())

@@ -50,11 +50,12 @@ class Figures:
         self.folder, self.phantoms = folder, phantoms
 
     @_figure
-    def image_grid(self, name: str, images, title: str) -> None:
-        """Images (N, 1, H, W), eight a row, in the order given."""
-        grid = make_grid(images.float().cpu().clamp(0, 1), nrow=8, padding=4, pad_value=1.0)[0].numpy()
-        height = 8 * grid.shape[0] / grid.shape[1]
-        figure, axes = self._axes(8, height + (0.7 if self.phantoms else 0.45), title)
+    def image_grid(self, name: str, images, title: str, per_row: int = 8) -> None:
+        """Images (N, 1, H, W), so many a row, in the order given."""
+        grid = make_grid(images.float().cpu().clamp(0, 1), nrow=per_row, padding=4, pad_value=1.0)[0].numpy()
+        width = max(8, per_row)  # inches
+        height = width * grid.shape[0] / grid.shape[1]
+        figure, axes = self._axes(width, height + (0.7 if self.phantoms else 0.45), title)
         axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
         axes.axis("off")
         self._save(figure, name, "L")
@@ -123,7 +124,15 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def losses(self, name: str, losses: list[float], rows: list[dict], title: str, *columns: str) -> None:
+    def losses(
+        self,
+        name: str,
+        losses: list[float],
+        rows: list[dict],
+        title: str,
+        *columns: str,
+        unit: str = "mean squared error",
+    ) -> None:
         """The loss of each step, and `columns` of metrics.csv: its mean in an epoch, that of validation after it."""
         updates, *values = (np.asarray([row[key] for row in rows]) for key in ("updates", *columns))
         figure, axes = self._axes(6.4, 4.2, title)
@@ -132,7 +141,7 @@ class Figures:
         looks = (ORANGE, "epoch mean"), (GREY, "validation split, averaged weights")
         for x, y, (colour, label) in zip(places, values, looks, strict=False):
             axes.plot(x, y, color=colour, marker="o", markersize=4, label=label)
-        axes.set(xlabel="step", ylabel="mean squared error (log scale)", yscale="log")
+        axes.set(xlabel="step", ylabel=f"{unit} (log scale)", yscale="log")
         axes.legend()
         self._save(figure, name)
 

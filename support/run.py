@@ -44,12 +44,12 @@ class Run:
     phantoms: bool = False
     _handle: int | None = None  # of the lock
 
-    def begin(self, data: dict) -> None:
+    def begin(self, data: dict, recipes: dict) -> None:
         """Make the folder of a new run and write run.json. A resumed run keeps its first environment.
 
         `data` is the folder, whether it holds phantoms, what it holds in words, the number of images in each split, and
-        `OasisDataset.digest` of those that were read. Raises UserError if the folder cannot be made, or if a resumed
-        run began with other images.
+        `OasisDataset.digest` of those that were read; `recipes` is what decides a training besides the options. Raises
+        UserError if the folder cannot be made, or if a resumed run began with other images.
         """
         here = environment(self.device)
         if self.folder is None:
@@ -74,6 +74,7 @@ class Run:
                 path.unlink(missing_ok=True)
         options = dataclasses.asdict(self.config)
         record |= {"options": options, "seed": options["seed"], "data": data, "fast_path": self.fast_path._asdict()}
+        record["recipes"] = recipes
         files.write_json(self.folder / "run.json", record)
 
     def _lock(self) -> None:

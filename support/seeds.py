@@ -8,6 +8,7 @@ import torch
 STREAMS = ("vqvae weights", "vqvae", "gan weights", "gan", "gan samples", "samples", "measures", "measured images")
 STREAMS += ("walks", "calibration", "independent codes", "resampling", "gan start", "judging")
 STREAMS += ("flow", "flow weights", "flow validation")
+STREAMS += ("autoregressive", "autoregressive weights", "autoregressive validation")
 
 
 def derived_seed(seed: int, stream: str, epoch: int = 0) -> int:

@@ -21,6 +21,7 @@ from support.console import UserError
 from support.device import FastPath
 from support.run import Run
 from training import codebook, config
+from training.autoregressive import AutoregressiveStage
 from training.flow import FlowStage
 from training.gan_update import BalancedUpdate
 from training.scale import LatentScale
@@ -320,3 +321,38 @@ def test_what_several_processes_cannot_do_is_refused_by_name(words, data, monkey
     given |= {"vqvae": str(PRETRAINED / "vqvae.pth")} if "gan" in words else {}
     with pytest.raises(UserError, match=f"^{words[-2]} {words[-1]}: "):
         config.make_run(given)
+
+
+class Slices(Images):
+    """A data set as far as `CodeCache` and the stage look: two slices of one head."""
+
+    split, phantoms = "train", True
+
+    def case_and_slice(self, i: int) -> tuple[int, int]:
+        return 1, i
+
+    def subject(self, i: int) -> int:
+        return 1
+
+
+def _autoregressive_step(rank):
+    """The gradients, clipped, that the prior over codes is updated with on a batch of 5, and its loss."""
+    torch.manual_seed(0)
+    vqvae, slices = VQVAE(16, 6), Slices(torch.rand(5, 1, 256, 256))
+    run = Run(config.Config(embeddings_dim=6, autoregressive_epochs=10**6), fast_path=FastPath("cpu"))
+    stage = AutoregressiveStage(run, vqvae, slices, slices)
+    for parameter in stage.network.parameters():  # some begin as 0
+        torch.nn.init.normal_(parameter, std=0.1)
+    bits = stage.step(distributed.part(torch.arange(5)), 5, 199, torch.Generator().manual_seed(1))
+    found = {key: parameter.grad for key, parameter in stage.network.named_parameters()}
+    return found | {"bits": distributed.total(bits * distributed.weight(5))}
+
+
+def test_an_update_of_the_prior_over_codes_of_two_processes_is_that_of_one(tmp_path):
+    expected = _autoregressive_step(0)
+    norm = torch.cat([value.flatten() for key, value in expected.items() if key != "bits"]).norm()
+    assert norm.item() == pytest.approx(1, rel=1e-3)
+    for found in in_two_processes(_autoregressive_step, tmp_path):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6, msg=key)

@@ -16,9 +16,11 @@ from support.console import UserError
 from support.device import FastPath
 from support.run import Run, open_run
 from training import fit
+from training.autoregressive import AutoregressiveStage
 from training.config import Config
 from training.dcgan import DCGANStage
 from training.flow import FlowStage
+from training.samples import Samples
 from training.vqvae import VQVAEStage
 
 
@@ -95,13 +97,16 @@ def test_means_over_images_weigh_the_smaller_last_batch():
     assert fit.mean_over_images(torch.tensor([1.0, 1.0, 4.0]), sizes) == pytest.approx((8 * 1 + 2 * 4) / 10)
 
 
-@pytest.mark.parametrize("kind, names", [(DCGANStage, ("generator", "discriminator")), (FlowStage, ("flow",))])
+@pytest.mark.parametrize(
+    "kind, names",
+    [(DCGANStage, ("generator", "discriminator")), (FlowStage, ("flow",)), (AutoregressiveStage, ("autoregressive",))],
+)
 def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqvae, tmp_path, monkeypatch):
     sets = [OasisDataset(data, split) for split in ("train", "validate")]
     words = {f"{kind.name}_{key}": value for key, value in (("epochs", 1), ("batch_size", 4))}
     monkeypatch.setattr(page, "write_run", lambda folder: None)
-    for method in ("begin", "measured_now", "draw"):  # figures and measures take most of the time
-        monkeypatch.setattr(kind, method, lambda *words: False)
+    for method in ("begin", "are_measured", "draw", "report"):  # figures and measures take most of the time
+        monkeypatch.setattr(Samples, method, lambda *words: False)
     runs = [new_run(tmp_path / name, embeddings_dim=8, **words) for name in ("whole", "stopped")]
     whole, stopped = (kind(run, copy.deepcopy(vqvae), *sets, n_measures=1) for run in runs)
     for run in runs:

@@ -55,7 +55,7 @@ def run_folder(data, tmp_path_factory) -> Path:
     """The folder of a run after an epoch, with its record and table."""
     out = tmp_path_factory.mktemp("record")
     run = Run(Config(data=str(data), out=str(out)), None, {}, [ROW], fast_path=FastPath("cpu"))
-    run.begin(IMAGES | {"folder": str(data), "phantoms": True})
+    run.begin(IMAGES | {"folder": str(data), "phantoms": True}, {})
     run.save()
     run.release()
     return run.folder
@@ -72,7 +72,7 @@ def test_a_strange_run_json_is_used_or_refused(run_folder, choices, capsys, monk
         page.write_run(run_folder)
         run = Run(Config(data="data"), run_folder, {}, [ROW], fast_path=FastPath("cpu"))
         with one_line_at_most():
-            run.begin(IMAGES | {"folder": "data", "phantoms": True})
+            run.begin(IMAGES | {"folder": "data", "phantoms": True}, {})
     finally:
         run.release()
         path.write_bytes(original)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from modules import VQVAE, Generator, UNet, dcgan_init
+from priors.checkpoints import codebook_hash
 from support.console import UserError
-from training.latents import codebook_hash
 from training.prior import (
     GUIDANCE,
     GUIDE_WIDTHS,

@@ -63,11 +63,12 @@ def test_the_pretrained_weights_are_those_that_their_page_describes():
         assert (folder / name).stat().st_size < size
 
 
-FOLDERS = ("training", "dataset", "report", "preparation", "evaluation", "modules", "support")
+FOLDERS = ("training", "priors", "dataset", "report", "preparation", "evaluation", "modules", "support")
 MAY_IMPORT = {  # imports point downwards only
     "train": {*FOLDERS},
     "predict": {*FOLDERS},
-    "training": {"training", "dataset", "report", "preparation", "evaluation", "modules", "support"},
+    "training": {"training", "priors", "dataset", "report", "preparation", "evaluation", "modules", "support"},
+    "priors": {"priors", "dataset", "modules", "support"},
     "dataset": {"preparation", "support"},
     "report": {"report", "support"},
     "preparation": {"preparation", "support"},

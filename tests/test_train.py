@@ -1,6 +1,7 @@
 """train.py, run as a user runs it, on a few phantoms."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -340,11 +341,83 @@ def test_new_brains_of_a_flow(flowed, trained, folder):
     words = ("predict.py", flowed[1] / "vqvae.pth", "--samples", 2)
     done = run_program(*words, "--generator", flowed[1] / "flow.pth", "--steps", 1, "--out", "flow_brains", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"Decoded 2 new brains in \d+\.\d s\. \(phantoms\)", done.stdout)
+    assert re.search(r"Decoded 2 new slices in \d+\.\d s\. \(phantoms\)", done.stdout)
     (made,) = (folder / "flow_brains").iterdir()
     assert {"sample_000.png", "sample_001.png", "samples.png", "walk.png"} <= {path.name for path in made.iterdir()}
     generator = ("--generator", trained[1] / "generator.pth")
     refused(run_program(*words, *generator, "--steps", 1, cwd=folder), "--steps", "generator.pth")
+
+
+AUTOREGRESSIVE = ("--only", "autoregressive", "--autoregressive-epochs", 2, "--autoregressive-batch-size", 6)
+AUTOREGRESSIVE += ("--seed", 5, "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def autoregressed(trained, data, folder) -> tuple[Done, Path]:
+    """A complete run of the autoregressive prior: what it printed, and its folder."""
+    words = ("--data", data, *AUTOREGRESSIVE, "--vqvae", trained[1] / "vqvae.pth", "--out", "autoregressive")
+    done = run_program("train.py", *words, cwd=folder)
+    return done, new_run(done, folder / "autoregressive")
+
+
+def test_the_autoregressive_priors_folder(autoregressed):
+    done, run = autoregressed
+    figures = ("epoch_0", "epoch_1", "epoch_2", "losses", "measures", "texture")
+    expected = {f"autoregressive_{name}.png" for name in figures}
+    expected |= {"vqvae.pth", "autoregressive.pth", "run.json", "metrics.csv", "resume.pth", "index.html"}
+    assert {path.name for path in run.iterdir()} == expected
+    found = rows(run, "autoregressive")
+    assert [row["epoch"] for row in found] == ["1", "2"] and all(row["swd_mean"] for row in found)
+    best = min(found, key=lambda row: float(row["validation_bits"]))
+    line = f"Best epoch: {best['epoch']}, {float(best['validation_bits']):.0f} bits of a validation image (phantoms)"
+    assert line in done.stdout
+    n_positions = math.prod(load_prior(run / "autoregressive.pth", load_vqvae(run / "vqvae.pth")).frame.size)
+    assert 0 < float(found[1]["bits"]) < float(found[0]["bits"]) < 1.2 * n_positions * math.log2(64)
+    assert json.loads((run / "run.json").read_text())["recipes"]["autoregressive"]["width"] == 64
+    saved = torch.load(run / "autoregressive.pth", weights_only=True)
+    if best is found[-1]:
+        average = resume_file(run)["state"]["autoregressive"]["averages"]["autoregressive"]
+        assert all(torch.equal(saved["state_dict"][key], value) for key, value in average.items())
+
+
+def test_a_killed_autoregressive_prior_resumed_equals_an_uninterrupted_one(autoregressed, trained, data, folder):
+    words = ("--data", data, *AUTOREGRESSIVE, "--vqvae", trained[1] / "vqvae.pth", "--out", "autoregressive_killed")
+    kill_after([sys.executable, PROJECT / "train.py", *words], folder, "Epoch: 2", 1)
+    (killed,) = (folder / "autoregressive_killed").iterdir()
+    assert len(rows(killed, "autoregressive")) == 1
+    done = run_program("train.py", "--resume", killed, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(autoregressed[1], killed, ["autoregressive.pth"])
+    assert_same_history(autoregressed[1], killed, ["autoregressive"])
+
+
+def test_new_planes_and_stacks(autoregressed, trained, data, folder):
+    run = autoregressed[1]
+    words = ("predict.py", run / "vqvae.pth", "--out", "planes", "--samples", 2, "--generator")
+    prior = run / "autoregressive.pth"
+
+    def made(*more) -> tuple[set[str], str]:
+        before = {path.name for path in (folder / "planes").glob("*")}
+        done = run_program(*words, prior, *more, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        (new,) = {path.name for path in (folder / "planes").glob("*")} - before
+        return {path.name for path in (folder / "planes" / new).iterdir()}, done.stdout
+
+    names, _ = made("--slice", "17")
+    assert names == {"samples.png", "sample_000.png", "sample_001.png", "index.html"}
+    names, printed = made("--slice", "6-8")
+    stacked = {f"sample_00{head}_slice_{plane}.png" for head in range(2) for plane in (6, 7, 8)}
+    assert names == stacked | {"stack.png", "index.html"} and "Decoded 6 new slices" in printed
+    names, printed = made("--data", data)
+    assert {"measures.csv", "likelihood.csv"} <= names
+    bits = re.findall(r"Bits per image, (.*): mean (\d+), from (\d+) to (\d+) \(phantoms\)", printed)
+    assert [name for name, *_ in bits] == ["alone", "given neighbours"]
+    assert all(int(least) <= int(mean) <= int(most) for _, mean, least, most in bits)
+    for strange in ("32", "9-3", "x"):
+        refused(run_program(*words, prior, "--slice", strange, cwd=folder), "--slice", "from 0 to 31")
+    refused(run_program(*words, prior, "--slice", "3", "--data", data, cwd=folder), "--slice and --data")
+    generator = trained[1] / "generator.pth"
+    refused(run_program(*words, generator, "--slice", "3", cwd=folder), "--slice", "generator.pth")
 
 
 @pytest.mark.parametrize(

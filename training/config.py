@@ -23,8 +23,13 @@ from training.prior import STEP_COUNT, STEPS
 from training.vqvae import first_loss, load_vqvae
 
 # in order: the title, and the prefix of options
-STAGES = {"vqvae": ("VQ-VAE", ""), "gan": ("DCGAN", "gan_"), "flow": ("Flow", "flow_")}
-PRIORS = {"gan": "dcgan", "flow": "flow"}  # the stages that train one, and its name
+STAGES = {
+    "vqvae": ("VQ-VAE", ""),
+    "gan": ("DCGAN", "gan_"),
+    "flow": ("Flow", "flow_"),
+    "autoregressive": ("Autoregressive prior", "autoregressive_"),
+}
+PRIORS = {"gan": "dcgan", "flow": "flow", "autoregressive": "autoregressive"}  # the stages that train one, and its name
 
 COUNT = Number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
 SIZE = Number(int, 1, "a whole number from 1 to 65536", below=65537)
@@ -61,9 +66,10 @@ class Config:
         "auto", "run", "precision of training; auto is bfloat16 on GPUs that have it and CPUs with AMX, else float32",
         choices=("auto", "float32", "bfloat16"))
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
-    prior: str = _option("dcgan", "run", "what generates codes: dcgan or flow", choices=tuple(PRIORS.values()))
-    only: str | None = _option(None, "run", "train only this; gan and flow need --vqvae", choices=tuple(STAGES))
-    vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only gan or flow", metavar="PATH")
+    prior: str = _option(
+        "dcgan", "run", "what generates codes: dcgan, flow or autoregressive", choices=tuple(PRIORS.values()))
+    only: str | None = _option(None, "run", "train only this; a prior needs --vqvae", choices=tuple(STAGES))
+    vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only with a prior", metavar="PATH")
 
     epochs: int = _option(
         12, "VQ-VAE", "passes over the training images", demo=8, resumable=True, type=COUNT, metavar="N")
@@ -91,6 +97,13 @@ class Config:
     flow_batch_size: int = _option(32, "Flow", "latents in a step (of all processes together)", type=COUNT, metavar="N")
     flow_lr: float = _option(1e-3, "Flow", "highest learning rate of Adam", type=RATE, metavar="RATE")
     flow_steps: int = _option(STEPS, "Flow", "solver's steps of samples", resumable=True, type=STEP_COUNT, metavar="N")
+
+    autoregressive_epochs: int = _option(
+        30, "Autoregressive prior", "passes over the training codes", demo=8, resumable=True, type=COUNT, metavar="N")
+    autoregressive_batch_size: int = _option(
+        32, "Autoregressive prior", "images in a step (of all processes together)", type=COUNT, metavar="N")
+    autoregressive_lr: float = _option(
+        2e-3, "Autoregressive prior", "highest learning rate of Adam", type=RATE, metavar="RATE")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -177,7 +190,7 @@ def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
     if only in PRIORS and given.setdefault("prior", PRIORS[only]) != PRIORS[only]:
         raise UserError(f"--only {only} and --prior {given['prior']} contradict each other; give one of them")
     if (only in PRIORS) != ("vqvae" in given):
-        raise UserError("--only gan and --only flow need --vqvae PATH, and only then is it used")
+        raise UserError(f"--only {', --only '.join(PRIORS)} need --vqvae PATH, and only then is it used")
     choose_device(given.get("device", Config.device))  # fail before phantoms are written
     if "vqvae" in given:
         given["vqvae"] = str(files.find(given["vqvae"]).resolve())
@@ -227,7 +240,7 @@ def _resumed_run(given: dict[str, Any]) -> Run:
         print(f"The VQ-VAE trains further, so the {STAGES[prior][0]} begins anew; its files will be replaced.")
         del run.state[prior]
         run.rows = run.rows_of("vqvae")
-        patterns = ("generator.pth", "discriminator.pth", "flow.pth", f"{prior}_*.png")
+        patterns = ("generator.pth", "discriminator.pth", "flow.pth", "autoregressive.pth", f"{prior}_*.png")
         run.outdated = [path for pattern in patterns for path in run.folder.glob(pattern)]
     return run
 

@@ -38,9 +38,9 @@ class DCGANStage(PriorStage):
         method: type[PlainUpdate] | None = None,
         n_measures: int = 10,
     ):
-        super().__init__(run, vqvae, train_set, validate_set, n_measures)
+        super().__init__(run, vqvae, train_set, validate_set, run.config.gan_epochs, n_measures)
         config, fast_path = run.config, run.fast_path
-        self.epochs, self.batch_size = config.gan_epochs, config.gan_batch_size
+        self.batch_size = config.gan_batch_size
         torch.manual_seed(seeds.derived_seed(config.seed, "gan weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
@@ -63,7 +63,7 @@ class DCGANStage(PriorStage):
         weights = distributed.from_first(lambda: start_generator(self.average, *words))  # whose BatchNorm is local
         for generator in (self.average, self.networks["generator"]):
             generator.load_state_dict(weights)
-        self.begin()
+        self.samples.begin(self.prior)
 
     def set_scale(self, scale: LatentScale) -> None:
         super().set_scale(scale)
@@ -85,7 +85,7 @@ class DCGANStage(PriorStage):
             self.prior.measure_statistics(noise)
         if self.update.calibrated:
             self.prior.calibrate(self.latents.covariance, noise)
-        return measures | self.measure(epoch)
+        return measures | self.samples.measure(self.prior, epoch)
 
     def _judge_validation(self) -> float:
         """Mean D(x) of the validation split. Far below `d_real` where D knows the training split by heart."""

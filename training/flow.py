@@ -43,9 +43,9 @@ class FlowStage(PriorStage):
     def __init__(
         self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, n_measures: int = 10
     ):
-        super().__init__(run, vqvae, train_set, validate_set, n_measures)
+        super().__init__(run, vqvae, train_set, validate_set, run.config.flow_epochs, n_measures)
         config, fast_path = run.config, run.fast_path
-        self.epochs, self.batch_size, self.lr = config.flow_epochs, config.flow_batch_size, config.flow_lr
+        self.batch_size, self.lr = config.flow_batch_size, config.flow_lr
         torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         channels = 4 * min(self.n_directions, embeddings_dim)
@@ -60,7 +60,7 @@ class FlowStage(PriorStage):
         self.set_scale(distributed.from_first(lambda: LatentScale.fit(*words).to("cpu")))
         heads = self.data().spaced()[:, :, self.scale.support.bool()]
         self.set_factor(STD / max(heads.std().item(), 1e-6))
-        self.begin()
+        self.samples.begin(self.prior)
 
     def set_factor(self, factor: float) -> None:
         """Set the factor from coefficients to what the network learns."""
@@ -103,9 +103,9 @@ class FlowStage(PriorStage):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """The validation loss; and, when they are due, the measures of the calibrated prior."""
-        if self.measured_now(epoch) and distributed.is_first():
+        if self.samples.are_measured(epoch) and distributed.is_first():
             self.calibrate(self.prior)
-        return {"validation_loss": self.validation_loss()} | self.measure(epoch)
+        return {"validation_loss": self.validation_loss()} | self.samples.measure(self.prior, epoch)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -122,7 +122,7 @@ class FlowStage(PriorStage):
 
     def drawn_now(self, epoch: int) -> bool:
         """After the first epoch, and with each measure, for samples take long."""
-        return epoch == 1 or self.measured_now(epoch)
+        return epoch == 1 or self.samples.are_measured(epoch)
 
     def print_losses(self, row: dict) -> None:
         self.run.say(f"Training loss: {row['flow_loss']:.4f}")

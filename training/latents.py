@@ -1,6 +1,5 @@
 """What a prior learns: a split's latents."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -71,9 +70,3 @@ class Latents(Dataset):
         """At most so many images, spaced evenly: (N, K, 64, 64)."""
         picked = torch.arange(0, len(self), -(-len(self) // most))
         return torch.cat([self.batch(part) for part in picked.split(32)])
-
-
-def codebook_hash(vqvae: VQVAE) -> str:
-    """SHA-256 of the codebook's float32 values."""
-    values = vqvae.vector_quantizer.embedding.weight.detach().cpu().float().contiguous()
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()

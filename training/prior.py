@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from modules import VQVAE, Generator, UNet
+from priors import autoregressive
+from priors.autoregressive import AutoregressivePrior
+from priors.checkpoints import codebook_hash
 from support import console, files
 from support.device import move
-from training.latents import codebook_hash
 from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, multiply_spectrum
 
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
@@ -200,19 +202,21 @@ class FlowPrior(Prior):
         return cls(UNet(channels), UNet(channels, GUIDE_WIDTHS), factor, *words)
 
 
-def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
-    """The prior in a generator.pth or flow.pth, on the VQ-VAE's device.
+def load_prior(path: str | Path, vqvae: VQVAE) -> Prior | AutoregressivePrior:
+    """The prior in a generator.pth, flow.pth or autoregressive.pth, on the VQ-VAE's device.
 
     Raises UserError if the file holds none, or not one for this VQ-VAE.
     """
     return files.load(path, partial(prior_of, vqvae=vqvae))
 
 
-def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
+def prior_of(contents: dict, vqvae: VQVAE) -> Prior | AutoregressivePrior:
     """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if it is none, or not this VQ-VAE's."""
+    if isinstance(contents, dict) and contents.get("kind") == "autoregressive":
+        return autoregressive.prior_of(contents, vqvae)
     needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentScale)}
     if not isinstance(contents, dict) or not needed <= contents.keys():
-        raise ValueError("it holds no prior of this version (name the generator.pth or flow.pth of a run)")
+        raise ValueError("it holds no prior of this version (name a generator.pth, flow.pth or autoregressive.pth)")
     if contents["codebook"] != codebook_hash(vqvae):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     weight = vqvae.vector_quantizer.embedding.weight

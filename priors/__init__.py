@@ -1,0 +1,1 @@
+"""What sampling needs: priors over codes, and their files."""

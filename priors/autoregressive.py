@@ -1,0 +1,211 @@
+"""The prior over codes: samples of planes and of stacks, how likely codes are, and the file autoregressive.pth."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
+from priors.checkpoints import codebook_hash
+from priors.code_cache import CodeCache
+from support import console, files
+from support.device import move
+
+RARE = 1e-3  # share of the training images up to which a position outside the head may differ from the others
+AT_ONCE = 32  # images whose logits are held at once: 2 MB each
+
+
+class Frame(NamedTuple):
+    """What surrounds the codes of heads, where codes hardly ever differ.
+
+    Attributes:
+        codes: (64, 64) int64, the most frequent code at each position.
+        corner, size: row and column of the upper left code that is modelled, and the rows and columns that are.
+        rare: probability of another code than the frame's at a position that is not modelled.
+    """
+
+    codes: Tensor
+    corner: tuple[int, int]
+    size: tuple[int, int]
+    rare: float
+
+    @property
+    def box(self) -> tuple[slice, slice]:
+        """The rows and columns that are modelled."""
+        return tuple(slice(start, start + size) for start, size in zip(self.corner, self.size, strict=True))
+
+
+def fit_frame(codes: Tensor) -> Frame:
+    """The frame of training codes (N, 64, 64): around all positions where more than RARE of the images differ."""
+    usual = codes.mode(0).values
+    other = (codes != usual).sum(0)
+    varied = other > RARE * len(codes)
+    if not varied.any():
+        varied[:] = True
+    spans = [places.nonzero().flatten().tolist() for places in (varied.any(1), varied.any(0))]
+    corner, size = (tuple(each) for each in zip(*((span[0], span[-1] + 1 - span[0]) for span in spans), strict=True))
+    frame = Frame(usual.long(), corner, size, 0.0)
+    outside = other.sum() - other[frame.box].sum()
+    n = len(codes) * (usual.numel() - math.prod(size))
+    return frame._replace(rare=(outside.item() + 1) / (n + 2))  # Laplace's rule of succession: never 0
+
+
+class AutoregressivePrior:
+    """A distribution over codes (64, 64), of which slices and stacks of slices are drawn.
+
+    Args:
+        network: models the codes inside the frame's box.
+        frame: what is around it.
+        vqvae: decodes codes; on the network's device.
+        planes: the numbers of the planes that the network was trained on; none where they were not known.
+        phantoms: whether it was trained on phantoms. What is made from its samples says so.
+    """
+
+    def __init__(
+        self, network: Autoregressive, frame: Frame, vqvae: VQVAE, planes: Sequence[int], phantoms: bool = False
+    ):
+        self.network, self.frame, self.vqvae, self.planes, self.phantoms = network, frame, vqvae, planes, phantoms
+
+    @property
+    def device(self) -> torch.device:
+        return self.vqvae.conv1.weight.device
+
+    def noise(self, n: int, rng: torch.Generator) -> Tensor:
+        """The noise of n images (n, 64, 64), uniform in [0, 1), on the CPU."""
+        return torch.rand(n, *self.frame.codes.shape, generator=rng)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Condition) -> Tensor:
+        """Noise (B, 64, 64) -> codes (B, 64, 64) of slices with a condition."""
+        inside = self.network.eval().sample(move(noise, self.device)[:, *self.frame.box], self._cut(condition))
+        codes = self.frame.codes.to(self.device).repeat(len(noise), 1, 1)
+        codes[:, *self.frame.box] = inside
+        return codes
+
+    def sample_images(self, noise: Tensor, plane: int | None = None) -> Tensor:
+        """Noise (B, 64, 64) -> slices (B, 1, 256, 256) in [0, 1] of one plane, or of all its planes in turn."""
+        planes = self.planes if plane is None else [plane]
+        planes = torch.tensor([planes[i % len(planes)] if planes else N_PLANES for i in range(len(noise))])
+        images = []
+        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False) as bar:
+            for part, numbers in zip(noise.split(AT_ONCE), planes.split(AT_ONCE), strict=True):
+                images.append(self.decode(self.sample(part, alone(numbers))))
+                bar.update(len(part))
+                console.stop_if_signalled()
+        return torch.cat(images)
+
+    def sample_stacks(self, noise: Tensor, planes: Sequence[int]) -> Tensor:
+        """Noise (B, S, 64, 64) -> codes (B, S, 64, 64) of S planes of B heads, drawn in the order of `halving`."""
+        codes = torch.zeros(noise.shape, dtype=torch.long)
+        index = {plane: i for i, plane in enumerate(planes)}
+        with console.progress(total=len(noise) * len(planes), desc="Sampling", unit=" images", leave=False) as bar:
+            for step in halving(planes):
+                asked = torch.tensor([(head, *each) for head in range(len(noise)) for each in step])
+                for head, plane, below, above in (part.T for part in asked.split(AT_ONCE)):
+                    at, under, over = (
+                        torch.tensor([index[number] for number in numbers.tolist()])
+                        for numbers in (plane, plane - below, plane + above)
+                    )
+                    neighbours = torch.stack([codes[head, under], codes[head, over]], 1)
+                    condition = told(plane, neighbours, torch.stack([below, above], 1))
+                    codes[head, at] = self.sample(noise[head, at], condition).cpu()
+                    bar.update(len(head))
+                    console.stop_if_signalled()
+        return codes
+
+    @torch.no_grad()
+    def bits(self, codes: Tensor, condition: Condition) -> Tensor:
+        """The information -log2 p of each of codes (B, 64, 64) int64, exact: (B, 64, 64) in bits."""
+        codes, frame = move(codes, self.device), self.frame.codes.to(self.device)
+        other = self.frame.rare / (self.network.n_codes - 1)
+        bits = -torch.where(codes == frame, 1 - self.frame.rare, other).log2()
+        bits[:, *self.frame.box] = self.network.eval()(codes[:, *self.frame.box], self._cut(condition))
+        return bits
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, 64, 64) -> slices (B, 1, 256, 256) in [0, 1]."""
+        return self.vqvae.decode(codes).clamp(0, 1)
+
+    def _cut(self, condition: Condition) -> Condition:
+        """The part of a condition inside the frame's box, on the device."""
+        neighbours = condition.neighbours[:, :, *self.frame.box]
+        return Condition(*(move(part, self.device) for part in condition._replace(neighbours=neighbours)))
+
+    def checkpoint(self) -> dict:
+        """The contents of autoregressive.pth."""
+        return {
+            "kind": "autoregressive",
+            "state_dict": files.cpu_state(self.network),
+            "width": self.network.width,
+            "dilations": self.network.dilations,
+            "frame": self.frame._replace(codes=self.frame.codes.cpu())._asdict(),
+            "planes": list(self.planes),
+            "codebook": codebook_hash(self.vqvae),
+            "phantoms": self.phantoms,
+        }
+
+
+def prior_of(contents: dict, vqvae: VQVAE) -> AutoregressivePrior:
+    """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if the contents are not one's."""
+    if contents["codebook"] != codebook_hash(vqvae):
+        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+    frame, state = Frame(**contents["frame"]), contents["state_dict"]
+    n_codes = vqvae.vector_quantizer.embedding.num_embeddings
+    corner, size = frame.corner, frame.size
+    inside = all(0 <= start and 0 < length and start + length <= 64 for start, length in zip(corner, size, strict=True))
+    right = isinstance(frame.codes, Tensor) and frame.codes.dtype == torch.long and frame.codes.shape == (64, 64)
+    if not right or not inside or not 0 < frame.rare < 1 or not ((0 <= frame.codes) & (frame.codes < n_codes)).all():
+        raise ValueError("its 'frame' is not one of 64 x 64 codes")
+    planes = contents["planes"]
+    if not isinstance(planes, list) or not all(type(n) is int and 0 <= n < N_PLANES for n in planes):
+        raise ValueError(f"its 'planes' are not numbers from 0 to {N_PLANES - 1}")
+    width, dilations = contents["width"], contents["dilations"]
+    if type(width) is not int or not 0 < width <= 256 or not all(type(d) is int and 0 < d <= 64 for d in dilations):
+        raise ValueError("its 'width' or 'dilations' are not a network's")
+    network = Autoregressive(n_codes, size, width, dilations)
+    files.load_state(network, state)
+    network.to(vqvae.conv1.weight.device, memory_format=torch.channels_last).eval()
+    return AutoregressivePrior(network, frame, vqvae, planes, bool(contents["phantoms"]))
+
+
+def told(plane: Tensor, neighbours: Tensor, distance: Tensor) -> Condition:
+    """The condition of slices (B,), neighbours (B, 2, 64, 64) further away than MOST_DISTANCE left out."""
+    return Condition(plane, neighbours, distance.where(distance <= MOST_DISTANCE, 0))
+
+
+def alone(plane: Tensor) -> Condition:
+    """The condition of slices of which the plane (B,) alone is known."""
+    n = len(plane)
+    return Condition(plane, torch.zeros(n, 2, 64, 64, dtype=torch.long), torch.zeros(n, 2, dtype=torch.long))
+
+
+def halving(planes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+    """An order of planes, ascending numbers, in which errors do not add up: the middle one, then those half-way.
+
+    Returns:
+        Steps. Each has planes with the distances to the nearest ones below and above that come in earlier steps, 0
+        where there is none.
+    """
+    steps, spans = [], [(0, len(planes))] if planes else []
+    while spans:
+        step, halves = [], []
+        for first, end in spans:
+            middle = (first + end) // 2
+            below = planes[middle] - planes[first - 1] if first > 0 else 0
+            above = planes[end] - planes[middle] if end < len(planes) else 0
+            step.append((planes[middle], below, above))
+            halves += [(first, middle), (middle + 1, end)]
+        steps.append(step)
+        spans = [(first, end) for first, end in halves if first < end]
+    return steps
+
+
+def halving_distances(cache: CodeCache) -> Tensor:
+    """For each slice of a split, how far its neighbours below and above in the order of `halving` are: (N, 2)."""
+    distance = torch.zeros(len(cache), 2, dtype=torch.long)
+    for slices in cache.subjects.values():
+        for plane, below, above in (each for step in halving(sorted(slices)) for each in step):
+            distance[slices[plane]] = torch.tensor([below, above])
+    return distance.where(distance <= MOST_DISTANCE, 0)

@@ -1,0 +1,66 @@
+"""A split, encoded once: what a prior over codes learns."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset import OasisDataset
+from modules import MOST_DISTANCE, N_PLANES, VQVAE, Condition
+from support.console import in_batches
+from support.device import move
+
+
+class CodeCache(Dataset):
+    """The codes of a split, the number of each slice's plane, and where its neighbours in the head are.
+
+    Batches are indices, for which neighbours a slice is told is drawn anew in each step.
+
+    Args:
+        vqvae, dataset: on one device.
+
+    Attributes:
+        codes: (N, 64, 64) int16, on the CPU.
+        plane: (N,) int64, the number in the file's name; N_PLANES where there is none, or one that is not a plane's.
+        subjects: for each subject, the index of each of its slices by slice number.
+    """
+
+    def __init__(self, vqvae: VQVAE, dataset: OasisDataset):
+        encoded = (vqvae.encode(x).short().cpu() for x in in_batches(dataset, desc=f"Encoding {dataset.split}"))
+        self.codes = torch.cat(list(encoded))
+        self.device = vqvae.conv1.weight.device
+        numbers = [dataset.case_and_slice(i)[1] for i in range(len(dataset))]
+        self.plane = torch.tensor([n if n is not None and n < N_PLANES else N_PLANES for n in numbers])
+        self.subjects: dict[int | str, dict[int, int]] = {}
+        # The index of the slice so many planes above, less MOST_DISTANCE, of the same subject; -1 where there is none.
+        self._neighbours = torch.full((len(dataset), 2 * MOST_DISTANCE + 1), -1)
+        for i, number in enumerate(numbers):
+            if number is not None:
+                self.subjects.setdefault(dataset.subject(i), {})[number] = i
+        for slices in self.subjects.values():
+            for number, i in slices.items():
+                near = range(number - MOST_DISTANCE, number + MOST_DISTANCE + 1)
+                self._neighbours[i] = torch.tensor([slices.get(other, -1) for other in near])
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        return torch.as_tensor(indices)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """Codes (B, 64, 64) int64 on the device."""
+        return move(self.codes[torch.as_tensor(indices)], self.device).long()
+
+    def condition(self, indices: Tensor, distance: Tensor) -> Condition:
+        """What is told of slices (B,): their planes, and the slices `distance` (B, 2) planes below and above.
+
+        A distance of 0 asks for none. Where a subject lacks the slice, there is none either.
+        """
+        distance = distance.clone()
+        offset = MOST_DISTANCE + torch.tensor([-1, 1]) * distance
+        neighbours = self._neighbours[indices[:, None], offset]
+        distance[neighbours < 0] = 0
+        parts = self.plane[indices], self.codes[neighbours], distance
+        return Condition(*(move(part, self.device).long() for part in parts))

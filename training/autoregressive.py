@@ -1,0 +1,174 @@
+"""The training stage of the prior over codes (van den Oord et al. 2017, arXiv 1711.00937, section 3.3)."""
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dataset import OasisDataset
+from modules import GROUPS, MOST_DISTANCE, N_PLANES, STRIDES, VQVAE, Autoregressive, Condition
+from priors.autoregressive import AutoregressivePrior, Frame, fit_frame, prior_of
+from priors.checkpoints import codebook_hash
+from priors.code_cache import CodeCache
+from support import distributed, files, seeds
+from support.console import UserError
+from support.device import move
+from support.run import Run
+from training.fit import Stage, batch_sizes, falling_rate
+from training.recipes import AUTOREGRESSIVE, AutoregressiveRecipe
+from training.samples import Samples
+
+VALIDATION_BATCH = 32
+
+
+class AutoregressiveStage(Stage):
+    """Train the distribution of codes by its log likelihood.
+
+    autoregressive.pth has the EMA of the weights after the epoch in which validation slices have the fewest bits, for
+    later ones may know the training split by heart.
+
+    Args:
+        run, vqvae, train_set, validate_set: all on the run's device.
+        recipe: what the options do not say.
+        n_measures: number of times in a run that samples are measured.
+    """
+
+    name, title = "autoregressive", "Autoregressive prior"
+    columns, chosen_by = ("bits",), "validation_bits"
+
+    def __init__(
+        self,
+        run: Run,
+        vqvae: VQVAE,
+        train_set: OasisDataset,
+        validate_set: OasisDataset,
+        recipe: AutoregressiveRecipe = AUTOREGRESSIVE,
+        n_measures: int = 10,
+    ):
+        super().__init__(run)
+        config, fast_path, self.recipe, self.average_decay = run.config, run.fast_path, recipe, recipe.average_decay
+        self.epochs, self.batch_size = config.autoregressive_epochs, config.autoregressive_batch_size
+        self.lr, self.vqvae = config.autoregressive_lr, vqvae.eval().to(memory_format=torch.channels_last)
+        self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
+        if self.name in run.state:
+            with run.restoring():
+                self.frame = Frame(**run.state[self.name]["extra"]["frame"])
+        else:
+            self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
+        torch.manual_seed(seeds.derived_seed(config.seed, "autoregressive weights"))
+        n_codes = vqvae.vector_quantizer.embedding.num_embeddings
+        self.network = Autoregressive(n_codes, self.frame.size, recipe.width, recipe.dilations)
+        self.network.to(run.device, memory_format=fast_path.layout)
+        average = copy.deepcopy(self.network)
+        self.networks, self.averages = {"autoregressive": self.network}, {"autoregressive": average}
+        self.optimizer = fast_path.adam(self.network, self.lr)
+        self.optimizers = {"autoregressive": self.optimizer}
+        planes = sorted(set(self.codes.plane.tolist()) - {N_PLANES})
+        self.prior = AutoregressivePrior(average, self.frame, vqvae, planes, run.phantoms)
+        self.samples = Samples(run, self.name, vqvae, train_set, validate_set, self.epochs, n_measures)
+
+    def start(self) -> None:
+        self.samples.begin(self.prior)
+
+    def data(self) -> CodeCache:
+        return self.codes
+
+    def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
+        """One update on the slices of indices (B,). Returns their mean bits."""
+        n_steps = self.epochs * len(batch_sizes(len(self.codes), self.batch_size))
+        rate = min(1.0, (step + 1) / self.recipe.warm_up)
+        rate *= falling_rate(step, n_steps, self.recipe.constant_rate, self.recipe.last_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        drawn = [distributed.part(each) for each in self.draw_conditions(n, rng)]
+        bits = self.bits(self.network, self.codes, batch, *drawn).mean()
+        loss = bits / self.frame.codes.numel()
+        self.optimizer.zero_grad()
+        (loss * distributed.weight(n)).backward()
+        distributed.sum_gradients(self.network)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_norm)
+        self.optimizer.step()
+        return bits.detach()[None]
+
+    def draw_conditions(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        """What n slices are told and asked.
+
+        Returns:
+            groups (n, 3): one of each halving, each equally often.
+            distance (n, 2): of neighbours below and above, 1, 2, 4, 8 or 16 planes; 0 for none.
+            hidden (n,): whether the plane is not told.
+            exchanged (n, 2, 64, 64): which codes of neighbours are of other slices.
+            others (n, 2): the slices that these are of.
+        """
+        recipe, n_distances = self.recipe, MOST_DISTANCE.bit_length()
+        first = torch.randint(len(GROUPS), (len(STRIDES) - 1,), generator=rng)
+        groups = torch.stack([(torch.randperm(n, generator=rng) + each) % len(GROUPS) for each in first], 1)
+        distance = 2 ** torch.randint(n_distances, (n, 1), generator=rng).expand(n, 2)
+        alone = torch.rand(n, 1, generator=rng) < recipe.without_neighbours
+        left_out = torch.rand(n, 2, generator=rng) < recipe.without_one
+        hidden = torch.rand(n, generator=rng) < recipe.without_plane
+        share = recipe.exchanged * torch.rand(n, 1, 1, 1, generator=rng)
+        exchanged = torch.rand(n, 2, *self.frame.codes.shape, generator=rng) < share
+        others = torch.randint(len(self.codes), (n, 2), generator=rng)
+        return groups, distance.masked_fill(alone | left_out, 0), hidden, exchanged, others
+
+    def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, *drawn: Tensor) -> Tensor:
+        """The bits of slices (B,) of a split, estimated from one group of each halving: (B,)."""
+        groups, distance, hidden, exchanged, others = drawn
+        condition = codes.condition(indices, distance)
+        others = move(self.codes.codes[others], self.run.device).long()
+        neighbours = torch.where(move(exchanged, self.run.device), others, condition.neighbours)
+        plane = condition.plane.masked_fill(move(hidden, self.run.device), N_PLANES)
+        box = self.frame.box
+        condition = Condition(plane, neighbours[:, :, *box], condition.distance)
+        with self.run.fast_path.autocast():
+            bits = network(codes.batch(indices)[:, *box], condition, move(groups, self.run.device))
+        return bits.sum((1, 2))
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """The validation split's bits, told and asked the same after each epoch; and measures, when they are due."""
+        return {"validation_bits": self.validation_bits()} | self.samples.measure(self.prior, epoch)
+
+    @torch.no_grad()
+    def validation_bits(self) -> float:
+        """The mean bits of validation slices by the averaged weights."""
+        rng, bits = seeds.generator(self.run.config.seed, "autoregressive validation"), []
+        network = self.averages["autoregressive"].eval()
+        for indices in torch.arange(len(self.validate_codes)).split(VALIDATION_BATCH):
+            bits.append(self.bits(network, self.validate_codes, indices, *self.draw_conditions(len(indices), rng)))
+        return torch.cat(bits).mean().item()
+
+    def draw(self, row: dict, history: dict[str, list[float]]) -> None:
+        self.samples.draw(self.prior, row["epoch"])
+        print(f"Epoch: {row['epoch']}")
+        self.run.say(f"Bits an image: {row['bits']:.0f}")
+        self.run.say(f"Bits of a validation image: {row['validation_bits']:.0f}")
+        bits, rows, title = history["bits"], self.run.rows_of(self.name), "Training of the autoregressive prior"
+        columns, unit = ("bits", "validation_bits"), "bits an image"
+        self.samples.figures.losses("autoregressive_losses.png", bits, rows, title, *columns, unit=unit)
+        self.samples.report(row)
+
+    def save_weights(self, row: dict) -> None:
+        if row is self._best_row():
+            files.save(self.prior.checkpoint(), self.run.folder / "autoregressive.pth")
+
+    def _best_row(self) -> dict:
+        return min(self.run.rows_of(self.name), key=lambda row: row[self.chosen_by])  # the earliest of equal ones
+
+    def best(self) -> AutoregressivePrior:
+        """The prior in autoregressive.pth, on the run's device."""
+        path = self.run.folder / "autoregressive.pth"
+        row = self._best_row()
+        self.run.say(f"Best epoch: {row['epoch']}, {row['validation_bits']:.0f} bits of a validation image")
+        return files.load(path, partial(prior_of, vqvae=self.vqvae))
+
+    def extra_state(self) -> dict:
+        frame = self.frame._asdict()
+        return {"frame": frame, "codebook": codebook_hash(self.vqvae), "floor": self.samples.floor}
+
+    def load_extra_state(self, state: dict) -> None:
+        if state["codebook"] != codebook_hash(self.vqvae):
+            path = self.run.folder / "vqvae.pth"
+            raise UserError(f"{path}: has changed since the {self.title} began; start a new run with it")
+        self.samples.floor = state["floor"]

@@ -1,0 +1,92 @@
+"""A prior's samples in a run: their pictures, and their measures beside those of reconstructions."""
+
+from functools import cached_property
+
+from torch import Tensor
+
+from dataset import OasisDataset
+from evaluation import generation
+from modules import VQVAE
+from report.plots import Figures
+from support import distributed, seeds
+from support.run import Run
+
+N_SHOWN = 64  # as the report's figures have them
+
+
+class Samples:
+    """Draw and measure the samples of a prior while it is trained.
+
+    A prior has `noise(n, rng)` and `sample_images(noise)`. Noise is the same each time.
+
+    Args:
+        run, vqvae, train_set, validate_set: on the run's device.
+        name: of the stage, in files.
+        epochs, n_measures: of the stage, and how often in these the samples are measured.
+
+    Attributes:
+        floor: measures of reconstructed training images by name, what a perfect prior has; `begin` takes them.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        vqvae: VQVAE,
+        train_set: OasisDataset,
+        validate_set: OasisDataset,
+        epochs: int,
+        n_measures: int,
+    ):
+        self.run, self.name, self.epochs, self.n_measures = run, name, epochs, n_measures
+        self.vqvae, self.train_set, self.validate_set = vqvae, train_set, validate_set
+        self.figures, self.floor = Figures(run.folder, run.phantoms), {}
+
+    @cached_property
+    def held_out(self) -> generation.HeldOut:
+        """What samples are measured against; computed when it is first needed, which takes long."""
+        return generation.HeldOut(self.vqvae, self.validate_set, self.train_set, self.run.config.seed)
+
+    def noise(self, prior, n: int, stream: str) -> Tensor:
+        """The noise of n images from one of the run's streams of random numbers."""
+        return prior.noise(n, seeds.generator(self.run.config.seed, stream))
+
+    def begin(self, prior) -> None:
+        """Draw samples of the untrained prior, and take the measures of reconstructions; on rank 0."""
+        if distributed.is_first():
+            self.draw(prior, 0)
+            self.floor = {name: found.value for name, found in self.held_out.floor().items()}
+
+    def are_measured(self, epoch: int) -> bool:
+        """Whether samples are measured after an epoch: `n_measures` times in a run."""
+        now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
+        return now > before
+
+    def measure(self, prior, epoch: int) -> dict[str, float]:
+        """Measures of `generation.n_measured` samples, where they are due; on rank 0."""
+        if not self.are_measured(epoch) or not distributed.is_first():
+            return {}
+        noise = self.noise(prior, generation.n_measured(self.validate_set, self.train_set), "measures")
+        found = self.held_out.measure(prior.sample_images(noise))
+        return {name: measure.value for name, measure in found.items()}
+
+    def draw(self, prior, epoch: int) -> None:
+        """Draw N_SHOWN samples after an epoch; 0 is before training."""
+        images = prior.sample_images(self.noise(prior, N_SHOWN, "gan samples"))  # a signal may end the program here
+        when = f"after epoch {epoch}" if epoch else "before training"
+        title = f"{len(images)} fixed noise vectors, decoded {when}"
+        self.figures.image_grid(f"{self.name}_epoch_{epoch}.png", images, title)
+
+    def report(self, row: dict) -> None:
+        """Print an epoch's measures, if its row of metrics.csv has them, and draw those of the run so far."""
+        if "swd_mean" in row:
+            shown = (("swd_mean", 1), ("grey_values", 3), ("coherence", 3), ("texture_auc", 2), ("coverage", 2))
+            swd, grey, coherence, auc, coverage = (f"{row[key]:.{n}f} ({self.floor[key]:.{n}f})" for key, n in shown)
+            self.run.say(
+                f"Distance of generated brains (reconstructions): sliced Wasserstein {swd}, grey values {grey}"
+            )
+            self.run.say(f"Their texture (reconstructions): coherence {coherence}, AUC {auc}, coverage {coverage}")
+        measured = [row for row in self.run.rows_of(self.name) if "swd_mean" in row]
+        if measured:
+            self.figures.measures(f"{self.name}_measures.png", measured, self.floor)
+            self.figures.texture(f"{self.name}_texture.png", measured, self.floor)
