@@ -19,11 +19,13 @@ from torch.autograd.function import once_differentiable
 IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
 
 # Of the prior over codes.
-STRIDES = (8, 4, 2, 1)  # of its grids: at 8 they are few enough to come one by one, and 32 pixels apart
-GROUPS = (3, 1, 2)  # places in a cell, 0 1 above 2 3, in order: the middle lies between four known codes
+STRIDES = (8, 4, 2, 1)  # of its grids, each with the codes of those before
+WINDOW = 2  # rows above a code, and columns on either side, whose codes it sees directly
+CODE_FEATURES, PLACE_FEATURES = 16, 64  # channels for a code, and for where a slice lies
+FEATURES_SHARE = 0.1  # of codes' features in the first weights of their logits
+IGNORED = -100  # stands for a code outside the grid
 N_PLANES = 32  # of the report's set, 1 mm apart
 MOST_DISTANCE = 16  # between a slice and a neighbour: half the planes
-CODE_FEATURES, PLACE_FEATURES = 16, 64  # channels for a code, and for where a slice lies
 
 
 class ResidualBlock(nn.Module):
@@ -408,165 +410,190 @@ class DilatedBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
-class CoarseNetwork(nn.Module):
-    """Logits of the codes (B, h, w) of a coarse grid, each given those before it in raster order.
+class GridNetwork(nn.Module):
+    """The codes of a grid, one after the other in raster order, given those of the grid of twice the stride.
 
-    A Transformer with causal attention (arXiv 1706.03762), LayerNorm before each part (arXiv 2002.04745).
+    Two rows of two codes of the grid are a cell, whose first code is one of the coarser grid; in the first grid that
+    one is not known either. A convolutional network over cells sees all that is known beforehand; at each code, a
+    perceptron sees what that found there and the codes just before, in WINDOW rows above and columns beside.
+
+    Args:
+        n_codes, size: number of codes, and the rows and columns of the grid.
+        width, dilations: channels and blocks of the convolutional network.
+        hidden: units of the perceptron.
+        first: whether no grid comes before.
     """
 
-    def __init__(self, n_codes: int, size: tuple[int, int], width: int = 128, n_layers: int = 4):
+    def __init__(
+        self,
+        n_codes: int,
+        size: tuple[int, int],
+        width: int,
+        dilations: tuple[int, ...],
+        hidden: int,
+        first: bool,
+    ):
         super().__init__()
-        self.code = nn.Embedding(n_codes + 1, width)  # the last one stands for the start
-        self.position = nn.Parameter(torch.zeros(size[0] * size[1], width))
+        self.places = (0, 1, 2, 3) if first else (1, 2, 3)  # of a cell, 0 1 above 2 3, that are predicted
+        n_known = 2 * 4 * CODE_FEATURES + (0 if first else CODE_FEATURES)
+        self.enter = nn.Conv2d(n_known, width, (1, 1))
         self.place = nn.Linear(PLACE_FEATURES, width)
-        self.near = nn.Conv2d(2 * CODE_FEATURES, width, (3, 3), (1, 1), (1, 1))
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
-        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_codes))
-
-    def forward(self, codes: Tensor, place: Tensor, near: Tensor) -> Tensor:
-        """Codes (B, h, w), place (B, PLACE_FEATURES), near (B, 2 CODE_FEATURES, h, w) -> logits (B, n_codes, h, w)."""
-        before = F.pad(codes.flatten(1)[:, :-1], (1, 0), value=self.code.num_embeddings - 1)
-        x = self.code(before) + self.position + self.place(place)[:, None] + self.near(near).flatten(2).mT
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
-        return self.last(self.layers(x, mask)).mT.unflatten(2, codes.shape[1:])
-
-
-class FineNetwork(nn.Module):
-    """Logits of one group of a grid's codes, given the grid of twice the stride and the groups before.
-
-    Two rows of two codes of the grid are a cell. A group has one code of each cell, and all of them are predicted at
-    once (arXiv 1703.03664, section 3).
-    """
-
-    def __init__(self, n_codes: int, size: tuple[int, int], width: int, dilations: tuple[int, ...]):
-        super().__init__()
-        self.code = nn.Embedding(n_codes + 1, CODE_FEATURES)  # the last one stands for a code that is not known yet
-        self.enter = nn.Conv2d((4 + 2 * 4) * CODE_FEATURES, width, (1, 1))
-        self.group, self.place = nn.Embedding(len(GROUPS), width), nn.Linear(PLACE_FEATURES, width)
-        self.position = nn.Parameter(torch.zeros(width, *size))
+        self.position = nn.Parameter(torch.zeros(width, *(-(-length // 2) for length in size)))
         self.blocks = nn.Sequential(*(DilatedBlock(width, dilation) for dilation in dilations))
-        self.last = nn.Conv2d(width, n_codes, (1, 1))
+        self.context = nn.Conv2d(width, len(self.places) * hidden, (1, 1))
+        window = CODE_FEATURES, WINDOW + 1, 2 * WINDOW + 1
+        self.before = nn.ParameterList(torch.empty(hidden, *window) for _ in self.places)
+        for weight in self.before:
+            nn.init.kaiming_uniform_(weight, math.sqrt(5))  # as nn.Conv2d does
+        causal = torch.ones(window[1:])
+        causal[-1, WINDOW:] = 0
+        self.register_buffer("causal", causal, persistent=False)
+        self.hidden, self.last = nn.Linear(hidden, hidden), nn.Linear(hidden, n_codes)
 
-    def forward(self, known: Tensor, group: Tensor, place: Tensor, near: Tensor) -> Tensor:
-        """Logits (B, n_codes, h, w) of a code of each cell.
+    def contexts(self, coarse: Tensor | None, near: Tensor, place: Tensor) -> Tensor:
+        """What is known beforehand, at each code that is predicted: (B, h, w, places, hidden), for h x w cells.
 
-        Args:
-            known: (B, 4, h, w), the codes of cells, n_codes where they are not known.
-            group: (B,), the index in GROUPS of what is predicted.
-            place, near: (B, PLACE_FEATURES) and (B, 8 CODE_FEATURES, h, w), what is known beforehand.
+        `coarse` (B, CODE_FEATURES, h, w) are the codes of the coarser grid, `near` (B, 2 CODE_FEATURES, H, W) those of
+        neighbouring slices, `place` is (B, PLACE_FEATURES).
         """
-        x = self.code(known).permute(0, 1, 4, 2, 3).flatten(1, 2)
-        x = self.enter(torch.cat([x, near], 1).contiguous(memory_format=torch.channels_last))
-        x = x + self.position + (self.group(group) + self.place(place))[:, :, None, None]
-        return self.last(F.relu(self.blocks(x)))
+        near = F.pixel_unshuffle(_whole_cells(near), 2)
+        known = near if coarse is None else torch.cat([coarse, near], 1)
+        x = self.enter(known.contiguous(memory_format=torch.channels_last))
+        x = x + self.position + self.place(place)[:, :, None, None]
+        x = self.context(F.relu(self.blocks(x)))
+        return x.permute(0, 2, 3, 1).unflatten(3, (len(self.places), -1))
+
+    def logits(self, before: Tensor, context: Tensor) -> Tensor:
+        """(…, hidden), from the codes just before and from what is known beforehand -> (…, n_codes)."""
+        x = F.relu(before + context)
+        return self.last(x + F.relu(self.hidden(x)))
+
+    def forward(self, codes: Tensor, maps: Tensor, near: Tensor, place: Tensor) -> Tensor:
+        """-log2 p of codes (B, H, W) with features `maps` (B, CODE_FEATURES, H, W): (B, H, W), 0 if in a coarser grid.
+
+        The other arguments are those of `contexts`.
+        """
+        first, (height, width) = 0 in self.places, codes.shape[1:]
+        context = self.contexts(None if first else maps[:, :, ::2, ::2], near, place)
+        h, w = context.shape[1:3]
+        maps = F.pad(_whole_cells(maps), (WINDOW, WINDOW, WINDOW, 0)).contiguous(memory_format=torch.channels_last)
+        before = []
+        for weight, place_in_cell in zip(self.before, self.places, strict=True):
+            row, column = divmod(place_in_cell, 2)
+            rows, columns = slice(row, row + 2 * h + WINDOW - 1), slice(column, column + 2 * w + 2 * WINDOW - 1)
+            before.append(F.conv2d(maps[:, :, rows, columns], weight * self.causal, stride=2).permute(0, 2, 3, 1))
+        logits = self.logits(torch.stack(before, 3), context)
+        cells = F.pixel_unshuffle(_whole_cells(codes[:, None], IGNORED), 2)[:, self.places].permute(0, 2, 3, 1)
+        nats = F.cross_entropy(logits.flatten(0, 3).float(), cells.flatten(), ignore_index=IGNORED, reduction="none")
+        bits = torch.zeros(len(codes), 4, h, w, device=codes.device)
+        bits[:, self.places] = nats.view(cells.shape).permute(0, 3, 1, 2) / math.log(2)
+        return F.pixel_shuffle(bits, 2)[:, 0, :height, :width]
+
+    def sample(self, noise: Tensor, coarse: Tensor | None, near: Tensor, place: Tensor, code: nn.Embedding) -> Tensor:
+        """Codes (B, H, W), each drawn with noise (B, H, W) at its place, given those of the coarser grid (B, h, w)."""
+        (n, height, width), first = noise.shape, coarse is None
+        context = self.contexts(None if first else code(coarse).permute(0, 3, 1, 2), near, place)
+        context = context.permute(1, 2, 3, 0, 4).contiguous()
+        before = [(weight * self.causal).permute(0, 2, 3, 1).flatten(1).T.contiguous() for weight in self.before]
+        codes = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
+        maps = torch.zeros(n, height + WINDOW, width + 2 * WINDOW, CODE_FEATURES, device=noise.device)
+        if not first:
+            codes[:, ::2, ::2] = coarse
+            maps[:, WINDOW::2, WINDOW : WINDOW + width : 2] = code(coarse)
+        for row in range(height):
+            for column in range(width):
+                place_in_cell = 2 * (row % 2) + column % 2
+                if place_in_cell in self.places:
+                    which = self.places.index(place_in_cell)
+                    window = maps[:, row : row + WINDOW + 1, column : column + 2 * WINDOW + 1].flatten(1)
+                    logits = self.logits(window @ before[which], context[row // 2, column // 2, which])
+                    drawn = _draw(logits, noise[:, row, column])
+                    codes[:, row, column] = drawn
+                    maps[:, row + WINDOW, column + WINDOW] = code(drawn)
+        return codes
 
 
 class Autoregressive(nn.Module):
     """A distribution over codes (B, H, W), from coarse to fine (arXiv 1711.00937, section 3.3; arXiv 1703.03664).
 
-    The codes at every eighth row and column come first, one after the other. Then the stride is halved three times;
-    each time the codes between the known ones come in three groups: the middles of cells, then the two others. The
-    probability of an image is the product over its codes.
+    The codes at every eighth row and column come first; then the stride is halved three times. In each grid codes come
+    one after the other. The probability of an image is the product over its codes.
 
-    `size` is (H, W); `width` and `dilations` are the channels and the blocks of each `FineNetwork`.
+    Args:
+        codebook: (n_codes, D). Features of codes begin as its principal components: without, it takes long to learn
+            which codes are alike.
+        size: (H, W).
+        width, dilations, hidden: of each `GridNetwork`.
     """
 
     def __init__(
         self,
-        n_codes: int = 512,
+        codebook: Tensor,
         size: tuple[int, int] = (64, 64),
         width: int = 64,
         dilations: tuple[int, ...] = (1, 2, 4, 1, 2, 4),
+        hidden: int = 96,
     ):
         super().__init__()
-        self.n_codes, self.size, self.width, self.dilations = n_codes, size, width, dilations
-        coarse, *cells = (tuple(-(-length // stride) for length in size) for stride in (STRIDES[0], *STRIDES[:-1]))
+        self.n_codes, self.size = len(codebook), size
+        self.settings = {"width": width, "dilations": dilations, "hidden": hidden}
         self.plane = nn.Embedding(N_PLANES + 1, PLACE_FEATURES)
         self.below, self.above = (nn.Embedding(MOST_DISTANCE + 1, PLACE_FEATURES) for _ in range(2))
-        self.neighbour = nn.Embedding(n_codes + 1, CODE_FEATURES)  # the last one stands for no slice
-        self.coarse = CoarseNetwork(n_codes, coarse)
-        self.fine = nn.ModuleList(FineNetwork(n_codes, each, width, dilations) for each in cells)
+        self.code, self.neighbour = (nn.Embedding(self.n_codes, CODE_FEATURES) for _ in range(2))
+        self.grids = nn.ModuleList()
+        for stride in STRIDES:
+            grid = tuple(-(-length // stride) for length in size)
+            self.grids.append(GridNetwork(self.n_codes, grid, **self.settings, first=stride == STRIDES[0]))
+        features = principal_components(codebook)
+        with torch.no_grad():
+            for embedding in (self.code, self.neighbour):
+                embedding.weight.copy_(features)
+            for grid in self.grids:
+                grid.last.weight[:, :CODE_FEATURES] = FEATURES_SHARE * features[:, :hidden]
 
-    def forward(self, codes: Tensor, condition: Condition, groups: Tensor | None = None) -> Tensor:
-        """The information in each of codes (B, H, W) int64: -log2 p, (B, H, W) in bits. The sum is an image's.
-
-        With groups (B, 3), an index in GROUPS for each halving, these alone are computed and count three times, the
-        others 0: an estimate in a third of the time, whose mean over random groups is exact.
-        """
-        place, near = self._place(condition), self._near(condition)
-        first, *halved = STRIDES
+    def forward(self, codes: Tensor, condition: Condition) -> Tensor:
+        """The information in each of codes (B, H, W) int64: -log2 p, (B, H, W) in bits. The sum is an image's."""
+        place, near = self._condition(condition)
+        maps = self.code(codes).permute(0, 3, 1, 2)
         bits = torch.zeros(codes.shape, device=codes.device)
-        coarse = codes[:, ::first, ::first]
-        bits[:, ::first, ::first] = self._bits(self.coarse(coarse, place, _pooled(near, first)), coarse)
-        for level, stride in enumerate(halved):
-            grid = codes[:, ::stride, ::stride]
-            cells, beside = _to_cells(grid, self.n_codes), _to_cells(_pooled(near, stride), 0)
-            found = torch.zeros(cells.shape, device=codes.device)
-            for group in range(len(GROUPS)) if groups is None else (groups[:, level],):
-                group = torch.as_tensor(group, device=codes.device).expand(len(codes))
-                image, place_in_cell = torch.arange(len(codes)), torch.tensor(GROUPS, device=codes.device)[group]
-                logits = self.fine[level](self._known(cells, group), group, place, beside)
-                found[image, place_in_cell] = self._bits(logits, cells[image, place_in_cell])
-            found = found if groups is None else len(GROUPS) * found
-            bits[:, ::stride, ::stride] += _from_cells(found, grid.shape[1:])
+        for stride, grid in zip(STRIDES, self.grids, strict=True):
+            every = slice(None, None, stride)
+            found = grid(codes[:, every, every], maps[:, :, every, every], _pooled(near, stride), place)
+            bits[:, every, every] += found
         return bits
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition) -> Tensor:
         """Noise (B, H, W), uniform in [0, 1), -> codes (B, H, W) int64, each drawn with the noise at its place."""
-        place, near = self._place(condition), self._near(condition)
-        first, *halved = STRIDES
-        drawn = noise[:, ::first, ::first]
-        codes = torch.full(drawn.shape, self.n_codes, device=noise.device)
-        for row in range(codes.shape[1]):
-            for column in range(codes.shape[2]):
-                logits = self.coarse(codes, place, _pooled(near, first))[:, :, row, column]
-                codes[:, row, column] = _draw(logits, drawn[:, row, column])
-        for level, stride in enumerate(halved):
-            drawn = noise[:, ::stride, ::stride]
-            cells, beside = _to_cells(drawn, 0), _to_cells(_pooled(near, stride), 0)
-            known = torch.full(cells.shape, self.n_codes, device=noise.device)
-            known[:, 0] = codes
-            inside = _to_cells(torch.ones_like(drawn), 0) > 0
-            for number, place_in_cell in enumerate(GROUPS):
-                group = torch.full((len(noise),), number, device=noise.device)
-                new = _draw(self.fine[level](known, group, place, beside), cells[:, place_in_cell])
-                known[:, place_in_cell] = torch.where(inside[:, place_in_cell], new, self.n_codes)
-            codes = _from_cells(known, drawn.shape[1:])
+        place, near = self._condition(condition)
+        codes = None
+        for stride, grid in zip(STRIDES, self.grids, strict=True):
+            codes = grid.sample(noise[:, ::stride, ::stride], codes, _pooled(near, stride), place, self.code)
         return codes
 
-    def _place(self, condition: Condition) -> Tensor:
-        """(B, PLACE_FEATURES): the plane, and how far the neighbours are."""
+    def _condition(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """The place (B, PLACE_FEATURES), and the codes of both neighbours (B, 2 CODE_FEATURES, H, W), 0 for none."""
         below, above = condition.distance.T
-        return F.relu(self.plane(condition.plane) + self.below(below) + self.above(above))
-
-    def _near(self, condition: Condition) -> Tensor:
-        """(B, 2 CODE_FEATURES, H, W): the codes of both neighbours."""
-        codes = condition.neighbours.masked_fill((condition.distance == 0)[:, :, None, None], self.n_codes)
-        return self.neighbour(codes).permute(0, 1, 4, 2, 3).flatten(1, 2)
-
-    def _known(self, cells: Tensor, group: Tensor) -> Tensor:
-        """The codes of cells (B, 4, h, w) that precede a group (B,); n_codes for the others."""
-        order = torch.tensor([0, *(1 + GROUPS.index(place) for place in (1, 2, 3))], device=cells.device)
-        return cells.masked_fill((order > group[:, None])[:, :, None, None], self.n_codes)
-
-    def _bits(self, logits: Tensor, codes: Tensor) -> Tensor:
-        """-log2 p of codes (B, h, w) by logits (B, n_codes, h, w); 0 for n_codes, which pads cells."""
-        nats = F.cross_entropy(logits.float(), codes, ignore_index=self.n_codes, reduction="none")
-        return nats / math.log(2)
+        place = F.relu(self.plane(condition.plane) + self.below(below) + self.above(above))
+        near = self.neighbour(condition.neighbours) * (condition.distance > 0)[:, :, None, None, None]
+        return place, near.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
-def _to_cells(grid: Tensor, padding: int) -> Tensor:
-    """(B, H, W) or (B, C, H, W) -> (B, 4 C, ⌈H/2⌉, ⌈W/2⌉), the upper left of each cell's four values first."""
-    h, w = grid.shape[-2:]
-    grid = F.pad(grid if grid.ndim == 4 else grid[:, None], (0, w % 2, 0, h % 2), value=padding)
-    return F.pixel_unshuffle(grid, 2)
+def principal_components(codebook: Tensor) -> Tensor:
+    """Features (n_codes, CODE_FEATURES) of embeddings (n_codes, D): principal components, 0 where there are fewer.
+
+    Each is divided by the root of its standard deviation: a few directions have nearly all of the variance.
+    """
+    x = (codebook - codebook.mean(0)).cpu().double()
+    components = x @ torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :CODE_FEATURES]
+    components = components / components.std(0).sqrt().clamp(min=1e-6)
+    features = components / components.std().clamp(min=1e-6)
+    return F.pad(features, (0, CODE_FEATURES - features.shape[1])).float()
 
 
-def _from_cells(cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 4, h, w) -> (B, *size): the inverse of `_to_cells`."""
-    return F.pixel_shuffle(cells, 2)[:, 0, : size[0], : size[1]]
+def _whole_cells(grid: Tensor, value: int = 0) -> Tensor:
+    """(B, C, H, W) with a further row and column where these are odd."""
+    return F.pad(grid, (0, grid.shape[3] % 2, 0, grid.shape[2] % 2), value=value)
 
 
 def _pooled(near: Tensor, stride: int) -> Tensor:
@@ -575,6 +602,6 @@ def _pooled(near: Tensor, stride: int) -> Tensor:
 
 
 def _draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """Codes (B, …) with probabilities softmax(logits), logits (B, n_codes, …): where their sums pass noise (B, …)."""
+    """Codes (B,) with probabilities softmax(logits), logits (B, n_codes): where their sums pass noise (B,)."""
     sums = logits.double().softmax(1).cumsum(1)
     return (sums <= noise[:, None]).sum(1).clamp(max=logits.shape[1] - 1)

@@ -138,8 +138,7 @@ class AutoregressivePrior:
         return {
             "kind": "autoregressive",
             "state_dict": files.cpu_state(self.network),
-            "width": self.network.width,
-            "dilations": self.network.dilations,
+            "settings": self.network.settings,
             "frame": self.frame._replace(codes=self.frame.codes.cpu())._asdict(),
             "planes": list(self.planes),
             "codebook": codebook_hash(self.vqvae),
@@ -152,19 +151,20 @@ def prior_of(contents: dict, vqvae: VQVAE) -> AutoregressivePrior:
     if contents["codebook"] != codebook_hash(vqvae):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     frame, state = Frame(**contents["frame"]), contents["state_dict"]
-    n_codes = vqvae.vector_quantizer.embedding.num_embeddings
+    codebook = vqvae.vector_quantizer.embedding.weight.detach()
     corner, size = frame.corner, frame.size
     inside = all(0 <= start and 0 < length and start + length <= 64 for start, length in zip(corner, size, strict=True))
     right = isinstance(frame.codes, Tensor) and frame.codes.dtype == torch.long and frame.codes.shape == (64, 64)
-    if not right or not inside or not 0 < frame.rare < 1 or not ((0 <= frame.codes) & (frame.codes < n_codes)).all():
+    in_range = right and ((0 <= frame.codes) & (frame.codes < len(codebook))).all()
+    if not in_range or not inside or not 0 < frame.rare < 1:
         raise ValueError("its 'frame' is not one of 64 x 64 codes")
-    planes = contents["planes"]
+    planes, settings = contents["planes"], contents["settings"]
     if not isinstance(planes, list) or not all(type(n) is int and 0 <= n < N_PLANES for n in planes):
         raise ValueError(f"its 'planes' are not numbers from 0 to {N_PLANES - 1}")
-    width, dilations = contents["width"], contents["dilations"]
-    if type(width) is not int or not 0 < width <= 256 or not all(type(d) is int and 0 < d <= 64 for d in dilations):
-        raise ValueError("its 'width' or 'dilations' are not a network's")
-    network = Autoregressive(n_codes, size, width, dilations)
+    sizes = settings["width"], settings["hidden"], *settings["dilations"]
+    if not all(type(n) is int and 0 < n <= 256 for n in sizes) or len(sizes) > 66:
+        raise ValueError("its 'settings' are not a network's")
+    network = Autoregressive(codebook, size, **settings)
     files.load_state(network, state)
     network.to(vqvae.conv1.weight.device, memory_format=torch.channels_last).eval()
     return AutoregressivePrior(network, frame, vqvae, planes, bool(contents["phantoms"]))

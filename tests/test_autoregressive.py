@@ -25,7 +25,7 @@ from training.prior import load_prior
 def random_network(n_codes: int, size: tuple[int, int], std: float = 0.5) -> Autoregressive:
     """A small network whose weights are all random, for some begin as 0."""
     torch.manual_seed(0)
-    network = Autoregressive(n_codes, size, 8, (1, 2)).eval()
+    network = Autoregressive(torch.randn(n_codes, 4), size, 8, (1, 2), 8).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, 0, std)
     return network
@@ -62,23 +62,23 @@ def test_samples_come_as_often_as_their_probability_says(tiny):
     assert share[~likely].sum().item() == pytest.approx(probability[~likely].sum().item(), abs=0.02)
 
 
-def test_the_estimate_from_one_group_is_right_on_average(tiny):
-    codes, _, told, network = tiny
-    codes, told = codes[::700], repeated(told, len(codes[::700]))
+def test_a_code_depends_on_those_before_it_alone():
+    """In an order by grids, and in each by rows: a changed code changes no probability before its own."""
+    network, size = random_network(5, (17, 18)), (17, 18)
+    codes = torch.randint(5, (1, *size))
+    told = Condition(torch.tensor([0]), torch.zeros(1, 2, *size).long(), torch.zeros(1, 2).long())
+    order = []
+    for stride in (8, 4, 2, 1):
+        places = itertools.product(range(0, size[0], stride), range(0, size[1], stride))
+        order += [place for place in places if place not in order]
     with torch.no_grad():
-        estimates = [network(codes, told, torch.full((len(codes), 3), group)) for group in range(3)]
-        torch.testing.assert_close(sum(estimates) / 3, network(codes, told), rtol=1e-5, atol=1e-5)
-
-
-def test_a_code_of_the_coarse_grid_depends_on_those_before_it_alone():
-    network = random_network(5, (24, 16))
-    codes, told = torch.randint(5, (1, 24, 16)), Condition(torch.tensor([0]), *2 * (torch.zeros(1, 2, 24, 16).long(),))
-    told = told._replace(distance=torch.zeros(1, 2).long())
-    changed = codes.clone()
-    changed[0, 8, 8] = (codes[0, 8, 8] + 1) % 5
-    with torch.no_grad():
-        differ = (network(codes, told) != network(changed, told))[0, ::8, ::8]
-    assert differ.tolist() == [[False, False], [False, True], [True, True]]
+        before = network(codes, told)[0]
+        for row, column in ((0, 0), (8, 16), (16, 16), (4, 12), (2, 2), (6, 9), (15, 17), (16, 17)):
+            changed = codes.clone()
+            changed[0, row, column] = (codes[0, row, column] + 1) % 5
+            differ = (network(changed, told)[0] != before).tolist()
+            first = next(place for place in order if differ[place[0]][place[1]])
+            assert first == (row, column)
 
 
 def test_neighbours_that_are_not_there_are_not_read():
@@ -225,8 +225,8 @@ def test_the_file(prior, tmp_path, rng):
         ("codebook", "x", "another codebook"),
         ("frame", {"codes": torch.zeros(64, 64).long(), "corner": (0, 60), "size": (8, 8), "rare": 0.1}, "'frame'"),
         ("planes", [0, 32], "'planes'"),
-        ("width", -1, "'width'"),
-        ("dilations", (0,), "'dilations'"),
+        ("settings", {"width": -1, "dilations": (1,), "hidden": 8}, "'settings'"),
+        ("settings", {"width": 8, "dilations": (0,), "hidden": 8}, "'settings'"),
         ("state_dict", {}, "is missing"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import OasisDataset
-from modules import GROUPS, MOST_DISTANCE, N_PLANES, STRIDES, VQVAE, Autoregressive, Condition
+from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
 from priors.autoregressive import AutoregressivePrior, Frame, fit_frame, prior_of
 from priors.checkpoints import codebook_hash
 from priors.code_cache import CodeCache
@@ -57,8 +57,8 @@ class AutoregressiveStage(Stage):
         else:
             self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
         torch.manual_seed(seeds.derived_seed(config.seed, "autoregressive weights"))
-        n_codes = vqvae.vector_quantizer.embedding.num_embeddings
-        self.network = Autoregressive(n_codes, self.frame.size, recipe.width, recipe.dilations)
+        codebook = vqvae.vector_quantizer.embedding.weight.detach()
+        self.network = Autoregressive(codebook, self.frame.size, recipe.width, recipe.dilations, recipe.hidden)
         self.network.to(run.device, memory_format=fast_path.layout)
         average = copy.deepcopy(self.network)
         self.networks, self.averages = {"autoregressive": self.network}, {"autoregressive": average}
@@ -92,18 +92,15 @@ class AutoregressiveStage(Stage):
         return bits.detach()[None]
 
     def draw_conditions(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-        """What n slices are told and asked.
+        """What n slices are told.
 
         Returns:
-            groups (n, 3): one of each halving, each equally often.
             distance (n, 2): of neighbours below and above, 1, 2, 4, 8 or 16 planes; 0 for none.
             hidden (n,): whether the plane is not told.
             exchanged (n, 2, 64, 64): which codes of neighbours are of other slices.
             others (n, 2): the slices that these are of.
         """
         recipe, n_distances = self.recipe, MOST_DISTANCE.bit_length()
-        first = torch.randint(len(GROUPS), (len(STRIDES) - 1,), generator=rng)
-        groups = torch.stack([(torch.randperm(n, generator=rng) + each) % len(GROUPS) for each in first], 1)
         distance = 2 ** torch.randint(n_distances, (n, 1), generator=rng).expand(n, 2)
         alone = torch.rand(n, 1, generator=rng) < recipe.without_neighbours
         left_out = torch.rand(n, 2, generator=rng) < recipe.without_one
@@ -111,11 +108,11 @@ class AutoregressiveStage(Stage):
         share = recipe.exchanged * torch.rand(n, 1, 1, 1, generator=rng)
         exchanged = torch.rand(n, 2, *self.frame.codes.shape, generator=rng) < share
         others = torch.randint(len(self.codes), (n, 2), generator=rng)
-        return groups, distance.masked_fill(alone | left_out, 0), hidden, exchanged, others
+        return distance.masked_fill(alone | left_out, 0), hidden, exchanged, others
 
     def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, *drawn: Tensor) -> Tensor:
-        """The bits of slices (B,) of a split, estimated from one group of each halving: (B,)."""
-        groups, distance, hidden, exchanged, others = drawn
+        """The bits of slices (B,) of a split, with what `draw_conditions` returned for them: (B,)."""
+        distance, hidden, exchanged, others = drawn
         condition = codes.condition(indices, distance)
         others = move(self.codes.codes[others], self.run.device).long()
         neighbours = torch.where(move(exchanged, self.run.device), others, condition.neighbours)
@@ -123,11 +120,11 @@ class AutoregressiveStage(Stage):
         box = self.frame.box
         condition = Condition(plane, neighbours[:, :, *box], condition.distance)
         with self.run.fast_path.autocast():
-            bits = network(codes.batch(indices)[:, *box], condition, move(groups, self.run.device))
+            bits = network(codes.batch(indices)[:, *box], condition)
         return bits.sum((1, 2))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """The validation split's bits, told and asked the same after each epoch; and measures, when they are due."""
+        """The validation split's bits, told the same after each epoch; and measures, when they are due."""
         return {"validation_bits": self.validation_bits()} | self.samples.measure(self.prior, epoch)
 
     @torch.no_grad()

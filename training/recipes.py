@@ -8,7 +8,7 @@ class AutoregressiveRecipe:
     """Of the prior over codes.
 
     Attributes:
-        width, dilations: the channels and the blocks of a `modules.FineNetwork`.
+        width, dilations, hidden: of a `modules.GridNetwork`.
         without_plane, without_neighbours: shares of slices that are not told their plane, or no neighbour, so that the
             prior also draws without.
         without_one: share of each neighbour, of slices that are told some, that is left out: the first planes of a
@@ -22,6 +22,7 @@ class AutoregressiveRecipe:
 
     width: int = 64
     dilations: tuple[int, ...] = (1, 2, 4, 1, 2, 4)
+    hidden: int = 96
     without_plane: float = 0.1
     without_neighbours: float = 0.3
     without_one: float = 0.25
