@@ -1,17 +1,22 @@
-"""Draw the README's diagrams: vqvae-architecture.png, vqvae-loss.png and dcgan-architecture.png, beside this file.
+"""Draw the diagrams of README.md and docs/, beside this file: networks, the loss, and the order of a prior's codes.
 
 python resources/draw_diagrams.py
 """
 
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from modules import WINDOW  # noqa: E402
+
 BLUE, ORANGE, GREEN, GREY, RED = "#cfe3f3", "#fbe3b5", "#cdeadb", "#eeeeee", "#c0392b"
 
 
@@ -143,7 +148,49 @@ def dcgan() -> None:
     save(figure, "dcgan-architecture.png")
 
 
+def squares(axes, left: float, n: int, colour_of) -> None:
+    """n x n squares of 0.25 from (left, 0.3) upwards, each with the colour and the text of its row and column."""
+    for row in range(n):
+        for column in range(n):
+            colour, text = colour_of(row, column)
+            x, y = left + 0.25 * column, 0.3 + 0.25 * (n - 1 - row)
+            axes.add_patch(Rectangle((x, y), 0.25, 0.25, facecolor=colour, edgecolor="#888", linewidth=0.6))
+            axes.text(x + 0.125, y + 0.115, text, ha="center", va="center", fontsize=7.5)
+
+
+def order() -> None:
+    figure, axes = canvas(10.2, 4.7)
+    colours = {8: RED, 4: ORANGE, 2: GREEN, 1: BLUE}
+
+    def grid(row: int, column: int) -> tuple[str, str]:
+        number, stride = next((i, s) for i, s in enumerate(colours) if row % s == 0 and column % s == 0)
+        return colours[stride], str(number + 1)
+
+    def window(row: int, column: int) -> tuple[str, str]:
+        here, above = (8, 7), row < 8 or (row == 8 and column < 7)
+        if (row, column) == here:
+            return RED, "?"
+        if above and row >= 8 - WINDOW and abs(column - 7) <= WINDOW:
+            return ORANGE, ""
+        if row % 2 == 0 and column % 2 == 0:
+            return GREEN, ""
+        return (BLUE if above else "white"), ""
+
+    axes.text(2.3, 4.45, "Four grids, one after the other", ha="center", fontsize=11)
+    squares(axes, 0.3, 16, grid)
+    axes.text(2.3, 0.1, "1 to 4: every 8th, 4th, 2nd row and column; all", ha="center", va="center", fontsize=8.5)
+    axes.text(7.9, 4.45, "A code of the last grid", ha="center", fontsize=11)
+    squares(axes, 5.9, 16, window)
+    coarser = "coarser grid:\nseen by a\nconvolution"
+    texts = (RED, "drawn now"), (ORANGE, "seen directly"), (GREEN, coarser), (BLUE, "drawn before")
+    for i, (colour, text) in enumerate(texts):
+        axes.add_patch(Rectangle((4.5, 3.9 - 0.75 * i), 0.25, 0.25, facecolor=colour, edgecolor="#888", linewidth=0.6))
+        axes.text(4.85, 4.02 - 0.75 * i, text, va="center", fontsize=8.5)
+    save(figure, "autoregressive-order.png")
+
+
 if __name__ == "__main__":
     vqvae()
     loss()
     dcgan()
+    order()
