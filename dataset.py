@@ -38,6 +38,7 @@ REPORT_SET = {
     "validate": "c0cb3c1038f3066a7cb533d235f9a29e2b22d9ef956087592bb5de4cda84d95b",
     "test": "a5cc9d92aa2c70a96e7d88f74f704a184c91bcd6ea1060edc693a0879e268ba9",
 }
+DARK = 64  # grey levels; each slice of the report's set is scaled to 255
 DEFAULT_DATA = Path("keras_png_slices_data")
 BOX_MARGIN = 12  # pixels: the padding of hidden layers reaches 3 codes of 4 pixels inwards and changes none beyond
 MOST_BYTES = 16 * 2**20  # of a file; 256x256 pixels take half a megabyte uncompressed in the richest kind of PNG
@@ -66,7 +67,7 @@ class OasisDataset(Dataset):
         images, files: (N, 1, 256, 256) uint8, and the N paths in the same order.
         skipped: for each file that was left out, a line that names it and says what is wrong.
         labels: with `with_labels`, (N, 256, 256) uint8, 0 outside the brain, else the index in TISSUES; or None.
-        digest: SHA-256 of the SHA-256 of each image's pixels, in order.
+        digests, digest: SHA-256 of each image's pixels, and that of these together, in order.
         phantoms: whether the folder holds phantoms.
 
     Raises:
@@ -90,10 +91,17 @@ class OasisDataset(Dataset):
             raise DataError(_report(self.skipped, len(errors)))
         if self.skipped:
             self.files, pixels = [self.files[i] for i in good], pixels[good]
-        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
-        if not pixels.any():
-            folder = printable(self.files[0].parent)
+        self.digests = [digests[i] for i in good]
+        self.digest = hashlib.sha256(b"".join(self.digests)).hexdigest()
+        folder, brightest = printable(self.files[0].parent), pixels.max()
+        if not brightest:
             raise DataError(f"{folder}: every image is black; put the split's scans there")
+        if brightest < DARK:
+            print(
+                f"warning: {folder}: the brightest value is {brightest} of 255; if these are 12-bit values in 16-bit "
+                f"files, multiply them by {255 / brightest:.0f}",
+                file=sys.stderr,
+            )
         self.labels = self._read_labels() if with_labels else None
         self.phantoms = phantoms.are_in(self.root)
         self.device = torch.device(device)
@@ -241,6 +249,19 @@ def refuse_shared_cases(root: Path) -> None:
         )
 
 
+def refuse_equal_images(train_set: OasisDataset, other: OasisDataset) -> None:
+    """Raise DataError if an image, other than a black one, is in both splits, under whatever name."""
+    place = {digest: i for i, digest in enumerate(train_set.digests)}
+    equal = [(place[digest], i) for i, digest in enumerate(other.digests) if digest in place]
+    equal = [(i, j) for i, j in equal if other.images[j].any()]
+    if equal:
+        (i, j), more = equal[0], f" (and {len(equal) - 1} more images are)" if len(equal) > 1 else ""
+        raise DataError(
+            f"{printable(other.files[j])}: has the pixels of {train_set.name(i)} in training{more}, so that scores "
+            "would be of images seen there; correct the splits, or give --allow-shared-cases"
+        )
+
+
 def picture_box(images: Tensor, margin: int = BOX_MARGIN) -> tuple[slice, slice]:
     """The rows and columns of images (N, 1, H, W) that are ever above 0, and `margin` pixels around them.
 
@@ -290,14 +311,21 @@ def list_scans(root: Path, split: str) -> list[Path]:
         near = next(
             (path.parent for path in (root.parent / folder.name, *root.glob(f"*/{folder.name}")) if path.is_dir()), None
         )
-        advice = f"--data {printable(near)} has one" if near else "the data folder (--data) must hold it"
+        others = sorted(printable(path.name) for path in root.iterdir() if path.is_dir())[:6]
+        advice = "the data folder (--data) must hold it" + (f", and has {', '.join(others)}" if others else "")
+        advice = f"--data {printable(near)} has one" if near else advice
         raise DataError(f"{printable(folder)}: missing; {advice}")
     try:
-        files = [path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.name[0] != "."]
+        names = [path for path in folder.iterdir() if path.name[0] != "."]
+        files = [path for path in names if path.suffix.lower() == ".png"]
     except OSError as error:
         raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
     if not files:
-        raise DataError(f"{printable(folder)}: holds no .png files; put the split's scans there, as 256x256 grey PNGs")
+        kinds = sorted({printable(path.suffix) for path in names if path.suffix})[:6]
+        found = f" but {', '.join(kinds)}" if kinds else ""
+        raise DataError(
+            f"{printable(folder)}: holds no .png files{found}; put the split's scans there, as 256x256 grey PNGs"
+        )
     return sorted(files, key=lambda path: (natural(path.name), path.name))
 
 
@@ -325,7 +353,10 @@ def read_png(path: Path) -> np.ndarray:
         with Image.open(path, formats=["PNG"]) as image:
             if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
                 return np.rint(np.asarray(image, np.float64) * (255 / 65535)).astype(np.uint8)
-            return np.asarray(image if image.mode == "L" else image.convert("L"))
+            grey = np.asarray(image if image.mode == "L" else image.convert("L"))
+            if "A" in image.getbands() and np.ptp(grey) == 0 and np.ptp(np.asarray(image.getchannel("A"))) > 0:
+                raise DataError(f"{name}: has its picture in the alpha channel alone; convert it to grey")
+            return grey
     except DataError:
         raise
     except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError, zlib.error, …
@@ -360,6 +391,8 @@ def find_data(named: str | None) -> Path | None:
     """
     for value, source in ((named, "--data"), (os.environ.get("OASIS_DIR"), "OASIS_DIR")):
         if value is not None:
+            if value and Path(value).is_file():
+                raise DataError(f"{value}: is a file, named by {source}; unpack it, and name the folder there")
             if not value or not Path(value).is_dir():
                 raise DataError(f"{value or '(empty)'}: no such folder, named by {source}; name the OASIS folder there")
             return Path(value)

@@ -10,7 +10,10 @@
 Everything is written to a new folder, gen_imgs/<date_time>_predict/. docs/usage.md says what is in it.
 """
 
-import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+try:
+    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+except ModuleNotFoundError:
+    raise SystemExit("error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without") from None
 import argparse
 import math
 import re
@@ -207,13 +210,13 @@ def write_measures(folder: Path, rows: list[generation.Row], end: str) -> None:
     """Write measures.csv, and print a line for each measure with `end` after it."""
     sides = ("generated", "beside", "independent codes")
     columns = ["measure", *(side + limit for side in sides for limit in ("", ", low", ", high")), "what stands beside"]
-    files.write_csv(
-        folder / "measures.csv",
-        columns,
-        [(row.name, *row.generated, *row.beside, *row.independent, row.what) for row in rows],
-    )
+    table = [(row.name, *row.generated, *row.beside, *row.independent, row.what) for row in rows]
+    table = [[None if isinstance(value, float) and math.isnan(value) else value for value in row] for row in table]
+    files.write_csv(folder / "measures.csv", columns, table)
     for row in rows:
         print(f"{row.name}: {row.generated} ({row.what}: {row.beside}; independent codes: {row.independent}){end}")
+    if any(value is None for row in table for value in row[1::3][:3]):
+        print("–: not defined here, for it needs several subjects in each split, and images with detail")
 
 
 @torch.no_grad()

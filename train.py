@@ -11,11 +11,14 @@
 Everything is written to a new folder, gen_imgs/<date_time>/. docs/usage.md lists its files.
 """
 
-import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+try:
+    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+except ModuleNotFoundError:
+    raise SystemExit("error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without") from None
 import sys
 from pathlib import Path
 
-from dataset import SPLITS, OasisDataset, describe, list_scans, picture_box, refuse_shared_cases
+from dataset import SPLITS, OasisDataset, describe, list_scans, picture_box, refuse_equal_images, refuse_shared_cases
 from modules import VQVAE
 from priors.autoregressive import AutoregressivePrior
 from support import console, distributed, files
@@ -71,6 +74,8 @@ def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
     for dataset in (train_set, validate_set):
         dataset.print_skipped()
         counts[dataset.split] = len(dataset)
+    if not options.allow_shared_cases:
+        refuse_equal_images(train_set, validate_set)
     run.phantoms = train_set.phantoms
     size = train_set.images[(..., *picture_box(train_set.images))].shape[2:]
     run.fast_path = config.choose_run_fast_path(run, len(train_set), size)

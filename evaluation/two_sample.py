@@ -4,6 +4,7 @@ The slices of a subject are alike. So folds and confidence intervals are over su
 subjects. Measures are functions of weights (R, N): how often each of N rows counts in each of R samples.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ class Interval(NamedTuple):
     high: float | None = None
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "–"
         return f"{self.value:.4f}" + ("" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]")
 
 

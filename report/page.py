@@ -61,6 +61,9 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
     if scored:
         best = max(scored, key=lambda row: float(row["ssim_mean"]))
         facts["Best validation SSIM"] = f"{float(best['ssim_mean']):.4f}, after epoch {best['epoch']}"
+        black = float(best.get("ssim_black") or 0)
+        if float(best["ssim_mean"]) < black:
+            facts["Warning"] = f"a black image has {black:.4f}: this training failed; try a lower --lr"
     if options["only"] != "vqvae":
         titles = {"dcgan": ("DCGAN", "gan"), "flow": ("Flow", "flow")}
         title, stage = titles.get(options["prior"], ("Autoregressive prior", "autoregressive"))

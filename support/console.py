@@ -138,8 +138,9 @@ def run_program(main: Callable[[], None], name: str) -> None:
     """Run a program's `main`. What its user can fix ends it with one line and exit status 1, without a traceback."""
     sys.excepthook = sys.__excepthook__  # all is imported: see support.early
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by the shell
+        if hasattr(stream, "reconfigure"):  # None where the shell closed it; of Jupyter's own kind in a notebook
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
     except UserError as error:
@@ -152,10 +153,15 @@ def run_program(main: Callable[[], None], name: str) -> None:
         _fail(f"{name}: error: out of memory; try a smaller batch, codebook or number of samples")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        _received.clear()
+        for number, handler in handlers.items():  # a notebook goes on
+            if handler is not None:  # None where it was not installed from Python
+                signal.signal(number, handler)
 
 
 def _fail(message: str) -> None:
     if not distributed.is_first():
         time.sleep(distributed.GRACE)  # rank 0 usually has the same error and reports it first
-    print(message, file=sys.__stderr__)
+    print(message, file=sys.stderr if distributed.is_first() else sys.__stderr__)
     sys.exit(1)

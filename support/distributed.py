@@ -7,7 +7,9 @@ prints. With one process, every function here returns its input or does nothing.
 
 import gc
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -32,10 +34,21 @@ def start() -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    line = f"Waiting for all {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) to meet at {where} (MASTER_ADDR) …"
+    waiting = threading.Timer(GRACE, print, (line,), {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
+    # while processes wait for one another, Python's own handlers do not run
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     if torch.cuda.is_available():
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:  # rank 0 alone makes the generator's start, which is long on a slow CPU
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
+    waiting.cancel()
+    for number, handler in handlers.items():
+        if handler is not None:  # None where it was not installed from Python
+            signal.signal(number, handler)
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = _print_after_grace

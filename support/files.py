@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import secrets
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ def atomically(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows cannot flush what is open for reading
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
@@ -60,6 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
 def lock(folder: Path) -> int | None:
     """Lock a folder until the handle that is returned is closed, or the process ends."""
     if fcntl is None:
+        print(f"{folder}: this system has no locks; let no other process write there", file=sys.stderr)
         return None
     handle = os.open(folder, os.O_RDONLY)
     try:

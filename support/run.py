@@ -130,13 +130,14 @@ class Run:
 
 
 def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
-    """The run in a folder (as given, or under gen_imgs/), as `Run.save` left it last.
+    """The run in a folder or of a resume.pth (as given, or under gen_imgs/), as `Run.save` left it last.
 
     `config` is the dataclass of its options, `stages` are the names that a stage may have.
 
     Raises UserError if the folder holds no run to resume.
     """
     folder = files.find(path)
+    folder = folder.parent if folder.name == RESUME_FILE and folder.is_file() else folder
     if not (folder / RESUME_FILE).is_file():
         raise UserError(f"{folder}: holds no {RESUME_FILE}, so there is nothing to resume; start a new run")
     run = Run(None, folder)

@@ -1,7 +1,9 @@
 """Progress, signals, and errors as one line."""
 
+import io
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -80,6 +82,31 @@ def test_errors_that_a_user_can_fix_are_one_line(capfd, error, said):
     with pytest.raises(SystemExit) as caught:
         console.run_program(main, "p.py")
     assert caught.value.code == 1 and capfd.readouterr().err.startswith(said)
+
+
+class NotebookStream(io.StringIO):
+    """A stream as Jupyter's kernel has it: not an io.TextIOWrapper."""
+
+
+def test_a_program_runs_in_a_notebook_and_leaves_its_signals_alone(monkeypatch):
+    out, err = NotebookStream(), NotebookStream()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    before = signal.getsignal(signal.SIGINT)
+
+    def main():
+        console.install_signal_handlers()
+        print("at work")
+
+    console.run_program(main, "train.py")
+    assert out.getvalue() == "at work\n" and signal.getsignal(signal.SIGINT) is before
+
+    def fail():
+        raise UserError("x: is not there")
+
+    with pytest.raises(SystemExit):
+        console.run_program(fail, "train.py")
+    assert err.getvalue() == "train.py: error: x: is not there\n"
 
 
 def test_other_errors_keep_their_traceback():

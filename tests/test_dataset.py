@@ -22,6 +22,7 @@ from dataset import (
     make_loader,
     picture_box,
     read_png,
+    refuse_equal_images,
     refuse_shared_cases,
 )
 from modules import VQVAE
@@ -324,7 +325,7 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
 def test_label_maps_belong_to_the_scans_beside_them(folder, capsys):
     labels = folder.parent / "keras_png_slices_seg_train"
     for s in (0, 1):
-        grey().save(folder / f"case_003_slice_{s}.nii.png")
+        grey(200).save(folder / f"case_003_slice_{s}.nii.png")
 
     def read() -> torch.Tensor | None:
         return OasisDataset(folder.parent, "train", with_labels=True).labels
@@ -390,3 +391,50 @@ def test_codes_of_pictures_in_the_box_are_those_of_whole_images():
     torch.testing.assert_close(z_box, z_whole, rtol=0, atol=1e-5)
     z_near = vqvae.latents(images[..., 32:224, 16:240])[:, :, 2:46, 2:54]  # two codes of margin are too few
     assert (z_near - z_whole).abs().max() > 1e-4
+
+
+def test_values_that_fill_a_part_of_their_range_are_named_with_the_factor(folder, capsys):
+    """12-bit values in 16-bit files."""
+    values = np.linspace(0, 4095, 256 * 256).reshape(256, 256).astype(np.uint16)
+    Image.fromarray(values).save(folder / "a.png")
+    OasisDataset(folder.parent, "train", skip_bad=True)
+    assert "brightest value is 16 of 255" in (err := capsys.readouterr().err) and "multiply them by 16" in err
+    Image.fromarray(values * 16).save(folder / "a.png")
+    OasisDataset(folder.parent, "train")
+    assert capsys.readouterr().err == ""
+
+
+def test_equal_images_in_two_splits_are_refused_whatever_their_names(folder):
+    other = folder.parent / "keras_png_slices_validate"
+    other.mkdir()
+    for value in (100, 0):
+        grey(value).save(folder / f"train_{value}.png")
+    for value in (90, 0):  # black slices may be equal
+        grey(value).save(other / f"other_{value}.png")
+    splits = [OasisDataset(folder.parent, split) for split in ("train", "validate")]
+    refuse_equal_images(*splits)
+    grey(100).save(other / "new_name.png")
+    with pytest.raises(DataError, match="new_name.png: has the pixels of train_100.png in training, .*--allow-shared"):
+        refuse_equal_images(splits[0], OasisDataset(folder.parent, "validate"))
+
+
+def test_a_picture_in_the_alpha_channel_alone_is_refused(folder):
+    alpha = Image.fromarray(np.arange(256 * 256).reshape(256, 256).astype(np.uint8))
+    white = grey(255)
+    Image.merge("RGBA", (white, white, white, alpha)).save(folder / "a.png")
+    with pytest.raises(DataError, match="a.png: has its picture in the alpha channel alone; convert it to grey"):
+        OasisDataset(folder.parent, "train")
+    Image.merge("LA", (alpha, white)).save(folder / "a.png")
+    assert OasisDataset(folder.parent, "train").images[0, 0, 3, 5] == np.asarray(alpha)[3, 5]
+
+
+def test_what_is_there_instead_of_the_data_is_said(folder, tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="set.zip: is a file, named by --data; unpack it"):
+        find_data(str(tmp_path / "set.zip"))
+    grey().save(folder / "a.jpg")
+    with pytest.raises(DataError, match="holds no .png files but .jpg; "):
+        list_scans(folder.parent, "train")
+    folder.rename(folder.with_name("training"))
+    with pytest.raises(DataError, match="keras_png_slices_train: missing; .*, and has training"):
+        list_scans(tmp_path, "train")

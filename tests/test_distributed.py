@@ -3,6 +3,8 @@
 import csv
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -321,6 +323,21 @@ def test_what_several_processes_cannot_do_is_refused_by_name(words, data, monkey
     given |= {"vqvae": str(PRETRAINED / "vqvae.pth")} if "gan" in words else {}
     with pytest.raises(UserError, match=f"^{words[-2]} {words[-1]}: "):
         config.make_run(given)
+
+
+def test_a_process_that_waits_for_others_says_so_and_stops_when_it_is_told(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    environment = os.environ | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, PROJECT / "train.py", "--demo"]
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "Waiting" in line)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == -signal.SIGINT
+    assert f"all 2 processes (WORLD_SIZE) to meet at 127.0.0.1:{port}" in line
+    assert not list(tmp_path.iterdir())
 
 
 class Slices(Images):

@@ -1,5 +1,6 @@
 """Files that are never torn, and checkpoints loaded with care."""
 
+import fcntl
 import io
 import os
 import pickle
@@ -221,3 +222,34 @@ def test_load_vqvae_refuses(tmp_path, spoil, message):
 def test_generators_weights_are_no_discriminators():
     with pytest.raises(ValueError, match="Discriminator"):
         files.load_state(Discriminator(), Generator().state_dict())
+
+
+def test_what_is_flushed_is_open_for_writing(tmp_path, monkeypatch):
+    """Windows cannot flush a file that is open for reading."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE))
+    files.write_json(tmp_path / "a.json", {"b": 1})
+    assert flushed == [os.O_RDWR] and files.read_json(tmp_path / "a.json") == {"b": 1}
+
+
+def test_a_system_without_locks_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "fcntl", None)
+    with files.locked(tmp_path):
+        pass
+    assert capsys.readouterr().err == f"{tmp_path}: this system has no locks; let no other process write there\n"
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda state: {f"module.{key}": value for key, value in state.items()}, "begin with 'module.', of a wrapper"),
+        (lambda state: {f"_orig_mod.{key}": value for key, value in state.items()}, "begin with '_orig_mod.'"),
+        (lambda state: {"epoch": 3, "state_dict": state}, "under 'state_dict'; save what is there"),
+        (lambda state: {"fc.weight": torch.ones(2)}, "it begins with 'fc.weight'"),
+    ],
+)
+def test_where_the_weights_of_another_file_are_is_said(spoil, said, tmp_path):
+    torch.save(spoil(VQVAE(8, 4).state_dict()), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="it holds no VQ-VAE") as error:
+        load_vqvae(tmp_path / "x.pth")
+    assert said in str(error.value)

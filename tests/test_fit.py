@@ -12,6 +12,7 @@ from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
 from modules import Generator
 from report import page
+from support import files
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run, open_run
@@ -68,6 +69,19 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
     kept = stage.best()
     assert all(torch.equal(value, seen[1][key]) for key, value in kept.state_dict().items())
     assert not torch.equal(kept.conv1.weight, seen[3]["conv1.weight"])
+
+
+def test_a_run_that_ends_below_a_black_image_says_so(data, tmp_path, capsys):
+    run = new_run(tmp_path, epochs=1, batch_size=15, n_embeddings=16, embeddings_dim=4)
+    stage = VQVAEStage(run, *(OasisDataset(data, split) for split in ("train", "validate")))
+    x = OasisDataset(data, "validate").batch([0, 8])  # every eighth of ten
+    black = reconstruction.ssim(x, torch.zeros_like(x)).mean().item()
+    assert stage.ssim_of_black == pytest.approx(black, abs=1e-9) and 0.2 < black < 0.8
+    files.save(stage.vqvae.state_dict(), run.folder / "vqvae.pth")
+    for ssim, warned in ((black - 0.01, True), (black + 0.01, False)):
+        run.rows = [{"stage": "vqvae", "epoch": 1, "ssim_mean": ssim, "ssim_black": black}]
+        stage.best()
+        assert (f"less than a black image has, {black:.4f}; try a lower --lr" in capsys.readouterr().out) == warned
 
 
 def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):

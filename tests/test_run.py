@@ -79,6 +79,11 @@ def test_two_processes_cannot_work_on_one_run(tmp_path):
     second._lock()
 
 
+def test_a_resume_file_stands_for_its_folder(tmp_path):
+    Run(Options(), tmp_path, fast_path=FastPath("cpu")).save()
+    assert open_run(tmp_path / "resume.pth", Options, STAGES).folder == tmp_path
+
+
 def test_run_there_and_back(tmp_path):
     rows = [
         {"stage": "vqvae", "epoch": 1, "ssim_mean": 0.123456789012345678},

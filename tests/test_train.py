@@ -565,3 +565,10 @@ def test_help_names_every_option_with_its_default(tmp_path):
         assert re.search(rf"{option} \S+\s[^-]*\(default:\s+{default}", text)
     for name in (*FIELDS, "resume", "dry_run"):
         assert f"  {flag(name)}" in text
+
+
+@pytest.mark.parametrize("program", ["train.py", "predict.py"])
+def test_a_python_that_does_not_see_the_programs_folder_says_so(program, tmp_path):
+    done = subprocess.run([sys.executable, "-I", PROJECT / program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr == "error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without\n"

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from evaluation import texture, two_sample
-from evaluation.two_sample import Rows
+from evaluation.two_sample import Interval, Rows
 from modules import VQVAE
 
 
@@ -179,3 +179,7 @@ def test_too_few_images_give_no_number_instead_of_an_error(images):
     for real, fake in (sides, sides[::-1]):
         found = two_sample.compare(real, fake, torch.Generator())
         assert np.isnan(found["texture_auc"].value) and np.isnan(found["coverage"].value)
+
+
+def test_a_measure_that_is_not_defined_is_a_dash():
+    assert str(Interval(float("nan"))) == "–" and str(Interval(0.5, 0.4, 0.6)) == "0.5000 [0.4000, 0.6000]"

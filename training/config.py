@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataset import SPLITS, find_data, list_scans
+from dataset import SPLITS, find_data, list_scans, refuse_shared_cases
 from preparation import phantoms
 from support import distributed, files
 from support.console import SEED, Number, UserError
@@ -271,6 +271,8 @@ def print_plan(given: dict[str, Any]) -> None:
     config, data = run.config, Path(run.config.data)
     if data.is_dir():
         counts = {split: len(list_scans(data, split)) for split in SPLITS}
+        if not config.allow_shared_cases:
+            refuse_shared_cases(data)
         print(f"Data: {data} ({', '.join(f'{n} {split}' for split, n in counts.items())} files)")
     else:
         counts = {"train": len(phantoms.CASES["train"]) * phantoms.SLICES}

@@ -1,6 +1,7 @@
 """The VQ-VAE's training stage."""
 
 import copy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from training.fit import Stage, batch_sizes, check_finite, falling_rate
 AVERAGE_DECAY = 0.9
 CONSTANT_RATE = 0.6  # share of the steps with the highest learning rate
 LAST_RATE = 0.01  # the last step's learning rate, as a share of the highest
+BLACK_EVERY = 8  # one of so many validation images tells what a black image has
 
 
 class VQVAEStage(Stage):
@@ -109,7 +111,14 @@ class VQVAEStage(Stage):
         ssim = {f"ssim_{kind}": getattr(scores.ssim, kind)().item() for kind in ("mean", "min", "max")}
         if self.labels is not None:
             ssim["ssim_brain"] = scores.tissue_ssim[:, 0].nanmean().item()
+        ssim["ssim_black"] = self.ssim_of_black
         return ssim | {"psnr_mean": scores.psnr.mean().item()} | reconstruction.codebook_usage(scores)
+
+    @cached_property
+    def ssim_of_black(self) -> float:
+        """The mean SSIM of black images: what a score is worth that is not above it."""
+        batches = in_batches(self.validate_set, range(0, len(self.validate_set), BLACK_EVERY), desc="Scoring black")
+        return torch.cat([reconstruction.ssim(x, torch.zeros_like(x)) for x in batches]).mean().item()
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
         epoch, rows = row["epoch"], self.run.rows_of(self.name)
@@ -155,6 +164,8 @@ class VQVAEStage(Stage):
         if distributed.is_first():
             row = self._best_row()
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
+            if row["ssim_mean"] < row["ssim_black"]:
+                self.run.say(f"That is less than a black image has, {row['ssim_black']:.4f}; try a lower --lr")
             self._draw_codes(vqvae)
             page.write_run(self.run.folder)
         return vqvae
@@ -183,6 +194,20 @@ def first_loss(config, device: torch.device, size: tuple[int, int], fast_path: F
     return F.mse_loss(x_hat, x) + vq_loss
 
 
+def _what_is_there(state: object) -> str:
+    """Where the codebook is in the contents of a file that has none where it should be."""
+    name = "vector_quantizer.embedding.weight"
+    keys = [key for key in state if isinstance(key, str)] if isinstance(state, dict) else []
+    for key in keys:
+        if key.endswith(f".{name}"):
+            prefix = key.removesuffix(name)
+            return f"its keys begin with '{prefix}', of a wrapper; save {{key.removeprefix('{prefix}'): …}} of them"
+        if isinstance(state[key], dict) and name in state[key]:
+            return f"its weights are under '{key}'; save what is there, torch.load(…)['{key}']"
+    first = f"; it begins with '{keys[0][:99]}'" if keys else ""
+    return f"no codebook '{name}'{first}"
+
+
 def load_vqvae(path: str | Path) -> VQVAE:
     """The network in a vqvae.pth, in eval mode on the CPU, sized as its codebook says.
 
@@ -193,7 +218,7 @@ def load_vqvae(path: str | Path) -> VQVAE:
         weight = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
         shape = getattr(weight, "shape", ())
         if len(shape) != 2 or not all(1 <= size <= 65536 for size in shape):
-            raise ValueError("it holds no VQ-VAE (no codebook 'vector_quantizer.embedding.weight')")
+            raise ValueError(f"it holds no VQ-VAE ({_what_is_there(state)})")
         vqvae = VQVAE(n_embeddings=shape[0], embeddings_dim=shape[1])
         files.load_state(vqvae, state)
         return vqvae.eval()
