@@ -25,6 +25,7 @@ import predict
 import train
 from dataset import OasisDataset
 from modules import VQVAE
+from preparation import images as any_images
 from preparation import oasis, phantoms
 from support import console, files
 from training import codebook
@@ -91,7 +92,9 @@ class Done(NamedTuple):
 
 def run_program(script: str, *words, cwd: Path) -> Done:
     """`python script words` in the folder cwd, but in this process, which has imported PyTorch already."""
-    main = {"train.py": train.main, "predict.py": predict.main, "preparation.oasis": oasis.main}[script]
+    mains = {"train.py": train, "predict.py": predict, "preparation.oasis": oasis}
+    mains["preparation.images"] = any_images
+    main = mains[script].main
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
