@@ -186,23 +186,32 @@ def draw_walks(prior: Prior, seed: int, figures: Figures) -> None:
 def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDataset, end: str) -> None:
     """Write likelihood.csv, the bits of each slice, and print their mean, least and most with `end` after it.
 
-    Slices are told their plane alone, and then the neighbours that come before them in the order of `halving`.
+    Slices are told their plane alone, and then the neighbours that come before them in the order of `halving`. Two
+    figures show where the bits of the most and of the least likely slice are.
     """
-    cache = CodeCache(prior.vqvae, dataset)
-    told = {"alone": torch.zeros(len(cache), 2, dtype=torch.long), "given neighbours": halving_distances(cache)}
+    cache, figures = CodeCache(prior.vqvae, dataset), Figures(folder, dataset.phantoms)
+    distances = {"alone": torch.zeros(len(cache), 2, dtype=torch.long), "given neighbours": halving_distances(cache)}
     columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
     columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
-    for name, distance in told.items():
+
+    def bits_of(indices: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        return prior.bits(cache.batch(indices), cache.condition(indices, distance[indices])).cpu()
+
+    for name, distance in distances.items():
         bits = []
         with console.progress(total=len(cache), desc="Likelihood", unit=" images", leave=False) as bar:
             for indices in torch.arange(len(cache)).split(SCORE_BATCH):
-                condition = cache.condition(indices, distance[indices])
-                bits.append(prior.bits(cache.batch(indices), condition).sum((1, 2)).cpu())
+                bits.append(bits_of(indices, distance).sum((1, 2)))
                 bar.update(len(indices))
                 console.stop_if_signalled()
         bits = torch.cat(bits)
         columns[f"bits_{name.replace(' ', '_')}"] = bits.tolist()
         print(f"Bits per image, {name}: mean {bits.mean():.0f}, from {bits.min():.0f} to {bits.max():.0f}{end}")
+        if name == "alone":
+            for kind, i in (("most", int(bits.argmin())), ("least", int(bits.argmax()))):
+                title = f"The {kind} likely image, {dataset.name(i)}: {bits[i]:.0f} bits"
+                found = bits_of(torch.tensor([i]), distance)[0]
+                figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], found, title)
     files.write_csv(folder / "likelihood.csv", list(columns), list(zip(*columns.values(), strict=True)))
 
 

@@ -31,7 +31,7 @@ class CodeCache(Dataset):
         self.codes = torch.cat(list(encoded))
         self.device = vqvae.conv1.weight.device
         numbers = [dataset.case_and_slice(i)[1] for i in range(len(dataset))]
-        self.plane = torch.tensor([n if n is not None and n < N_PLANES else N_PLANES for n in numbers])
+        self.plane = self.planes_of(numbers)
         self.subjects: dict[int | str, dict[int, int]] = {}
         # The index of the slice so many planes above, less MOST_DISTANCE, of the same subject; -1 where there is none.
         self._neighbours = torch.full((len(dataset), 2 * MOST_DISTANCE + 1), -1)
@@ -42,6 +42,11 @@ class CodeCache(Dataset):
             for number, i in slices.items():
                 near = range(number - MOST_DISTANCE, number + MOST_DISTANCE + 1)
                 self._neighbours[i] = torch.tensor([slices.get(other, -1) for other in near])
+
+    @staticmethod
+    def planes_of(numbers: Sequence[int | None]) -> Tensor:
+        """The planes that slice numbers stand for; N_PLANES where there is none, or one that is not a plane's."""
+        return torch.tensor([n if n is not None and n < N_PLANES else N_PLANES for n in numbers])
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -26,6 +26,7 @@ STYLE = {
     "legend.frameon": False,
 }
 NOTE = "data: phantoms (synthetic)"
+MOST_BITS = 18  # of a code in figures: twice those of an equal choice among 512
 
 
 def _figure(draw: Callable[..., None]) -> Callable[..., None]:
@@ -106,6 +107,20 @@ class Figures:
         right.bar(np.arange(1, len(ranked) + 1), ranked, width=1, color=BLUE)
         right.set(xlabel="code, by frequency", ylabel="positions (log scale)", yscale="log")
         right.set_title(f"{(usage > 0).sum()} of {len(usage)} codes are used on the validation split")
+        self._save(figure, name)
+
+    @_figure
+    def likelihood(self, name: str, image, bits, title: str) -> None:
+        """An image (1, 256, 256), and the bits of its codes (64, 64)."""
+        figure, (left, right) = _subplots(1, 2, 9.6, 4.6)
+        figure.suptitle(self._with_note(title))
+        left.imshow(np.asarray(image.float().cpu())[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        left.set(xlabel="x / pixels", ylabel="y / pixels", title="image")
+        shown = right.imshow(np.asarray(bits.cpu()), vmin=0, vmax=MOST_BITS, interpolation="nearest")
+        right.set(xlabel="x / code positions", ylabel="y / code positions", title="information of its codes")
+        for axes in (left, right):
+            axes.grid(False)
+        figure.colorbar(shown, ax=right, label="−log2 p / bits a code", fraction=0.046)
         self._save(figure, name)
 
     @_figure

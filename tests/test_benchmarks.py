@@ -10,11 +10,15 @@ import ablation
 import flow_ablation
 import gan_ablation
 import gpu_check
+import lesions
 import limits
 import measures
+import numpy as np
 import peers
 import pytest
+import scipy.stats
 import speed
+import stacks
 import time_to_quality
 import torch
 import torch.nn.functional as F
@@ -295,3 +299,32 @@ def test_the_table_of_measures_compares_halves_of_different_subjects(data, monke
     n = 1 + len(INDICES | COMPARISONS)
     assert {len(line) for line in table[:n]} == {6} and {line[-1].rstrip(" |") for line in table[1:n]} <= {"yes", "no"}
     assert {len(line) for line in table[n:]} == {4} and len(table) == n + 1 + 5 + len(measures.LEADING)
+
+
+def test_height_is_read_by_ridge_regression_and_planes_are_correlated():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 20, generator=rng).double()
+    y = x @ torch.arange(20).double() + 3
+    weights, offset = stacks.fit_reader(x, y)
+    torch.testing.assert_close(x @ weights + offset, y, rtol=0.05, atol=1.0)
+    images = torch.rand(2, 9, 1, 16, 16, generator=rng)
+    expected = [
+        np.mean(
+            [np.corrcoef(head[i].ravel(), head[i + d].ravel())[0, 1] for head in images.numpy() for i in range(9 - d)]
+        )
+        for d in (1, 2, 4, 8)
+    ]
+    np.testing.assert_allclose(stacks.correlations(images), expected, atol=1e-9)
+
+
+def test_lesions_lie_in_the_brain_and_are_ranked():
+    rng, brain = torch.Generator().manual_seed(0), torch.zeros(256, 256, dtype=torch.bool)
+    brain[80:180, 60:200] = True
+    for _ in range(20):
+        image, disc = lesions.plant(torch.full((256, 256), 0.5), brain, rng)
+        assert (disc[~brain] == 0).all() and 6 <= 2 * (disc.sum() / torch.pi).sqrt() <= 17
+        assert 0.14 < (image - 0.5).abs().max() < 0.36 and torch.equal(image != 0.5, disc > 0)
+    scores, positive = torch.rand(500, generator=rng), torch.rand(500, generator=rng) < 0.2
+    n = positive.sum().item()
+    expected = scipy.stats.mannwhitneyu(scores[positive].numpy(), scores[~positive].numpy()).statistic / n / (500 - n)
+    assert lesions.auc(scores, positive) == pytest.approx(expected, abs=1e-9)

@@ -409,7 +409,7 @@ def test_new_planes_and_stacks(autoregressed, trained, data, folder):
     stacked = {f"sample_00{head}_slice_{plane}.png" for head in range(2) for plane in (6, 7, 8)}
     assert names == stacked | {"stack.png", "index.html"} and "Decoded 6 new slices" in printed
     names, printed = made("--data", data)
-    assert {"measures.csv", "likelihood.csv"} <= names
+    assert {"measures.csv", "likelihood.csv", "most_likely.png", "least_likely.png"} <= names
     bits = re.findall(r"Bits per image, (.*): mean (\d+), from (\d+) to (\d+) \(phantoms\)", printed)
     assert [name for name, *_ in bits] == ["alone", "given neighbours"]
     assert all(int(least) <= int(mean) <= int(most) for _, mean, least, most in bits)
