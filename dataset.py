@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from preparation import phantoms
+from preparation.layout import LABEL_STEP, label_map
 from support import console, distributed
 from support.console import UserError
 from support.device import fits, move
@@ -31,7 +32,6 @@ from support.files import natural
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
 TISSUES = ("brain", "CSF", "grey matter", "white matter")  # the last three by their label; the first is all of them
-LABEL_STEP = 85  # grey levels between two labels in the files of label maps
 # `OasisDataset.digest` of the set that the report used
 REPORT_SET = {
     "train": "037125ce7bcdfee926c84c46107ae9a04270bbf407a3653d664faacf72c4f594",
@@ -165,12 +165,6 @@ class OasisDataset(Dataset):
         """What tells image i's subject from others: the case number in its file name, else the name."""
         case, _ = self.case_and_slice(i)
         return self.name(i) if case is None else case
-
-
-def label_map(scan: Path) -> Path:
-    """Where the label map of a scan would lie: keras_png_slices_seg_<split>/seg_C_slice_S…."""
-    folder = scan.parent.name.replace("slices_", "slices_seg_", 1)
-    return scan.parent.with_name(folder) / scan.name.replace("case_", "seg_", 1)
 
 
 def describe(*datasets: OasisDataset) -> str:

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from dataset import label_map, list_scans
+from dataset import list_scans
+from preparation.layout import label_map
 from support import console
 
 NAMES = (

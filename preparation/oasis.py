@@ -2,12 +2,12 @@
 
     python -m preparation.oasis SOURCE DEST    # then: python train.py --data DEST
 
-SOURCE is neurite-OASIS v1.0 (its tar, or unpacked), the folder of OASIS-1's discs, or any folder of skull-stripped
-NIfTI volumes; `preparation.sources` says how they are recognised. Interrupted and called again, it goes on where it
-was: until all is done, everything is in DEST.unfinished.
+SOURCE is the folder of OASIS-1's discs, of which come the very slices of the PNG set; neurite-OASIS v1.0 (its tar, or
+unpacked); or any folder of NIfTI volumes. `preparation.sources` says how they are recognised. Interrupted and called
+again, it goes on where it was: until all is done, everything is in DEST.unfinished.
 
 Each volume is turned to RAS, resampled linearly where its voxels are not of 1 mm, and cut into slices of 256x256 pixels
-with one intensity window (`preparation.volumes`).
+like those of the PNG set (`preparation.volumes`). Subjects with OASIS-1's numbers are split as there.
 """
 
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
@@ -29,16 +29,18 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from preparation import sources
-from preparation.volumes import PLANES, SIZE, Volume, VolumeError, cut, read
+from preparation.layout import label_map
+from preparation.volumes import PLANES, SIZE, Volume, VolumeError, cut, cut_atlas, cut_labels, read
 from support import console, files
 from support.console import SEED, Number, UserError
 
-MOST_LITRES = 2.5  # of brain; a head with its skull has four or more
+LEAST_LITRES = 2.5  # of a head with its skull: four or more; a brain has less than two
+FIRST_PLANE = Number(int, 1, "a whole number from 1 to 512", below=513)
 SLICES = Number(int, 2, "a whole number from 2 to 256", below=257)
 SHARE = Number(float, 0.01, "a number from 0.01 to 1", below=math.nextafter(1, 2))
 WORKERS = Number(int, 1, "a whole number from 1 to 256", below=257)
 PLAN = "conversion.json"
-OPTIONS = ("slices", "least_brain", "plane", "seed")  # which decide what is written, beside the split
+OPTIONS = ("slices", "least_brain", "plane", "first_plane", "seed")  # which decide what is written, beside the split
 FACTS = ("shape", "zooms", "black", "white", "litres", "slices", "notes")
 COLUMNS = ("case", "subject", "session", "split", "source", *FACTS)
 
@@ -48,17 +50,24 @@ def convert(volume: Volume, split: str, folder: Path, o: argparse.Namespace) -> 
 
     Raises VolumeError if the volume cannot be used.
     """
-    scan = read(volume)
+    scan, in_atlas = read(volume), o.kind == sources.ATLAS and o.plane == "axial"
     try:
-        images, positions, facts = cut(scan.voxels, o.plane, o.slices, o.least_brain)
+        if in_atlas:
+            images, positions, facts = cut_atlas(scan.voxels, o.first_plane, o.slices)
+        else:
+            images, positions, facts = cut(scan.voxels, o.plane, o.slices, o.least_brain)
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from None
-    skull = f"{facts['litres']} litres are brighter than the background: is the skull on?"
-    notes = [*scan.notes, skull] if facts["litres"] > MOST_LITRES else scan.notes
-    for path, image in zip(paths(volume.case, volume.session, split, o.slices), images, strict=True):
+    names = paths(volume.case, volume.session, split, o.slices)
+    written = dict(zip(names, images, strict=True))
+    if in_atlas and (labels := sources.label_volume(volume)):
+        maps = cut_labels(read(labels).voxels, positions)
+        written |= {label_map(Path(name)).as_posix(): image for name, image in zip(names, maps, strict=True)}
+    for path, image in written.items():
+        (folder / path).parent.mkdir(exist_ok=True)
         with files.atomically(folder / path) as temporary:
             Image.fromarray(image).save(temporary, format="PNG")
-    row = known(volume) | {"split": split, "notes": "; ".join(notes)}
+    row = known(volume) | {"split": split, "notes": "; ".join(scan.notes)}
     row |= {"shape": "x".join(map(str, scan.shape)), "zooms": "x".join(map(str, scan.zooms))}
     files.write_json(record_path(volume, folder), row | facts | {"slices": " ".join(map(str, positions))})
 
@@ -175,6 +184,7 @@ def finish(volumes: list[Volume], folder: Path, dest: Path, o: argparse.Namespac
     files.write_csv(folder / "subjects.csv", COLUMNS, [[row[key] for key in COLUMNS] for row in records])
     slices = [paths(row["case"], row["session"], row["split"], o.slices) for row in records]
     wanted = {folder / path for names in slices for path in names}
+    wanted |= {folder / label_map(path.relative_to(folder)) for path in wanted}
     for path in filter(Path.is_file, {*folder.glob("keras_png_slices_*/*"), *folder.glob(".*.tmp")} - wanted):
         path.unlink()  # of a call that was killed, or of a volume that is no longer there
     os.rename(folder, dest)
@@ -212,10 +222,12 @@ def main(words: list[str] | None = None) -> None:
     folder = dest.parent / f"{dest.name}.unfinished"
     kind, found, strange = sources.find(source)
     volumes, errors = sources.without_copies(found)
-    splits = sources.split_subjects(found, o.seed, o.split)
+    own = sources.sets_own_split(found) if kind != sources.NIFTI and o.split is None else {}
+    splits = own or sources.split_subjects(found, o.seed, o.split)
     counts = {split: list(splits.values()).count(split) for split in sources.SHARES}
     print(f"Source: {kind}, {len(volumes)} volumes of {len(splits)} subjects in {source}")
-    print("Split by subject: " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+    o.kind, how = kind, "that of the PNG set" if own else f"as {o.split} says" if o.split else "drawn"
+    print(f"Split by subject, {how}: " + ", ".join(f"{n} {split}" for split, n in counts.items()))
     if strange:
         print(f"Passed over: {len(strange)} files, such as {strange[0]}")
     if not all(counts.values()):
@@ -249,7 +261,11 @@ def convert_and_finish(volumes, splits, folder: Path, dest: Path, errors: list[s
     if errors and not o.skip_bad:
         advice = "Replace them, or leave them out with --skip-bad; what is done is kept."
         raise UserError("\n  ".join([f"{len(errors)} volumes cannot be used:", *errors]) + f"\n{advice}")
-    for row in finish(volumes, folder, dest, o):
+    rows = finish(volumes, folder, dest, o)
+    stripped = sum(row["litres"] < LEAST_LITRES for row in rows)
+    if stripped:
+        print(f"{stripped} of {len(rows)} volumes seem to have no skull; slices of the PNG set are of whole heads")
+    for row in rows:
         if row["notes"]:
             print(f"warning: {row['source']}: {row['notes']}", file=sys.stderr)
     print("\n  ".join([f"Left out: {len(errors)} volumes.", *errors]) if errors else "All volumes were used.")
@@ -266,6 +282,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     text = "the lowest and the highest slice have this share of the largest slice's brain (default: 0.92)"
     add("--least-brain", metavar="F", type=SHARE, default=0.92, help=text)
     add("--plane", choices=PLANES, default="axial", help="(default: axial)")
+    text = "of OASIS-1's discs: the number of the first slice's plane, from 1 (default: 73, as in the PNG set)"
+    add("--first-plane", metavar="N", type=FIRST_PLANE, default=73, help=text)
     add("--seed", metavar="S", type=SEED, default=0, help="draws the split (default: 0)")
     add("--split", metavar="FILE", help="CSV file with columns subject and split, instead of drawing")
     add("--skip-bad", action="store_true", help="leave out volumes that cannot be used, and list them")

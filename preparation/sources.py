@@ -2,11 +2,12 @@
 
 Three sources are told apart by the names in them (`find`):
 
-- neurite-OASIS v1.0 (github.com/adalca/medical-datasets, neurite-oasis.md): folders OASIS_OAS1_<nnnn>_MR1 with
-  aligned_norm.nii.gz and norm.nii.gz, in a folder or in the tar as it is downloaded. The aligned volume is taken where
-  there is one: like the PNG set it is registered to an atlas.
-- OASIS-1's discs (oasis-brains.org): OAS1_<nnnn>_MR<k>/PROCESSED/MPRAGE/T88_111/…_t88_masked_gfc.hdr and .img.
-- Any folder of skull-stripped NIfTI volumes, named sub-<label>… as in BIDS, or by subject.
+- neurite-OASIS v1.0 (github.com/adalca/medical-datasets, neurite-oasis.md): folders OASIS_OAS1_<nnnn>_MR1 with the
+  files of NEURITE_CHOICE, in a folder or in the tar as it is downloaded. The first of these that is there is taken:
+  like the PNG set it has a skull, and is registered to an atlas.
+- OASIS-1's discs (oasis-brains.org): OAS1_<nnnn>_MR<k>/PROCESSED/MPRAGE/T88_111/…_t88_gfc.hdr and .img, of which the
+  PNG set was made; label maps are in OAS1_<nnnn>_MR<k>/FSL_SEG.
+- Any folder of NIfTI volumes, named sub-<label>… as in BIDS, or by subject.
 """
 
 import collections
@@ -24,18 +25,23 @@ from preparation.volumes import Volume, VolumeError, digest
 from support.console import UserError, one_line
 from support.files import natural
 
-NEURITE = re.compile(r"(?:.*/)?(?P<subject>OASIS_OAS1_(?P<case>\d{4})_MR(?P<session>\d))/(?:aligned_)?norm\.nii\.gz")
+NEURITE_CHOICE = ("aligned_orig", "orig", "aligned_norm", "norm")
+NEURITE = re.compile(
+    r"(?:.*/)?(?P<subject>OASIS_OAS1_(?P<case>\d{4})_MR(?P<session>\d))/(?:aligned_)?(?:orig|norm)\.nii\.gz"
+)
 DISCS = re.compile(
     r"(?:.*/)?(?P<subject>OAS1_(?P<case>\d{4})_MR(?P<session>\d))/PROCESSED/MPRAGE/T88_111/"
-    r"(?P=subject)_mpr_n\d+_anon_111_t88_masked_gfc\.(?:hdr|img)"
+    r"(?P=subject)_mpr_n\d+_anon_111_t88_gfc\.(?:hdr|img)"
 )
 ANY = re.compile(r"(?:.*/)?(?P<subject>[^/]+?)\.nii(?:\.gz)?")
 LABELS = re.compile(r"(?:^|[_.-])(?:mask|brainmask|d?seg\d*|aseg|aparc|probseg|labels?)(?=[_.-])")  # not scans
+ATLAS = "OASIS-1 discs"  # whose volumes are in the atlas of the PNG set
 KINDS = {  # how they are found, and what a file is called that should have been
-    "neurite-OASIS v1.0": (NEURITE, re.compile(r"(?:.*/)?(?:aligned_)?norm\.nii\.gz")),
-    "OASIS-1 discs": (DISCS, re.compile(r".*_t88_masked_gfc\.(?:hdr|img)")),
+    "neurite-OASIS v1.0": (NEURITE, re.compile(r"(?:.*/)?(?:aligned_)?(?:orig|norm)\.nii\.gz")),
+    ATLAS: (DISCS, re.compile(r".*_t88_gfc\.(?:hdr|img)")),
 }
 SHARES = {"train": 302, "validate": 35, "test": 17}  # subjects of the PNG set
+LAST_CASES = {"train": 401, "validate": 440, "test": 9999}  # of OASIS-1's numbers, in the PNG set
 NIFTI = "NIfTI volumes"
 
 
@@ -64,7 +70,7 @@ def find(source: Path) -> tuple[str, list[Volume], list[str]]:
     if not volumes:
         raise UserError(
             f"{source}: holds no volumes; neurite-OASIS has OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have "
-            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other skull-stripped volumes end in .nii or .nii.gz"
+            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other volumes end in .nii or .nii.gz"
         )
     label_maps = [name for name in sorted(names) if ANY.fullmatch(name) and LABELS.search(name)]
     return NIFTI, sorted(volumes, key=_order), label_maps
@@ -75,10 +81,13 @@ def _order(volume: Volume) -> tuple:
 
 
 def _is_second_choice(name: str, names: set[str]) -> bool:
-    """Whether a better file of the same scan is there: the aligned one, or the header, which names both of a pair."""
+    """Whether a better file of the same scan is there: of NEURITE_CHOICE, or the header, which names both of a pair."""
     if name.endswith(".img"):
         return name[:-4] + ".hdr" in names
-    return name.endswith("/norm.nii.gz") and name.removesuffix("norm.nii.gz") + "aligned_norm.nii.gz" in names
+    folder, _, file = name.rpartition("/")
+    choice = file.removesuffix(".nii.gz")
+    better = NEURITE_CHOICE[: NEURITE_CHOICE.index(choice)] if choice in NEURITE_CHOICE else ()
+    return any(f"{folder}/{other}.nii.gz" in names for other in better)
 
 
 def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
@@ -169,6 +178,19 @@ def without_copies(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
         else:
             kept.append(first)
     return kept, errors
+
+
+def label_volume(volume: Volume) -> Volume | None:
+    """The label map of a volume of OASIS-1's discs, FSL's segmentation, if it is there."""
+    name = volume.file.with_suffix("").name.replace("_t88_gfc", "_t88_masked_gfc_fseg")
+    path = volume.file.parents[3] / "FSL_SEG" / f"{name}.hdr"
+    return volume._replace(name=path.name, file=path) if path.is_file() else None
+
+
+def sets_own_split(volumes: list[Volume]) -> dict[int, str]:
+    """The split that the PNG set has, by OASIS-1's numbers of subjects. {} if it leaves a split without any."""
+    splits = {v.case: next(split for split, last in LAST_CASES.items() if v.case <= last) for v in volumes}
+    return splits if set(splits.values()) == set(SHARES) else {}
 
 
 def split_subjects(volumes: list[Volume], seed: int, file: str | None = None) -> dict[int, str]:

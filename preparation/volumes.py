@@ -16,6 +16,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.processing import resample_to_output
 from nibabel.spaces import vox2out_vox
 
+from preparation.layout import LABEL_STEP
 from support.console import UserError
 
 # An Analyze header does not tell left from right. OASIS-1's files in T88_111 are taken for LAS at 1 mm, as nibabel and
@@ -24,8 +25,8 @@ ANALYZE = np.diag([-1.0, 1.0, 1.0, 1.0])
 
 SIZE = 256  # of a slice, in pixels and mm
 WHITE = 0.995  # quantile
-EDGE = 0.02  # share of the window: what is brighter than that counts as brain
-PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # axes: across slices, columns, rows
+EDGE = 0.02  # share of white: what is brighter than that counts as foreground
+PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # axes: across slices, rows, columns
 
 MOST_VOXELS = 512**3
 MOST_BYTES = 2**30 * 2  # of a file
@@ -199,17 +200,18 @@ def _voxels(volume: Volume, shape: tuple[int, ...]) -> int:
 
 
 def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tuple[np.ndarray, list[int], dict]:
-    """Slices of a volume (x, y, z) in RAS at 1 mm, of any unit.
+    """Slices of a volume (x, y, z) in RAS at 1 mm, of any unit, as the report's set has them.
 
-    Black is the background, the median of the border; white is the 99.5 % quantile of what is brighter. Slices are
-    spaced evenly from the lowest to the highest one that has `least_brain` of the largest one's brain, and padded or
-    cropped about the brain's centre. Axial slices have the front up and the patient's left on the right, as the files
-    of OASIS-1 have them in which columns and rows are the first two axes.
+    Slices are 1 mm apart, in the middle of those that have `least_brain` of the largest one's foreground, and padded or
+    cropped about its centre. Rows and columns are the remaining axes in their order: axial slices have the front to the
+    right and the patient's left at the top. Black is the background, the median of the border; what is darker is cut to
+    it. Each slice is scaled by its own maximum.
 
     Returns:
         images: (n_slices, 256, 256) uint8.
         positions: the index of each along the axis across.
-        facts: black and white, the window in the volume's unit, and litres, the brain's volume.
+        facts: black, and white, the 99.5 % quantile of what is brighter, in the volume's unit; litres, what is more
+            than EDGE of that above black.
 
     Raises:
         ValueError: nothing is brighter than the background, much is darker, or too few slices have enough brain.
@@ -231,19 +233,52 @@ def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tu
     low, high = int(enough[0]), int(enough[-1])
     if high - low + 1 < n_slices:
         raise ValueError(f"has {high - low + 1} slices with enough brain, not {n_slices}; lower --least-brain")
-    positions = np.linspace(low, high, n_slices).round().astype(int).tolist()
+    start = (low + high + 1 - n_slices) // 2
     between = brain.take(range(low, high + 1), across)
-    images = np.zeros((n_slices, SIZE, SIZE), np.float32)
-    target, source = [], []
+    middles = []
     for axis in inside:
         filled = np.flatnonzero(between.any(tuple(other for other in range(3) if other != axis)))
-        start = (int(filled[0]) + int(filled[-1]) + 1) // 2 - SIZE // 2
+        middles.append((int(filled[0]) + int(filled[-1]) + 1) // 2)
+    positions = list(range(start, start + n_slices))
+    images = _grey(_placed(voxels, plane, positions, middles) - black)
+    return images, positions, {"black": black, "white": white, "litres": round(float(brain.sum()) / 1e6, 3)}
+
+
+def cut_atlas(voxels: np.ndarray, first: int, n_slices: int) -> tuple[np.ndarray, list[int], dict]:
+    """The planes of a volume (x, y, z) in OASIS-1's atlas, T88_111, that the report's set has: nothing is fitted.
+
+    `first` counts from 1. Returns what `cut` does; black is 0. Raises ValueError if the volume lacks a plane.
+    """
+    positions = list(range(first - 1, first - 1 + n_slices))
+    if positions[-1] >= voxels.shape[2]:
+        raise ValueError(f"has {voxels.shape[2]} planes, not {positions[-1] + 1}; give another --first-plane")
+    white = float(voxels.max())
+    images = _grey(_placed(voxels, "axial", positions, [voxels.shape[0] // 2, voxels.shape[1] // 2]))
+    litres = round(float((voxels > EDGE * white).sum()) / 1e6, 3)
+    return images, positions, {"black": 0.0, "white": white, "litres": litres}
+
+
+def cut_labels(labels: np.ndarray, positions: list[int]) -> np.ndarray:
+    """Label maps (n, 256, 256) uint8 of a volume of 0 to 3 (x, y, z) beside slices of `cut_atlas`, in steps of 85."""
+    planes = _placed(labels, "axial", positions, [labels.shape[0] // 2, labels.shape[1] // 2])
+    return (np.rint(planes).clip(0, 3) * LABEL_STEP).astype(np.uint8)
+
+
+def _placed(voxels: np.ndarray, plane: str, positions: list[int], middles: list[int]) -> np.ndarray:
+    """Slices (n, SIZE, SIZE) float32 whose middle is at index `middles` of rows and columns; 0 outside the volume."""
+    across, *inside = PLANES[plane]
+    images, target, source = np.zeros((len(positions), SIZE, SIZE), np.float32), [], []
+    for axis, middle in zip(inside, middles, strict=True):
+        start = middle - SIZE // 2
         stop = min(start + SIZE, voxels.shape[axis])
         target.append(slice(max(-start, 0), stop - start))
         source.append(slice(max(start, 0), stop))
     chosen = np.moveaxis(voxels.take(positions, across), across, 0)
-    images[:, *target] = (chosen[:, *source] - black) / (white - black)
-    images = (images.clip(0, 1) * 255).round().astype(np.uint8)
-    # columns run to the patient's left (in sagittal slices to the back), rows downwards or to the back
-    images = images[:, ::-1, ::-1].swapaxes(1, 2)
-    return images, positions, {"black": black, "white": white, "litres": round(float(brain.sum()) / 1e6, 3)}
+    images[:, *target] = chosen[:, *source]
+    return images
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    """Slices as uint8, each scaled by its own maximum, negative values cut."""
+    images = images.clip(0)
+    return np.rint(images * (255 / images.max((1, 2), keepdims=True).clip(1e-30))).astype(np.uint8)

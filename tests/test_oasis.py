@@ -21,12 +21,14 @@ from conftest import PROJECT, new_run, refused, run_program
 from fuzzing import bounded
 from PIL import Image
 
+from dataset import OasisDataset
 from preparation import phantoms, sources, volumes
 from support import console, files
 from support.console import UserError
 from support.files import read_json
 
 FEW = ("--slices", 4, "--least-brain", 0.8, "--workers", 2)
+LOW = ("--first-plane", 7)  # of volumes that have few
 RAS = np.eye(4)
 LAS = np.diag([-1.0, 1, 1, 1])
 
@@ -37,7 +39,7 @@ def heads() -> list[np.ndarray]:
     found = []
     for case in (1, 2, 3):
         slices = np.repeat([phantoms.make_slice(case, s) for s in range(0, 32, 4)], 3, axis=0)  # (z, row, column)
-        volume = slices[:, 24:232, 40:216].astype(np.int16).transpose(2, 1, 0)[::-1, ::-1] * 9
+        volume = slices[:, 40:216, 24:232].astype(np.int16).transpose(1, 2, 0) * 9
         found.append(np.pad(volume, ((0, 0), (0, 0), (6, 6))))
     return found
 
@@ -72,7 +74,7 @@ def write_analyze(path: Path, voxels: np.ndarray) -> Path:
 
 def disc(case: int, session: int = 1, n: int = 4) -> Path:
     subject = f"OAS1_{case:04d}_MR{session}"
-    return Path(f"disc1/{subject}/PROCESSED/MPRAGE/T88_111/{subject}_mpr_n{n}_anon_111_t88_masked_gfc")
+    return Path(f"disc1/{subject}/PROCESSED/MPRAGE/T88_111/{subject}_mpr_n{n}_anon_111_t88_gfc")
 
 
 def convert(source: Path, dest: Path, *words):
@@ -135,25 +137,26 @@ def test_slices_are_cut_as_a_plain_loop_would(heads):
     images, positions, facts = volumes.cut(head, "axial", 4, 0.8)
     brain = head > 0.02 * np.quantile(head[head > 0], 0.995)
     enough = [z for z in range(head.shape[2]) if brain[:, :, z].sum() >= 0.8 * brain.sum((0, 1)).max()]
-    assert positions == [round(enough[0] + i * (enough[-1] - enough[0]) / 3) for i in range(4)]
+    before, after = positions[0] - enough[0], enough[-1] - positions[-1]
+    assert positions == list(range(positions[0], positions[0] + 4)) and 0 <= after - before <= 1
     assert facts["litres"] == pytest.approx(brain.sum() / 1e6, abs=1e-3) and facts["black"] == 0
     x, y = (np.flatnonzero(brain[:, :, enough[0] : enough[-1] + 1].any(axes)) for axes in ((1, 2), (0, 2)))
     middle_x, middle_y = (x[0] + x[-1] + 1) // 2, (y[0] + y[-1] + 1) // 2
     for row, column, i in itertools.product(range(0, 256, 5), range(0, 256, 5), range(4)):
-        at = middle_x + 127 - column, middle_y + 127 - row  # the patient's right is on the left, the front is up
+        at = middle_x - 128 + row, middle_y - 128 + column  # the patient's left is at the top, the front on the right
         inside = all(0 <= a < n for a, n in zip(at, head.shape, strict=False))
-        value = head[(*at, positions[i])] / facts["white"] if inside else 0
-        assert images[i, row, column] == pytest.approx(min(value, 1) * 255, abs=0.51)
+        value = head[(*at, positions[i])] / head[:, :, positions[i]].max() if inside else 0
+        assert images[i, row, column] == pytest.approx(value * 255, abs=0.51)
 
 
-@pytest.mark.parametrize("plane, left", [("axial", 128), ("coronal", 128), ("sagittal", 0)])
-def test_front_and_top_are_up_and_the_patients_left_is_on_the_right(plane, left):
+@pytest.mark.parametrize("plane, top", [("axial", 0), ("coronal", 0), ("sagittal", 128)])
+def test_rows_and_columns_are_the_axes_in_their_order(plane, top):
     head = np.zeros((60, 60, 60), np.float32)
     head[5:55, 5:55, 5:55] = 1
     head[8:20, 40:52, 40:52] = 2  # left, front, top
     images, _, _ = volumes.cut(head, plane, 50, 0.5)
-    bright = np.argwhere((images == 255).any(0))
-    assert len(bright) and all(y < 128 and left <= x < left + 128 for y, x in bright)
+    bright = np.argwhere((images[(images == 128).any((1, 2))] == 255).any(0))  # in planes that it crosses
+    assert len(bright) and all(top <= y < top + 128 and x >= 128 for y, x in bright)
 
 
 def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
@@ -187,9 +190,9 @@ def test_sources_are_told_apart_by_their_names(tmp_path):
     kind, found, strange = sources.find(neurite)
     assert kind == "neurite-OASIS v1.0" and strange == ["OAS1_4/norm.nii.gz"]
     assert [(v.case, v.session, v.file.name) for v in found] == [
-        (2, 1, "aligned_norm.nii.gz"),
+        (2, 1, "aligned_orig.nii.gz"),
         (3, 1, "norm.nii.gz"),
-        (457, 1, "aligned_norm.nii.gz"),
+        (457, 1, "aligned_orig.nii.gz"),
     ]
     tar = tmp_path / "neurite-oasis.v1.0.tar"
     with tarfile.open(tar, "w") as file:
@@ -197,7 +200,7 @@ def test_sources_are_told_apart_by_their_names(tmp_path):
     assert [v[:4] for v in sources.find(tar)[1]] == [v[:4] for v in found]
 
     names = [f"{disc(case, session)}{end}" for case, session in ((9, 1), (9, 2), (10, 1)) for end in (".hdr", ".img")]
-    whole = str(disc(9)).replace("masked_gfc", "gfc")
+    whole = str(disc(9)).replace("_gfc", "_masked_gfc")
     kind, found, _ = sources.find(touch(tmp_path / "b", *names, f"{whole}.hdr", f"{whole}.img", f"{disc(9)}_fseg.img"))
     assert kind == "OASIS-1 discs" and [(v.case, v.session) for v in found] == [(9, 1), (9, 2), (10, 1)]
     assert all(v.name.endswith(".hdr") for v in found)
@@ -216,8 +219,8 @@ def test_from_oasis_to_scores(heads, tmp_path):
     """Discs -> slices -> train.py -> predict.py, without an option; a repeated scan stays with its subject."""
     for case, head in enumerate(heads, 8):
         write_analyze(tmp_path / "discs" / disc(case), head)
-    write_analyze(tmp_path / "discs" / disc(9, session=2), heads[2])
-    done = convert(tmp_path / "discs", tmp_path / "slices", "--preview")
+    write_analyze(tmp_path / "discs" / disc(9, session=2), np.roll(heads[1], 2, 0))
+    done = convert(tmp_path / "discs", tmp_path / "slices", "--preview", *LOW)
     assert done.stdout.startswith("Source: OASIS-1 discs, 4 volumes of 3 subjects in "), done.stderr
     with open(tmp_path / "slices" / "subjects.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -376,23 +379,46 @@ def test_scans_that_contradict_each_other_and_incomplete_pairs_are_named(heads, 
     assert len(sources.without_copies(sources.find(source)[1])[0]) == 3
     write_analyze(source / disc(2, n=3), heads[0])
     (source / disc(3)).with_suffix(".img").unlink()
-    done = convert(source, tmp_path / "slices")
+    done = convert(source, tmp_path / "slices", *LOW)
     assert "_mpr_n3_" in done.stderr and "differ, and both are scan 1 of OAS1_0002_MR1" in done.stderr
-    assert "OAS1_0003_MR1_mpr_n4_anon_111_t88_masked_gfc.img is missing" in done.stderr and done.returncode == 1
+    assert "OAS1_0003_MR1_mpr_n4_anon_111_t88_gfc.img is missing" in done.stderr and done.returncode == 1
     (source / disc(2, n=3)).with_suffix(".hdr").unlink()
     (source / disc(2, n=3)).with_suffix(".img").unlink()
     write_analyze(source / disc(3), heads[2])
-    done = convert(source, tmp_path / "slices")
+    done = convert(source, tmp_path / "slices", *LOW)
     assert done.returncode == 0 and len(pixels(tmp_path / "slices")) == 12, done.stderr
 
 
-def test_a_skull_is_noticed(tmp_path):
+def test_volumes_without_a_skull_are_counted(tmp_path):
     head = np.zeros((170, 170, 170), np.int16)
     head[15:155, 15:155, 15:155] = 100  # 2.7 litres
     for i in range(3):
-        write_nifti(tmp_path / "heads" / f"{i}.nii", head + np.int16(i) * (head > 0))
+        small = head[:100, :100, :100] if i else head
+        write_nifti(tmp_path / "heads" / f"{i}.nii", small)
     done = convert(tmp_path / "heads", tmp_path / "slices")
-    assert done.returncode == 0 and done.stderr.count("is the skull on?") == 3
+    assert "2 of 3 volumes seem to have no skull" in done.stdout, done.stderr
+
+
+def test_discs_become_the_very_slices_of_the_set(tmp_path):
+    """A set's slices, put into volumes as the discs have them, come out pixel for pixel, with their label maps."""
+    labels = {}
+    for case in (401, 402, 441):
+        slices, maps = (np.stack(each) for each in zip(*(phantoms.make_pair(case, s) for s in range(32)), strict=True))
+        voxels, tissue = (np.zeros((176, 208, 176), np.int16) for _ in range(2))
+        voxels[:, :, 72:104] = 7 * slices[:, 40:216, 24:232].astype(np.int16).transpose(1, 2, 0)
+        tissue[:, :, 72:104] = maps[:, 40:216, 24:232].astype(np.int16).transpose(1, 2, 0) // 85
+        path = tmp_path / "discs" / disc(case)
+        write_analyze(path, voxels)
+        name = path.name.replace("_t88_gfc", "_t88_masked_gfc_fseg")
+        write_analyze(path.parents[3] / "FSL_SEG" / name, tissue)
+        labels[case] = slices, maps
+    done = run_program("preparation.oasis", tmp_path / "discs", tmp_path / "slices", "--workers", 2, cwd=tmp_path)
+    assert "Split by subject, that of the PNG set: 1 train, 1 validate, 1 test" in done.stdout, done.stderr
+    for case, split in ((401, "train"), (402, "validate"), (441, "test")):
+        dataset = OasisDataset(tmp_path / "slices", split, with_labels=True)
+        assert [dataset.case_and_slice(i) for i in range(32)] == [(case, s) for s in range(32)]
+        slices, maps = labels[case]
+        assert np.array_equal(dataset.images[:, 0], slices) and np.array_equal(dataset.labels * 85, maps)
 
 
 def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
