@@ -8,6 +8,10 @@ those that are so already keep their pixels. Deeper values than 8 bits are scale
 and called again, it goes on where it was: until all is done, everything is in DEST.unfinished.
 """
 
+import sys
+
+if not __package__:  # run as a file: its folder is the first in the path, not the project's
+    sys.path[0] = sys.path[0].rpartition("preparation")[0] or "."
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import os

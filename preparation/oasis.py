@@ -10,6 +10,10 @@ Each volume is turned to RAS, resampled linearly where its voxels are not of 1 m
 like those of the PNG set (`preparation.volumes`). Subjects with OASIS-1's numbers are split as there.
 """
 
+import sys
+
+if not __package__:  # run as a file: its folder is the first in the path, not the project's
+    sys.path[0] = sys.path[0].rpartition("preparation")[0] or "."
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import csv

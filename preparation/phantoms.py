@@ -7,6 +7,10 @@ right. They resemble the set's slices in what docs/method.md lists, but they are
     python -m preparation.phantoms DIR    # 512 training, 64 validation and 64 test slices, with label maps
 """
 
+import sys
+
+if not __package__:  # run as a file: its folder is the first in the path, not the project's
+    sys.path[0] = sys.path[0].rpartition("preparation")[0] or "."
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 from pathlib import Path

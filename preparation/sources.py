@@ -33,8 +33,11 @@ DISCS = re.compile(
     r"(?:.*/)?(?P<subject>OAS1_(?P<case>\d{4})_MR(?P<session>\d))/PROCESSED/MPRAGE/T88_111/"
     r"(?P=subject)_mpr_n\d+_anon_111_t88_gfc\.(?:hdr|img)"
 )
-ANY = re.compile(r"(?:.*/)?(?P<subject>[^/]+?)\.nii(?:\.gz)?")
-LABELS = re.compile(r"(?:^|[_.-])(?:mask|brainmask|d?seg\d*|aseg|aparc|probseg|labels?)(?=[_.-])")  # not scans
+ANY = re.compile(r"(?:.*/)?(?P<subject>[^/]+?)\.nii(?:\.gz)?", re.IGNORECASE)
+LABELS = re.compile(  # not scans: by a part of the name, or by a folder
+    r"(?:^|[/_.-])(?:[a-z]*masks?|d?seg\d*|aseg|aparc|probseg|labels?)(?=[/_.+-])|(?:^|/)(?:labels|masks)t[rs]/",
+    re.IGNORECASE,
+)
 ATLAS = "OASIS-1 discs"  # whose volumes are in the atlas of the PNG set
 KINDS = {  # how they are found, and what a file is called that should have been
     "neurite-OASIS v1.0": (NEURITE, re.compile(r"(?:.*/)?(?:aligned_)?(?:orig|norm)\.nii\.gz")),
@@ -105,7 +108,7 @@ def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
         seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix in (".gz", ".nii", ".hdr", ".img"):
+            if path.suffix.lower() in (".gz", ".nii", ".hdr", ".img"):
                 name = path.relative_to(source).as_posix()
                 yield name.encode("utf-8", "backslashreplace").decode(), path
 
@@ -118,7 +121,7 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
                 name = member.name.removeprefix("./").encode("utf-8", "backslashreplace").decode()
                 if name.startswith("/") or ".." in Path(name).parts:
                     raise UserError(f"{source}: its member {member.name!r} points outside; download it again")
-                if member.isreg():
+                if member.isreg() and not any(part.startswith(".") for part in Path(name).parts):
                     yield name, source, member.offset_data, member.size
             end = tar.offset
         with open(source, "rb") as file:  # tarfile stops at a damaged header as if it were the end
@@ -145,7 +148,7 @@ def _any_nifti(files: list[tuple]) -> list[Volume]:
     found = []
     for match, name, *place in matches:
         if match:
-            stem = match["subject"] if stems[match["subject"]] == 1 else re.sub(r"\.nii(\.gz)?$", "", name)
+            stem = match["subject"] if stems[match["subject"]] == 1 else re.sub(r"(?i)\.nii(\.gz)?$", "", name)
             label = re.findall(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", name)
             session = re.findall(r"[/_](ses-[A-Za-z0-9]+)", name)
             found.append((label[-1] if label else stem, session[-1] if session else "", name, *place))
@@ -202,7 +205,7 @@ def split_subjects(volumes: list[Volume], seed: int, file: str | None = None) ->
     if file is not None:
         return _read_split(Path(file), volumes)
     if len(subjects) < len(SHARES):
-        raise UserError(f"{len(subjects)} subjects cannot be split in three; name their splits with --split FILE.csv")
+        raise UserError(f"{len(subjects)} subjects cannot be split in three; at least one is needed for each split")
     total = sum(SHARES.values())
     n_validate, n_test = (max(1, round(len(subjects) * SHARES[name] / total)) for name in ("validate", "test"))
     order = np.random.default_rng(seed).permutation(sorted(subjects)).tolist()
@@ -213,7 +216,10 @@ def split_subjects(volumes: list[Volume], seed: int, file: str | None = None) ->
 def _read_split(path: Path, volumes: list[Volume]) -> dict[int, str]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            first = file.readline()
+            delimiter = max(",;\t", key=first.count)
+            columns = [name.strip().lower() for name in first.strip().split(delimiter)]
+            rows = list(csv.DictReader(file, columns, delimiter=delimiter))
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); name a CSV file with --split") from None
     if not rows or not {"subject", "split"} <= rows[0].keys():

@@ -15,6 +15,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.fileholders import FileHolder
 from nibabel.processing import resample_to_output
 from nibabel.spaces import vox2out_vox
+from scipy import ndimage
 
 from preparation.layout import LABEL_STEP
 from support.console import UserError
@@ -29,6 +30,7 @@ EDGE = 0.02  # share of white: what is brighter than that counts as foreground
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # axes: across slices, rows, columns
 
 MOST_VOXELS = 512**3
+GZIP = b"\x1f\x8b"  # how a gzip file begins
 MOST_BYTES = 2**30 * 2  # of a file
 MOST_HEADER = 2**24  # bytes, with its extensions
 
@@ -113,13 +115,15 @@ def read(volume: Volume) -> Scan:
     try:
         image, notes = _open(volume)
         shape = tuple(image.shape)
-        if len(shape) < 3 or any(n != 1 for n in shape[3:]) or min(shape[:3]) < 16:
+        if len(shape) < 3 or any(n != 1 for n in shape[3:]):
             raise VolumeError(f"{volume.name}: is {'×'.join(map(str, shape))}, not one volume")
+        if min(shape[:3]) < 16:
+            raise VolumeError(f"{volume.name}: has {min(shape[:3])} planes in one direction; 16 are needed")
         if image.get_data_dtype().kind not in "biuf":
             raise VolumeError(f"{volume.name}: has voxels of type {image.get_data_dtype()}, not numbers")
         zooms = tuple(round(float(zoom), 4) for zoom in voxel_sizes(image.affine))  # a header may hold others beside
         if not all(0.2 <= zoom <= 5 for zoom in zooms):
-            raise VolumeError(f"{volume.name}: has voxels of {zooms} mm; correct its header")
+            raise VolumeError(f"{volume.name}: has voxels of {zooms} mm; those of 0.2 to 5 mm can be used")
         image = nib.as_closest_canonical(nib.squeeze_image(image))
         if any(abs(zoom - 1) > 0.01 for zoom in zooms):
             voxels = math.prod(vox2out_vox(image, (1, 1, 1))[0])
@@ -134,9 +138,21 @@ def read(volume: Volume) -> Scan:
     except Exception as error:  # nibabel has many; numpy and zlib have others
         reason = " ".join(str(error).split()) or type(error).__name__
         raise VolumeError(f"{volume.name}: cannot be read ({reason}); download it again") from None
-    if not np.isfinite(voxels).all():
-        raise VolumeError(f"{volume.name}: has values that are not finite")
+    strange = ~np.isfinite(voxels)
+    if strange.any():
+        voxels = _without_nan(volume, voxels, strange)
     return Scan(voxels, shape, zooms, notes)
+
+
+def _without_nan(volume: Volume, voxels: np.ndarray, strange: np.ndarray) -> np.ndarray:
+    """Voxels whose NaN outside the head, as SPM writes them, are the darkest value. Raises VolumeError if in the head.
+
+    Outside are those that are connected with the border by others of their kind.
+    """
+    regions, _ = ndimage.label(np.pad(strange, 1, constant_values=True))
+    if np.isinf(voxels).any() or (strange & (regions[1:-1, 1:-1, 1:-1] != regions[0, 0, 0])).any() or strange.all():
+        raise VolumeError(f"{volume.name}: has values in the head that are not finite")
+    return np.where(strange, voxels[~strange].min(), voxels)
 
 
 def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
@@ -147,7 +163,8 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
         holders = {name: FileHolder(fileobj=io.BytesIO(part)) for name, part in zip(names, contents, strict=True)}
         image = nib.AnalyzeImage.from_file_map(holders)
     else:
-        data = _decompress(volume, contents[0]) if volume.name.endswith(".gz") else contents[0]
+        packed = contents[0].startswith(GZIP)  # whatever the name says
+        data = _decompress(volume, contents[0]) if packed else contents[0]
         image = _format(volume, data).from_bytes(data)
         contents = [data]
     size = _voxels(volume, image.shape) * image.get_data_dtype().itemsize

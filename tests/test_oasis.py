@@ -215,6 +215,64 @@ def test_sources_are_told_apart_by_their_names(tmp_path):
     assert [(v.subject, v.case) for v in found] == [("b\\udcff", 1), ("p1/T1", 2), ("p2/T1", 3)]
 
 
+@pytest.mark.parametrize(
+    "scans, others",
+    [
+        (["imagesTr/OASIS_01.nii.gz"], ["labelsTr/OASIS_01.nii.gz", "masksTr/OASIS_01.nii.gz"]),
+        (["s1/brain.nii.gz"], ["s1/mask.nii.gz", "s1/aseg.nii.gz", "s1/Brain_Mask.nii.gz"]),
+        (["a_T1w.nii"], ["a_BrainExtractionMask.nii", "a_Segmentation/labels.nii", "b_ASEG.nii.gz"]),
+    ],
+)
+def test_label_maps_and_masks_are_told_by_their_names_and_folders(scans, others, tmp_path):
+    _, found, strange = sources.find(touch(tmp_path, *scans, *others))
+    assert [volume.name for volume in found] == scans and strange == sorted(others)
+
+
+def test_hidden_files_in_a_tar_are_passed_over(tmp_path):
+    touch(tmp_path / "in", "sub1.nii.gz", "._sub1.nii.gz", ".git/sub2.nii")
+    with tarfile.open(tmp_path / "in.tar", "w") as file:
+        file.add(tmp_path / "in", ".")
+    assert [volume.name for volume in sources.find(tmp_path / "in.tar")[1]] == ["sub1.nii.gz"]
+
+
+def test_compression_is_told_by_the_contents(heads, tmp_path):
+    plain = nib.Nifti1Image(heads[0], RAS).to_bytes()
+    expected = slices_of(write_nifti(tmp_path / "a.nii", heads[0]))
+    for name, contents in (("plain.nii.gz", plain), ("packed.nii", gzip.compress(plain, 1)), ("B.NII.GZ", plain)):
+        (tmp_path / name).write_bytes(contents)
+        assert np.array_equal(slices_of(tmp_path / name), expected), name
+    assert len(sources.find(tmp_path)[1]) == 4
+
+
+def test_nan_outside_the_head_is_background(heads, tmp_path):
+    """As SPM writes it."""
+    head = heads[0].astype(np.float32)
+    expected = slices_of(write_nifti(tmp_path / "a.nii", head))
+    edge = np.zeros(head.shape, bool)
+    edge[:3], edge[:, -4:] = True, True
+    assert not head[edge].any()
+    head[edge] = np.nan
+    assert np.array_equal(slices_of(write_nifti(tmp_path / "b.nii", head)), expected)
+
+
+def test_a_table_of_splits_may_have_semicolons_and_capitals(tmp_path):
+    found = [volumes.Volume("", f"sub-{i}", i, 1, Path()) for i in (1, 2, 3)]
+    (tmp_path / "split.csv").write_text("Subject;Split\nsub-1;test\nsub-2;train\nsub-3;validate\n")
+    assert sources.split_subjects(found, 0, tmp_path / "split.csv") == {1: "test", 2: "train", 3: "validate"}
+
+
+def test_planes_that_are_too_few_are_said_to_be_so(tmp_path):
+    path = write_nifti(tmp_path / "few.nii", np.ones((64, 64, 15), np.int16))
+    with pytest.raises(UserError, match="few.nii: has 15 planes in one direction; 16 are needed"):
+        volumes.read(volume(path))
+
+
+def test_a_program_runs_as_a_file_too(tmp_path):
+    words = [sys.executable, PROJECT / "preparation" / "oasis.py", "--help"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
 def test_from_oasis_to_scores(heads, tmp_path):
     """Discs -> slices -> train.py -> predict.py, without an option; a repeated scan stays with its subject."""
     for case, head in enumerate(heads, 8):
@@ -273,7 +331,7 @@ def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
         with pytest.raises(UserError) as error:
             sources.split_subjects(found[:4], 0, file)
         assert words in str(error.value) and str(file) in str(error.value)
-    with pytest.raises(UserError, match="2 subjects cannot be split in three"):
+    with pytest.raises(UserError, match="2 subjects cannot be split in three; at least one is needed for each"):
         sources.split_subjects(found[:2], 0)
 
 
@@ -328,7 +386,7 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
         "cut.nii.gz": (good[: len(good) // 2], "damaged or ends early"),
         "tail.nii.gz": (good[:-4], "damaged or ends early"),
         "flipped.nii.gz": (flipped, "damaged or ends early"),
-        "page.nii.gz": (b"<html>403</html>", "damaged or ends early"),
+        "page.nii.gz": (b"<html>403</html>", "not NIfTI; download it again"),
         "empty.nii.gz": (b"", "not NIfTI"),
         "other.nii": (b"x" * 5000, "not NIfTI"),
         "huge.nii.gz": (gzip.compress(huge), "announces 27000000000000 voxels"),
@@ -340,10 +398,13 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
         "inside.nii.gz": (gzip.compress(nib.Nifti1Image(head, RAS).to_bytes()[:90000]), "damaged or ends early"),
         "scores.nii": (nib.Nifti1Image(np.where(head, head - 500, 0), RAS).to_bytes(), "darker than its border"),
         "zero.nii": (nib.Nifti1Image(head * 0, RAS).to_bytes(), "is empty"),
-        "nan.nii": (nib.Nifti1Image(nan, RAS).to_bytes(), "not finite"),
+        "nan.nii": (nib.Nifti1Image(nan, RAS).to_bytes(), "values in the head that are not finite"),
         "thin.nii": (nib.Nifti1Image(np.pad(head[:, :, 10:12], ((0, 0), (0, 0), (9, 9))), RAS).to_bytes(), "not 4"),
         "complex.nii": (nib.Nifti1Image(head.astype(np.complex64), RAS).to_bytes(), "of type complex64"),
-        "voxels.nii": (nib.Nifti1Image(head, np.diag([30.0, 30, 30, 1])).to_bytes(), "voxels of (30.0, 30.0, 30.0) mm"),
+        "voxels.nii": (
+            nib.Nifti1Image(head, np.diag([30.0, 30, 30, 1])).to_bytes(),
+            "voxels of (30.0, 30.0, 30.0) mm; those of 0.2 to 5 mm",
+        ),
     }
     for name, (data, _) in contents.items():
         (folder / name).write_bytes(data)
