@@ -1,4 +1,4 @@
-"""The networks: a VQ-VAE that turns a 256x256 slice into 64x64 codes and back, a DCGAN and a U-Net for its latents.
+"""The networks: a VQ-VAE that turns a 256x256 slice into 64x64 codes and back, and what priors of these codes learn.
 
 Sources: van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv 1711.00937 (VQ-VAE);
 Radford et al. 2015, "Unsupervised Representation Learning with Deep Convolutional GANs", arXiv 1511.06434 (DCGAN);
@@ -586,8 +586,8 @@ def principal_components(codebook: Tensor) -> Tensor:
     """
     x = (codebook - codebook.mean(0)).cpu().double()
     components = x @ torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :CODE_FEATURES]
-    components = components / components.std(0).sqrt().clamp(min=1e-6)
-    features = components / components.std().clamp(min=1e-6)
+    components = components / components.std(0, correction=0).sqrt().clamp(min=1e-6)
+    features = components / components.std(correction=0).clamp(min=1e-6)
     return F.pad(features, (0, CODE_FEATURES - features.shape[1])).float()
 
 
@@ -603,5 +603,5 @@ def _pooled(near: Tensor, stride: int) -> Tensor:
 
 def _draw(logits: Tensor, noise: Tensor) -> Tensor:
     """Codes (B,) with probabilities softmax(logits), logits (B, n_codes): where their sums pass noise (B,)."""
-    sums = logits.double().softmax(1).cumsum(1)
+    sums = logits.to(torch.float if logits.device.type == "mps" else torch.double).softmax(1).cumsum(1)
     return (sums <= noise[:, None]).sum(1).clamp(max=logits.shape[1] - 1)

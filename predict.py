@@ -125,6 +125,8 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         prior.steps = o.steps
     if o.slice and not isinstance(prior, AutoregressivePrior):
         raise UserError(f"--slice is for a prior that knows planes, and {o.generator} is none; leave it out")
+    if o.slice and (unknown := sorted(set(o.slice) - set(prior.planes))):
+        raise UserError(f"--slice: {o.generator} was not trained on plane {unknown[0]}; leave it out, or name others")
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     planes = o.slice or []

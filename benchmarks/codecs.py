@@ -100,6 +100,8 @@ def main() -> None:
         "--every", metavar="N", type=int, default=7, help="one validation image in N (default: 7, to see all planes)"
     )
     o = parser.parse_args()
+    if o.prior and not o.paths:
+        parser.error("--prior belongs to a VQ-VAE; name its vqvae.pth")
     dataset = OasisDataset(o.data, "validate")
     indices = range(0, len(dataset), o.every)
     images = dataset.images[indices]

@@ -66,6 +66,8 @@ def main() -> None:
     if dataset.labels is None:
         raise console.UserError(f"{o.data}: has no label maps of the validation split")
     indices = [i for i in range(0, len(dataset), o.every) if (dataset.labels[i] > 0).sum() > 1000]
+    if not indices:
+        raise console.UserError(f"{o.data}: no slice of the validation split shows enough brain")
     pairs = [plant(dataset[i][0], dataset.labels[i] > 0, rng) for i in indices]
     x, discs = (torch.stack(side)[:, None] for side in zip(*pairs, strict=True))
     planes = CodeCache.planes_of([dataset.case_and_slice(i)[1] for i in indices])

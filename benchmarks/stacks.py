@@ -80,10 +80,14 @@ def main() -> None:
     y = torch.tensor([train.case_and_slice(i)[1] for i in range(0, len(train), every)]).double()
     reader = fit_reader(x, y)
 
+    if None in [validate.case_and_slice(i)[1] for i in range(len(validate))]:
+        raise console.UserError(f"{o.data}: file names have no slice numbers")
     heads: dict[int | str, dict[int, int]] = {}
     for i in range(len(validate)):
         heads.setdefault(validate.subject(i), {})[validate.case_and_slice(i)[1]] = i
     whole = [slices for slices in heads.values() if slices.keys() >= set(range(N_PLANES))][: o.stacks]
+    if not whole:
+        raise console.UserError(f"{o.data}: no head of the validation split has all {N_PLANES} planes")
     indices = [slices[plane] for slices in whole for plane in range(N_PLANES)]
     noise = prior.noise(o.stacks * N_PLANES, seeds.generator(o.seed, "samples")).unflatten(0, (o.stacks, -1))
     codes = prior.sample_stacks(noise, range(N_PLANES)).flatten(0, 1)

@@ -60,7 +60,9 @@ def find(source: Path) -> tuple[dict[str, Callable[[], np.ndarray]], list[str]]:
     names = sorted((path.relative_to(source).as_posix() for path in paths), key=files.natural)
     kept = [n for n in names if n.lower().endswith(SUFFIXES) and not NOT_IMAGES.search(n)]
     kept = [n for n in kept if not any(part.startswith(".") for part in n.split("/"))]
-    return {name: lambda path=source / name: read(path) for name in kept}, sorted(set(names) - set(kept))
+    readers = {name: lambda path=source / name: read(path) for name in kept}
+    readers = {name.encode("utf-8", "backslashreplace").decode(): reader for name, reader in readers.items()}
+    return readers, sorted(set(names) - set(kept))
 
 
 def _in_npz(source: Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -68,12 +70,12 @@ def _in_npz(source: Path) -> dict[str, Callable[[], np.ndarray]]:
         with np.load(source) as contents:
             keys = {split: f"{key}_images" for key, split in SPLITS.items() if f"{key}_images" in contents}
             arrays = {split: contents[key] for split, key in keys.items()}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged archive shows itself in many ways
         raise UserError(f"{source}: cannot be read as .npz ({console.one_line(error)})") from None
     if set(arrays) != set(sources.SHARES):
         raise UserError(f"{source}: has no train_images, val_images and test_images, as files of MedMNIST have")
-    if any(array.ndim != 3 and array.shape[3:] != (3,) for array in arrays.values()):
-        raise UserError(f"{source}: holds no images (N, H, W) or (N, H, W, 3)")
+    if any(a.dtype != np.uint8 or a.ndim != 3 and a.shape[3:] != (3,) for a in arrays.values()):
+        raise UserError(f"{source}: holds no images (N, H, W) or (N, H, W, 3) of 8 bits")
     named = {f"{split}/{i}": image for split, array in arrays.items() for i, image in enumerate(array)}
     return {name: lambda image=image: grey(Image.fromarray(image)) for name, image in named.items()}
 
@@ -85,7 +87,7 @@ def read(path: Path) -> np.ndarray:
             if getattr(image, "n_frames", 1) != 1:
                 raise ValueError("it has several pages")
             return grey(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError, zlib.error, …
         raise UserError(f"{path}: cannot be used ({console.one_line(error)}); replace or remove it") from None
 
 
@@ -101,31 +103,40 @@ def grey(image: Image.Image) -> np.ndarray:
 
 def subjects_of(names: list[str], group: re.Pattern | None) -> tuple[str, list[str]]:
     """How subjects are told apart, in words, and the subject of each name."""
-    stems, folders = [Path(n).stem for n in names], [Path(n).parent.as_posix() for n in names]
-    before = [re.fullmatch(r"(.*\d.*?)\D*\d+\D*", stem) for stem in stems]  # what comes before the last number
+    stems, folders = [Path(n).stem for n in names], [n.split("/")[:-1] for n in names]
+    folders = [parts[1:] if parts and parts[0].lower() in SPLITS else parts for parts in folders]
+    numbered = [next((part for part in parts if re.search(r"\d", part)), None) for parts in folders]
+    before = [re.fullmatch(r"(.*\d)\D+\d+\D*", stem) for stem in stems]  # what comes before the last number
     if group is not None:
         matches = [group.search(name) for name in names]
-        if None in matches:
-            raise UserError(f"--group {group.pattern}: does not match {names[matches.index(None)]}")
-        return f"--group {group.pattern}", [match[1] if group.groups else match[0] for match in matches]
-    if len(set(stems)) < len(stems) and len(set(folders)) > 1:  # the same names in several folders
-        numbered = [next((part for part in folder.split("/") if re.search(r"\d", part)), folder) for folder in folders]
+        subjects = [match and (match[1] if group.groups else match[0]) for match in matches]
+        if None in subjects:
+            raise UserError(f"--group {group.pattern}: finds no subject in {names[subjects.index(None)]}")
+        return f"--group {group.pattern}", subjects
+    if len(set(stems)) < len(stems) and None not in numbered:  # the same names in several folders
         return "the outermost folder with a number", numbered
     if all(before) and len({match[1] for match in before}) < len(names):
         return "the name without its last number", [match[1] for match in before]
     return "none: each image is one of its own", names
 
 
-def split_of(items: list[Item], o: argparse.Namespace) -> dict[int, str]:
-    """The split of each case: that of the source's folders train, validate and test, if it has these; else drawn."""
+def split_of(items: list[Item], o: argparse.Namespace) -> tuple[str, dict[int, str]]:
+    """How subjects are split, in words, and the split of each case: the source's folders are it, if they are all three.
+
+    Raises UserError if some images are in folders named as splits, and others are not.
+    """
     given = [SPLITS.get(item.name.split("/")[0].lower()) for item in items]
-    if o.split is not None or set(given) != set(sources.SHARES):
-        return sources.split_subjects(items, o.seed, o.split)
+    if o.split is not None:
+        return f"as {o.split} says", sources.split_subjects(items, o.seed, o.split)
+    if set(given) == {None}:
+        return "drawn", sources.split_subjects(items, o.seed)
+    if set(given) != set(sources.SHARES):
+        raise UserError(f"{o.source}: has folders named as splits, but not all images are in train, val or test")
     splits: dict[int, str] = {}
     for item, split in zip(items, given, strict=True):
         if splits.setdefault(item.case, split) != split:
             raise UserError(f"{item.name}: its subject {item.subject} is in two splits; give --group or --split")
-    return splits
+    return "that of the source", splits
 
 
 def fitted(image: np.ndarray, side: int, how: str) -> np.ndarray:
@@ -147,6 +158,8 @@ def main(words: list[str] | None = None) -> None:
     o = parse(words)
     console.install_signal_handlers()
     source, dest = Path(o.source), Path(o.dest).resolve()
+    if source.resolve() in (dest, *dest.parents):
+        raise UserError(f"{dest}: lies in SOURCE; name another DEST")
     readers, passed_over = find(source)
     if not readers:
         raise UserError(f"{source}: holds no PNG, JPEG or TIFF images")
@@ -155,9 +168,10 @@ def main(words: list[str] | None = None) -> None:
     items = [Item(name, s, case[s], reader) for (name, reader), s in zip(readers.items(), subjects, strict=True)]
     examples = ", ".join(f"{item.subject} of {item.name}" for item in items[:: -(-len(items) // 3)])
     print(f"Subjects: {rule} ({examples})")
-    splits = split_of(items, o)
+    how, splits = split_of(items, o)
     counts = {split: list(splits.values()).count(split) for split in sources.SHARES}
-    print(f"{len(items)} images of {len(case)} subjects: " + ", ".join(f"{n} {split}" for split, n in counts.items()))
+    numbers = ", ".join(f"{n} {split}" for split, n in counts.items())
+    print(f"{len(items)} images of {len(case)} subjects, split {how}: {numbers}")
     if passed_over:
         print(f"Passed over: {len(passed_over)} files, such as {passed_over[0]}")
     if not all(counts.values()):
@@ -175,11 +189,10 @@ def main(words: list[str] | None = None) -> None:
 
 def plan_of(items: list[Item], splits: dict[int, str], source: Path, o: argparse.Namespace) -> dict:
     """What decides the contents of DEST."""
-    paths = [source / item.name for item in items]
-    sizes = [path.stat().st_size for path in paths] if source.is_dir() else [source.stat().st_size]
+    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     return {
         "images": [[item.name, item.subject, splits[item.case]] for item in items],
-        "sizes": sizes,
+        "files": [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
         "fit": o.fit,
         "size": o.size,
     }
@@ -200,7 +213,7 @@ def convert(items: list[Item], splits: dict[int, str], dest: Path, plan: dict, o
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
         if files.read_json(folder / PLAN) != plan:
-            if any(folder.iterdir()):
+            if any(path.name[0] != "." for path in folder.iterdir()):
                 raise UserError(f"{folder}: was begun otherwise; remove it, or name another DEST")
             files.write_json(folder / PLAN, plan)
         depths = _each(items, lambda item: None if (x := item.read()).dtype == np.uint8 else x.max(), "Reading")
@@ -274,7 +287,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("source", metavar="SOURCE", help="folder of images, or an .npz file of MedMNIST")
     add("dest", metavar="DEST", help="folder to make")
     text = "regular expression that finds the subject in a path under SOURCE: its first group, else all of it"
-    add("--group", metavar="REGEX", type=re.compile, help=text)
+    add("--group", metavar="REGEX", type=_regex, help=text)
     text = f"side of the square in the middle that a picture is fitted to (default: {SIZE})"
     add("--size", metavar="N", type=SIDE, default=SIZE, help=text)
     text = "pad (reduce what is larger), crop (fill the square) or resize (distort); default: pad"
@@ -284,6 +297,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     add("--preview", action="store_true", help="also draw some images, as DEST/preview.png")
     return parser.parse_args(words)
+
+
+def _regex(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"is no regular expression ({error})") from None
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def convert(volume: Volume, split: str, folder: Path, o: argparse.Namespace) -> 
     names = paths(volume.case, volume.session, split, o.slices)
     written = dict(zip(names, images, strict=True))
     if in_atlas and (labels := sources.label_volume(volume)):
-        maps = cut_labels(read(labels).voxels, positions)
+        tissue = read(labels).voxels
+        if tissue.shape != scan.voxels.shape:
+            raise VolumeError(f"{labels.name}: has another shape than {volume.name}; remove it")
+        maps = cut_labels(tissue, positions)
         written |= {label_map(Path(name)).as_posix(): image for name, image in zip(names, maps, strict=True)}
     for path, image in written.items():
         (folder / path).parent.mkdir(exist_ok=True)

@@ -218,7 +218,8 @@ def _read_split(path: Path, volumes: list[Volume]) -> dict[int, str]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline()
             delimiter = max(",;\t", key=first.count)
-            columns = [name.strip().lower() for name in first.strip().split(delimiter)]
+            header = next(csv.reader([first.strip()], delimiter=delimiter), [])
+            columns = [name.strip().lower() for name in header]
             rows = list(csv.DictReader(file, columns, delimiter=delimiter))
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); name a CSV file with --split") from None

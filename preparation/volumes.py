@@ -257,7 +257,7 @@ def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tu
         filled = np.flatnonzero(between.any(tuple(other for other in range(3) if other != axis)))
         middles.append((int(filled[0]) + int(filled[-1]) + 1) // 2)
     positions = list(range(start, start + n_slices))
-    images = _grey(_placed(voxels, plane, positions, middles) - black)
+    images = _grey(_placed(voxels - np.float32(black), plane, positions, middles))
     return images, positions, {"black": black, "white": white, "litres": round(float(brain.sum()) / 1e6, 3)}
 
 

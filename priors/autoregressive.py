@@ -52,6 +52,18 @@ def fit_frame(codes: Tensor) -> Frame:
     return frame._replace(rare=(outside.item() + 1) / (n + 2))  # Laplace's rule of succession: never 0
 
 
+def checked_frame(values: dict, n_codes: int) -> Frame:
+    """The frame that a file has. Raises ValueError if it is none for so many codes."""
+    frame = Frame(**values)
+    numbers = all(type(n) is int for n in (*frame.corner, *frame.size)) and len(frame.corner) == len(frame.size) == 2
+    if not numbers or not all(0 <= a and 0 < n and a + n <= 64 for a, n in zip(frame.corner, frame.size, strict=True)):
+        raise ValueError("its 'frame' is not within 64 x 64 codes")
+    right = isinstance(frame.codes, Tensor) and frame.codes.dtype == torch.long and frame.codes.shape == (64, 64)
+    if not right or not ((0 <= frame.codes) & (frame.codes < n_codes)).all() or not 0 < frame.rare < 1:
+        raise ValueError("its 'frame' is not one of 64 x 64 codes")
+    return frame
+
+
 class AutoregressivePrior:
     """A distribution over codes (64, 64), of which slices and stacks of slices are drawn.
 
@@ -119,7 +131,7 @@ class AutoregressivePrior:
     def bits(self, codes: Tensor, condition: Condition) -> Tensor:
         """The information -log2 p of each of codes (B, 64, 64) int64, exact: (B, 64, 64) in bits."""
         codes, frame = move(codes, self.device), self.frame.codes.to(self.device)
-        other = self.frame.rare / (self.network.n_codes - 1)
+        other = self.frame.rare / max(1, self.network.n_codes - 1)
         bits = -torch.where(codes == frame, 1 - self.frame.rare, other).log2()
         bits[:, *self.frame.box] = self.network.eval()(codes[:, *self.frame.box], self._cut(condition))
         return bits
@@ -150,21 +162,15 @@ def prior_of(contents: dict, vqvae: VQVAE) -> AutoregressivePrior:
     """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if the contents are not one's."""
     if contents["codebook"] != codebook_hash(vqvae):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
-    frame, state = Frame(**contents["frame"]), contents["state_dict"]
     codebook = vqvae.vector_quantizer.embedding.weight.detach()
-    corner, size = frame.corner, frame.size
-    inside = all(0 <= start and 0 < length and start + length <= 64 for start, length in zip(corner, size, strict=True))
-    right = isinstance(frame.codes, Tensor) and frame.codes.dtype == torch.long and frame.codes.shape == (64, 64)
-    in_range = right and ((0 <= frame.codes) & (frame.codes < len(codebook))).all()
-    if not in_range or not inside or not 0 < frame.rare < 1:
-        raise ValueError("its 'frame' is not one of 64 x 64 codes")
+    frame, state = checked_frame(contents["frame"], len(codebook)), contents["state_dict"]
     planes, settings = contents["planes"], contents["settings"]
     if not isinstance(planes, list) or not all(type(n) is int and 0 <= n < N_PLANES for n in planes):
         raise ValueError(f"its 'planes' are not numbers from 0 to {N_PLANES - 1}")
     sizes = settings["width"], settings["hidden"], *settings["dilations"]
     if not all(type(n) is int and 0 < n <= 256 for n in sizes) or len(sizes) > 66:
         raise ValueError("its 'settings' are not a network's")
-    network = Autoregressive(codebook, size, **settings)
+    network = Autoregressive(codebook, frame.size, **settings)
     files.load_state(network, state)
     network.to(vqvae.conv1.weight.device, memory_format=torch.channels_last).eval()
     return AutoregressivePrior(network, frame, vqvae, planes, bool(contents["phantoms"]))
@@ -205,7 +211,7 @@ def halving(planes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
 def halving_distances(cache: CodeCache) -> Tensor:
     """For each slice of a split, how far its neighbours below and above in the order of `halving` are: (N, 2)."""
     distance = torch.zeros(len(cache), 2, dtype=torch.long)
-    for slices in cache.subjects.values():
+    for slices in cache.heads.values():
         for plane, below, above in (each for step in halving(sorted(slices)) for each in step):
             distance[slices[plane]] = torch.tensor([below, above])
     return distance.where(distance <= MOST_DISTANCE, 0)

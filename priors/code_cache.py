@@ -21,24 +21,25 @@ class CodeCache(Dataset):
         vqvae, dataset: on one device.
 
     Attributes:
-        codes: (N, 64, 64) int16, on the CPU.
+        codes: (N, 64, 64) int32, on the CPU.
         plane: (N,) int64, the number in the file's name; N_PLANES where there is none, or one that is not a plane's.
-        subjects: for each subject, the index of each of its slices by slice number.
+        heads: for each scan of a subject, the index of each of its slices by number. Numbers from N_PLANES on are of a
+            second scan, as `preparation.oasis` has them.
     """
 
     def __init__(self, vqvae: VQVAE, dataset: OasisDataset):
-        encoded = (vqvae.encode(x).short().cpu() for x in in_batches(dataset, desc=f"Encoding {dataset.split}"))
+        encoded = (vqvae.encode(x).int().cpu() for x in in_batches(dataset, desc=f"Encoding {dataset.split}"))
         self.codes = torch.cat(list(encoded))
         self.device = vqvae.conv1.weight.device
         numbers = [dataset.case_and_slice(i)[1] for i in range(len(dataset))]
         self.plane = self.planes_of(numbers)
-        self.subjects: dict[int | str, dict[int, int]] = {}
+        self.heads: dict[tuple, dict[int, int]] = {}
         # The index of the slice so many planes above, less MOST_DISTANCE, of the same subject; -1 where there is none.
         self._neighbours = torch.full((len(dataset), 2 * MOST_DISTANCE + 1), -1)
         for i, number in enumerate(numbers):
             if number is not None:
-                self.subjects.setdefault(dataset.subject(i), {})[number] = i
-        for slices in self.subjects.values():
+                self.heads.setdefault((dataset.subject(i), number // N_PLANES), {})[number] = i
+        for slices in self.heads.values():
             for number, i in slices.items():
                 near = range(number - MOST_DISTANCE, number + MOST_DISTANCE + 1)
                 self._neighbours[i] = torch.tensor([slices.get(other, -1) for other in near])

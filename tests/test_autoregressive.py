@@ -236,3 +236,33 @@ def test_a_damaged_file_is_refused(key, value, message, prior, tmp_path):
     torch.save(prior.checkpoint() | {key: value}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="x.pth"):
         load_prior(tmp_path / "x.pth", prior.vqvae)
+
+
+def test_a_second_scan_is_a_head_of_its_own(vqvae, images):
+    """Its slices have numbers from 32 on, as `preparation.oasis` writes them."""
+
+    class Scans:
+        split = "train"
+
+        def __len__(self):
+            return 4
+
+        def batch(self, indices):
+            return images[list(indices)]
+
+        def case_and_slice(self, i):
+            return 1, (30, 31, 32, 33)[i]
+
+        def subject(self, i):
+            return 1
+
+    cache = CodeCache(vqvae, Scans())
+    assert cache.plane.tolist() == [30, 31, N_PLANES, N_PLANES] and len(cache.heads) == 2
+    distance = cache.condition(torch.arange(4), torch.ones(4, 2, dtype=torch.long)).distance
+    assert distance.tolist() == [[0, 1], [1, 0], [0, 1], [1, 0]]
+
+
+def test_one_code_has_no_information():
+    network = Autoregressive(torch.ones(1, 4), (8, 8), 8, (1,), 8)
+    told = Condition(torch.zeros(1).long(), torch.zeros(1, 2, 8, 8).long(), torch.zeros(1, 2).long())
+    assert torch.equal(network(torch.zeros(1, 8, 8).long(), told), torch.zeros(1, 8, 8))

@@ -352,14 +352,35 @@ class Slices(Images):
         return 1
 
 
-def _autoregressive_step(rank):
-    """The gradients, clipped, that the prior over codes is updated with on a batch of 5, and its loss."""
+def _autoregressive(folder: Path | None = None) -> AutoregressiveStage:
+    """A stage on five slices, its weights random and the same in each process."""
     torch.manual_seed(0)
     vqvae, slices = VQVAE(16, 6), Slices(torch.rand(5, 1, 256, 256))
-    run = Run(config.Config(embeddings_dim=6, autoregressive_epochs=10**6), fast_path=FastPath("cpu"))
+    run = Run(config.Config(embeddings_dim=6, autoregressive_epochs=10**6), folder, fast_path=FastPath("cpu"))
     stage = AutoregressiveStage(run, vqvae, slices, slices)
     for parameter in stage.network.parameters():  # some begin as 0
         torch.nn.init.normal_(parameter, std=0.1)
+    return stage
+
+
+def _best_autoregressive(folder, rank):
+    """The weights that the stage ends with. Only rank 0 knows the run's folder."""
+    stage = _autoregressive(folder if rank == 0 else None)
+    if rank == 0:
+        stage.run.rows = [{"stage": "autoregressive", "epoch": 1, "validation_bits": 9.0}]
+        stage.save_weights(stage.run.rows[0])
+    return stage.best().network.state_dict()
+
+
+def test_each_process_ends_with_the_prior_over_codes_that_rank_0_wrote(tmp_path):
+    expected = _autoregressive().prior.network.state_dict()
+    for found in in_two_processes(partial(_best_autoregressive, tmp_path), tmp_path):
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def _autoregressive_step(rank):
+    """The gradients, clipped, that the prior over codes is updated with on a batch of 5, and its loss."""
+    stage = _autoregressive()
     bits = stage.step(distributed.part(torch.arange(5)), 5, 199, torch.Generator().manual_seed(1))
     found = {key: parameter.grad for key, parameter in stage.network.named_parameters()}
     return found | {"bits": distributed.total(bits * distributed.weight(5))}

@@ -40,7 +40,7 @@ def test_slices_of_subjects_become_the_three_folders(tmp_path):
     done = convert(tmp_path, "--preview")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Subjects: the name without its last number (sub-1 of sub-1_slice_0.png, ")
-    assert "30 images of 10 subjects: 8 train, 1 validate, 1 test" in done.stdout
+    assert "30 images of 10 subjects, split drawn: 8 train, 1 validate, 1 test" in done.stdout
     assert "Passed over: 4 files" in done.stdout and (tmp_path / "out" / "preview.png").exists()
     refuse_shared_cases(tmp_path / "out")
     where = {row["source"]: row for row in rows(tmp_path)}
@@ -60,6 +60,8 @@ def test_slices_of_subjects_become_the_three_folders(tmp_path):
         ([f"{s:02d}/im_{i}.png" for s in range(6) for i in range(2)], (), "the outermost folder with a number"),
         ([f"{kind}/P{s}-{i}.png" for s in range(6) for i, kind in enumerate("ab")], (), "the name without its last"),
         ([f"{i}.png" for i in range(6)], (), "none: each image is one of its own"),
+        ([f"img_{i:04d}.png" for i in range(20)], (), "none: each image is one of its own"),
+        ([f"{kind}/{i}.png" for i in range(6) for kind in ("yes", "no")], (), "none: each image is one of its own"),
         ([f"x{i}_y{i % 4}.png" for i in range(12)], ("--group", r"y(\d)"), "--group y("),
     ],
 )
@@ -68,6 +70,14 @@ def test_how_subjects_are_told_apart_is_said(names, words, rule, tmp_path):
     done = convert(tmp_path, "--dry-run", *words)
     assert done.returncode == 0 and f"Subjects: {rule}" in done.stdout, done
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["s{}_{}", "s{}_{:03d}", "case_{:03d}_slice_{}", "P{}-im{:02d}x"])
+def test_the_last_number_is_taken_off_with_all_its_digits(form):
+    names = [form.format(subject, i) + ".png" for subject in (1, 2, 12) for i in range(120)]
+    _, subjects = images.subjects_of(names, None)
+    assert [subjects[i : i + 120] == [subjects[i]] * 120 for i in (0, 120, 240)] == [True] * 3
+    assert len(set(subjects)) == 3
 
 
 def test_no_group_is_ever_in_two_splits():
@@ -82,7 +92,7 @@ def test_no_group_is_ever_in_two_splits():
         "im{3}.png",
     ]
     for _ in range(1000):
-        pattern, n_subjects, n = patterns[draw.integers(6)], draw.integers(3, 30), draw.integers(1, 6)
+        pattern, n_subjects, n = patterns[draw.integers(6)], draw.integers(3, 14), draw.integers(1, 14)
         names = [pattern.format(s, i, draw.integers(2), 10 * s + i) for s in range(n_subjects) for i in range(n)]
         names = sorted(set(names))
         _, subjects = images.subjects_of(names, None)
@@ -132,6 +142,11 @@ def test_folders_named_as_splits_are_the_splits(tmp_path):
         "train",
         "validate",
     ]
+    save(tmp_path / "in", ["other/s9_1.png"])
+    shutil.rmtree(tmp_path / "out")
+    refused(convert(tmp_path), "not all images are in train, val or test")
+    (tmp_path / "in" / "other" / "s9_1.png").unlink()
+    assert convert(tmp_path).returncode == 0
     save(tmp_path / "in", ["test/s0_7.png"])
     shutil.rmtree(tmp_path / "out")
     refused(convert(tmp_path), "subject s0 is in two splits", "--group")
@@ -178,7 +193,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     [
         (lambda folder: None, ("in", "is no folder")),
         (lambda folder: (folder / "in").mkdir(), ("in", "holds no PNG")),
-        (lambda folder: save(folder / "in", ["a.png", "b.png"]), ("2 subjects", "--split")),
+        (lambda folder: save(folder / "in", ["a.png", "b.png"]), ("2 subjects cannot be split",)),
         (lambda folder: [save(folder / "in", NAMES), (folder / "in" / "z_1_1.png").write_bytes(b"x")], ("z_1_1.png",)),
     ],
 )

@@ -159,6 +159,12 @@ def test_rows_and_columns_are_the_axes_in_their_order(plane, top):
     assert len(bright) and all(top <= y < top + 128 and x >= 128 for y, x in bright)
 
 
+def test_around_a_volume_is_its_own_background(heads):
+    """As of CT, whose background is far below 0."""
+    head = heads[0].astype(np.float32)
+    assert np.array_equal(volumes.cut(head - 1000, "axial", 4, 0.8)[0], volumes.cut(head, "axial", 4, 0.8)[0])
+
+
 def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
     z, y, x = np.ogrid[-40:40, -40:40, -40:40]
     ball = (1000 * np.clip(30 - np.sqrt(x * x + y * y + z * z), 0, 1)).astype(np.float32)
@@ -257,7 +263,7 @@ def test_nan_outside_the_head_is_background(heads, tmp_path):
 
 def test_a_table_of_splits_may_have_semicolons_and_capitals(tmp_path):
     found = [volumes.Volume("", f"sub-{i}", i, 1, Path()) for i in (1, 2, 3)]
-    (tmp_path / "split.csv").write_text("Subject;Split\nsub-1;test\nsub-2;train\nsub-3;validate\n")
+    (tmp_path / "split.csv").write_text('"Subject";"Split"\n"sub-1";test\nsub-2;train\nsub-3;validate\n')
     assert sources.split_subjects(found, 0, tmp_path / "split.csv") == {1: "test", 2: "train", 3: "validate"}
 
 

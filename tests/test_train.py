@@ -394,21 +394,25 @@ def test_a_killed_autoregressive_prior_resumed_equals_an_uninterrupted_one(autor
 def test_new_planes_and_stacks(autoregressed, trained, data, folder):
     run = autoregressed[1]
     words = ("predict.py", run / "vqvae.pth", "--out", "planes", "--samples", 2, "--generator")
-    prior = run / "autoregressive.pth"
+    prior, all_planes = run / "autoregressive.pth", folder / "all_planes.pth"
+    contents = torch.load(prior, weights_only=True)
+    assert contents["planes"] == [0, 8, 16, 23, 31]
+    torch.save(contents | {"planes": list(range(32))}, all_planes)
 
-    def made(*more) -> tuple[set[str], str]:
+    def made(path, *more) -> tuple[set[str], str]:
         before = {path.name for path in (folder / "planes").glob("*")}
-        done = run_program(*words, prior, *more, cwd=folder)
+        done = run_program(*words, path, *more, cwd=folder)
         assert done.returncode == 0, done.stderr
         (new,) = {path.name for path in (folder / "planes").glob("*")} - before
         return {path.name for path in (folder / "planes" / new).iterdir()}, done.stdout
 
-    names, _ = made("--slice", "17")
+    names, _ = made(prior, "--slice", "16")
     assert names == {"samples.png", "sample_000.png", "sample_001.png", "index.html"}
-    names, printed = made("--slice", "6-8")
+    refused(run_program(*words, prior, "--slice", "15-16", cwd=folder), "was not trained on plane 15")
+    names, printed = made(all_planes, "--slice", "6-8")
     stacked = {f"sample_00{head}_slice_{plane}.png" for head in range(2) for plane in (6, 7, 8)}
     assert names == stacked | {"stack.png", "index.html"} and "Decoded 6 new slices" in printed
-    names, printed = made("--data", data)
+    names, printed = made(prior, "--data", data)
     assert {"measures.csv", "likelihood.csv", "most_likely.png", "least_likely.png"} <= names
     bits = re.findall(r"Bits per image, (.*): mean (\d+), from (\d+) to (\d+) \(phantoms\)", printed)
     assert [name for name, *_ in bits] == ["alone", "given neighbours"]

@@ -1,14 +1,13 @@
 """The training stage of the prior over codes (van den Oord et al. 2017, arXiv 1711.00937, section 3.3)."""
 
 import copy
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dataset import OasisDataset
 from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
-from priors.autoregressive import AutoregressivePrior, Frame, fit_frame, prior_of
+from priors.autoregressive import AutoregressivePrior, checked_frame, fit_frame, prior_of
 from priors.checkpoints import codebook_hash
 from priors.code_cache import CodeCache
 from support import distributed, files, seeds
@@ -51,14 +50,16 @@ class AutoregressiveStage(Stage):
         self.epochs, self.batch_size = config.autoregressive_epochs, config.autoregressive_batch_size
         self.lr, self.vqvae = config.autoregressive_lr, vqvae.eval().to(memory_format=torch.channels_last)
         self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
-        if self.name in run.state:
-            with run.restoring():
-                self.frame = Frame(**run.state[self.name]["extra"]["frame"])
-        else:
-            self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
         torch.manual_seed(seeds.derived_seed(config.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
-        self.network = Autoregressive(codebook, self.frame.size, recipe.width, recipe.dilations, recipe.hidden)
+        with run.restoring():
+            if self.name in run.state:
+                self.frame = checked_frame(run.state[self.name]["extra"]["frame"], len(codebook))
+            else:
+                self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
+            self.network = Autoregressive(codebook, self.frame.size, recipe.width, recipe.dilations, recipe.hidden)
+        for parameter in self.network.parameters():  # principal components may have other signs on another machine
+            distributed.copy_first(parameter.data)
         self.network.to(run.device, memory_format=fast_path.layout)
         average = copy.deepcopy(self.network)
         self.networks, self.averages = {"autoregressive": self.network}, {"autoregressive": average}
@@ -95,13 +96,13 @@ class AutoregressiveStage(Stage):
         """What n slices are told.
 
         Returns:
-            distance (n, 2): of neighbours below and above, 1, 2, 4, 8 or 16 planes; 0 for none.
+            distance (n, 2): of neighbours below and above, 1 to MOST_DISTANCE planes; 0 for none.
             hidden (n,): whether the plane is not told.
             exchanged (n, 2, 64, 64): which codes of neighbours are of other slices.
             others (n, 2): the slices that these are of.
         """
-        recipe, n_distances = self.recipe, MOST_DISTANCE.bit_length()
-        distance = 2 ** torch.randint(n_distances, (n, 1), generator=rng).expand(n, 2)
+        recipe = self.recipe
+        distance = ((MOST_DISTANCE + 1) ** torch.rand(n, 1, generator=rng)).long().expand(n, 2)  # small ones most often
         alone = torch.rand(n, 1, generator=rng) < recipe.without_neighbours
         left_out = torch.rand(n, 2, generator=rng) < recipe.without_one
         hidden = torch.rand(n, generator=rng) < recipe.without_plane
@@ -155,10 +156,12 @@ class AutoregressiveStage(Stage):
 
     def best(self) -> AutoregressivePrior:
         """The prior in autoregressive.pth, on the run's device."""
-        path = self.run.folder / "autoregressive.pth"
+        return prior_of(distributed.from_first(self._best_contents), self.vqvae)
+
+    def _best_contents(self) -> dict:
         row = self._best_row()
         self.run.say(f"Best epoch: {row['epoch']}, {row['validation_bits']:.0f} bits of a validation image")
-        return files.load(path, partial(prior_of, vqvae=self.vqvae))
+        return files.load(self.run.folder / "autoregressive.pth")
 
     def extra_state(self) -> dict:
         frame = self.frame._asdict()

@@ -164,7 +164,7 @@ class VQVAEStage(Stage):
         if distributed.is_first():
             row = self._best_row()
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
-            if row["ssim_mean"] < row["ssim_black"]:
+            if row["ssim_mean"] < row.get("ssim_black", 0):
                 self.run.say(f"That is less than a black image has, {row['ssim_black']:.4f}; try a lower --lr")
             self._draw_codes(vqvae)
             page.write_run(self.run.folder)
