@@ -393,4 +393,6 @@ def test_an_update_of_the_prior_over_codes_of_two_processes_is_that_of_one(tmp_p
     for found in in_two_processes(_autoregressive_step, tmp_path):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6, msg=key)
+            if key != "bits":  # all of them together have a norm of 1; float32 sums in another order
+                assert (found[key] - value).norm() < 3e-4 * value.norm() + 1e-5, key
+        torch.testing.assert_close(found["bits"], expected["bits"], rtol=1e-5, atol=0)

@@ -221,4 +221,4 @@ def test_the_programs_use_the_gpu(gpu, few, tmp_path, monkeypatch):
         codes.append(np.load(tmp_path / "codes.npz")["codes"])
     assert (codes[0] == codes[1]).mean() > 0.99
     words = ("predict.py", run / "vqvae.pth", "--generator", run / "generator.pth", "--samples", 2)
-    assert "Decoded 2 new brains" in run_program(*words, "--device", gpu.name, cwd=tmp_path).stdout
+    assert "Decoded 2 new slices" in run_program(*words, "--device", gpu.name, cwd=tmp_path).stdout
