@@ -19,42 +19,14 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
 
-import torch
 
 import train  # noqa: E402
 from dataset import OasisDataset  # noqa: E402
 from support import console, files  # noqa: E402
-from support.console import UserError  # noqa: E402
 from support.run import Run  # noqa: E402
 from training import codebook, config  # noqa: E402
 from training.fit import fit  # noqa: E402
 from training.vqvae import AVERAGE_DECAY, VQVAEStage  # noqa: E402
-
-
-class StartOnly(codebook.KMeans):
-    """The k-means steps of the first steps; a code that dies later stays dead."""
-
-    revive_every = sys.maxsize
-
-
-class EMAWithRevival(codebook.KMeans):
-    """Moving averages as in `EMA`, with the start and the revival of `KMeans`."""
-
-    def __init__(self, quantizer, optimizer):
-        super().__init__(quantizer, optimizer)
-        self.ema = codebook.EMA(quantizer, optimizer)
-
-    def before_lookup(self, step, z_e, n, rng):
-        super().before_lookup(step, z_e, n, rng)
-        if step < self.kmeans_steps:
-            self.ema.sums.copy_(self.embeddings)
-        else:
-            self.ema.before_lookup(step, z_e, n, rng)
-
-    def revive(self, dead, z_e, rng):
-        codebook.move_dead(self.quantizer, dead, z_e, rng)
-        self.ema.counts.masked_fill_(dead[:, None], 1)
-        self.ema.sums.copy_(torch.where(dead[:, None], self.embeddings, self.ema.sums))
 
 
 class Frozen(codebook.LossOnly):
@@ -74,24 +46,9 @@ class Row(NamedTuple):
 
 ROWS = {
     "kmeans": Row("`kmeans`: k-means for 100 steps, then revival (the default)", codebook.KMeans),
-    "start": Row("the same without revival", StartOnly),
-    "unaveraged": Row("`kmeans`, weights not averaged", codebook.KMeans, average_decay=0.0),
     "paper": Row("`paper`: random start, loss alone", codebook.LossOnly),
-    "paper-unaveraged": Row("`paper`, weights not averaged", codebook.LossOnly, average_decay=0.0),
     "ema": Row("`ema`: random start, moving averages", codebook.EMA),
-    "ema-revival": Row("moving averages with the start and revival of `kmeans`", EMAWithRevival),
     "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, 0.0, epochs=1),
-}
-MEASURES = {  # columns of metrics.csv, for priors
-    "coherence": ("coherence", ".3f"),
-    "kurtosis_256": ("kurtosis", ".2f"),
-    "outside": ("energy outside × 10⁶", ".2f"),
-    "dimmest": ("dimmest 5 %", ".3f"),
-    "texture_auc": ("texture AUC", ".3f"),
-    "anatomy_auc": ("anatomy AUC", ".2f"),
-    "kernel_distance": ("kernel distance", ".2f"),
-    "coverage": ("coverage", ".2f"),
-    "swd_mean": ("SWD, mean", ".0f"),
 }
 
 
@@ -168,32 +125,6 @@ def read_run(folder: Path, epochs: int) -> dict[str, float]:
     return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses, default=nan)}
 
 
-def print_last_epochs(o: argparse.Namespace, what: str, rows: dict[str, tuple], columns: dict[str, tuple]) -> None:
-    """Markdown: the last epoch of each row of a prior's ablation, the seeds of a row side by side.
-
-    Args:
-        what: the table's first heading.
-        rows: those of the ablation, each beginning with what it is called.
-        columns: those of metrics.csv, each with its heading and its format.
-
-    Raises UserError if a run has another number of epochs.
-    """
-    print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, after {o.epochs} epochs.\n")
-    print(f"| {what} | " + " | ".join(heading for heading, _ in columns.values()) + " |")
-    print("|---|" + "---:|" * len(columns))
-    for name in o.rows:
-        found = []
-        for seed in o.seeds:
-            folder = find_run(run_folder(o.out, name, seed), o.epochs)
-            with open(folder / "metrics.csv", newline="") as file:
-                log = list(csv.DictReader(file))
-            if len(log) != o.epochs:
-                raise UserError(f"{folder}: has {len(log)} epochs, not {o.epochs}; use another --out")
-            found.append(log[-1])
-        cells = [" ".join(format(float(row[key]), form) for row in found) for key, (_, form) in columns.items()]
-        print(f"| {rows[name][0]} | " + " | ".join(cells) + " |")
-
-
 def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser:
     """The options that scripts of this kind share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,15 +135,6 @@ def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser
     parser.add_argument("--epochs", type=int, metavar="N", default=epochs, help=f"default: {epochs}")
     parser.add_argument("--train", choices=rows, help=argparse.SUPPRESS)
     return parser
-
-
-def prior_parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser:
-    """Those of `parser`, and what the ablations of priors share."""
-    options = parser(description, rows, epochs)
-    options.add_argument("--vqvae", metavar="PATH", required=True, help="the trained VQ-VAE of all rows")
-    choices = ("float32", "bfloat16")
-    options.add_argument("--precision", choices=choices, default="float32", help="of the prior (default: float32)")
-    return options
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import subprocess
 import sys
 
 import ablation
-import flow_ablation
-import gan_ablation
 import gpu_check
 import lesions
 import limits
@@ -29,9 +27,8 @@ from dataset import OasisDataset
 from evaluation.generation import COMPARISONS, INDICES
 from evaluation.texture import Features
 from evaluation.two_sample import Interval
-from modules import VQVAE, Discriminator, Generator, VectorQuantizer
+from modules import VQVAE
 from support.console import UserError
-from training.latents import Latents
 
 
 def test_the_reports_style_equals_ours_in_losses_and_gradients(images):
@@ -124,66 +121,6 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, 
     assert codebooks["report"].abs().max() <= 1 / 512 and not torch.equal(codebooks["paper"], codebooks["report"])
 
 
-def test_the_dcgan_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
-    torch.save(VQVAE(32).state_dict(), tmp_path / "vqvae.pth")
-    words = ["--data", data, "--vqvae", tmp_path / "vqvae.pth", "--seeds", "0", "--epochs", "1"]
-    for name in ("unflattened", "report"):
-        row = ["--out", tmp_path / "runs" / f"{name}-0", "--train", name]
-        run_main(gan_ablation, words + row, monkeypatch, capfd)
-    words += ["--out", tmp_path / "runs", "--rows", "unflattened", "report"]
-    out, err = run_main(gan_ablation, words, monkeypatch, capfd)
-    assert "…" not in err
-    scales = {}
-    for name in ("unflattened", "report"):
-        saved = resume_file(next((tmp_path / "runs" / f"{name}-0").iterdir()))
-        scales[name] = saved["state"]["gan"]["extra"]["scale"]
-        assert f" | {saved['rows'][0]['swd_mean']:.0f} |\n" in out
-    assert scales["unflattened"]["directions"].shape == (64, 6) and scales["report"]["directions"].shape == (64, 64)
-    assert all(len(scale["scale"].unique()) == 1 for scale in scales.values())  # one factor for all frequencies
-
-
-@pytest.mark.parametrize("name", gan_ablation.ROWS)
-def test_each_row_of_the_dcgan_ablation_updates_both_networks(name, vqvae, train_set):
-    torch.manual_seed(0)
-    method = gan_ablation.ROWS[name][1]
-    networks = Generator(embeddings_dim=8), Discriminator(8)
-    before = [[p.detach().clone() for p in network.parameters()] for network in networks]
-    update = method(*networks, [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks])
-    scale = method.fit_scale(vqvae, train_set)
-    update.n_steps, update.generated, update.seen, update.basis = 9, scale.generated, scale.seen, scale.basis
-    c = Latents(vqvae, train_set, scale, method.quantized).batch([0, 7, 14])
-    shown = []  # to the discriminator
-    logits = networks[1].logits
-    networks[1].logits = lambda x, basis: shown.append((x.detach(), basis)) or logits(x, basis)
-    values = update(c.clone(), torch.randn(3, 128, 1, 1))
-    assert values.shape == (4,) and values.isfinite().all()
-    for network, old in zip(networks, before, strict=True):
-        assert all(not torch.equal(p, q) for p, q in zip(network.parameters(), old, strict=True))
-    # what sets a row apart, where it is nothing but a number of `BalancedUpdate`
-    if name in ("balanced", "unplaced"):
-        n = c.shape[1] if name == "unplaced" else None  # without the channels of the position
-        assert torch.equal(shown[0][0], scale.seen(c)[:, :n]) and torch.equal(shown[0][1], scale.basis[:, :n])
-    if name == "cut-out":
-        found = method.changed(c)
-        kept = (found != 0).any(1, keepdim=True)
-        torch.testing.assert_close(found, c * kept, rtol=0, atol=1e-5)  # nothing has moved
-        assert (c.abs().amax(1, keepdim=True) > 0.1)[~kept].any()
-    if name == "unlimited":
-        assert torch.equal(scale.generated(9 * scale.mixed(c)), scale.unmixed(9 * scale.mixed(c)))
-
-
-def test_the_flow_ablation_prints_a_table(data, tmp_path, monkeypatch, capfd):
-    torch.save(VQVAE(32).state_dict(), tmp_path / "vqvae.pth")
-    words = ["--data", data, "--vqvae", tmp_path / "vqvae.pth", "--seeds", "0", "--epochs", "1", "--flow-steps", "1"]
-    row = ["--out", tmp_path / "runs" / "narrow-0", "--train", "narrow", "--precision", "bfloat16"]
-    run_main(flow_ablation, words + row, monkeypatch, capfd)
-    out, err = run_main(flow_ablation, [*words, "--out", tmp_path / "runs", "--rows", "narrow"], monkeypatch, capfd)
-    saved = resume_file(next((tmp_path / "runs" / "narrow-0").iterdir()))
-    assert saved["state"]["flow"]["networks"]["flow"]["down.0.0.weight"].shape == (48, 26, 3, 3)
-    assert saved["fast_path"]["bfloat16"]
-    assert f"| {saved['rows'][0]['validation_loss']:.4f} | " in out and "…" not in err
-
-
 def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, capfd):
     out, _ = run_main(limits, [PRETRAINED / "vqvae.pth", "--data", data], monkeypatch, capfd)
     table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
@@ -191,22 +128,6 @@ def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, 
     assert float(table[-1][-1].rstrip(" |")) == pytest.approx(whole, abs=2e-4) and table[-1][1] == "1.0000"
     shares = [float(line[1]) for line in table[-7:]]
     assert shares == sorted(shares)
-
-
-def test_moving_averages_with_start_and_revival(rng):
-    quantizer = VectorQuantizer(16, 4)
-    method = ablation.EMAWithRevival(quantizer, torch.optim.Adam(quantizer.parameters()))
-    for step in (0, *range(100, 111)):
-        if step == 110:
-            with torch.no_grad():
-                quantizer.embedding.weight[3] = method.ema.sums[3] = 1e3
-            method.usage[3] = 0
-        z_e = torch.randn(2, 4, 8, 8, generator=rng)
-        method.before_lookup(step, z_e, 2, rng)
-        method.after_step(quantizer.nearest(z_e))
-    assert method.embeddings.abs().max() < 10 and (quantizer.nearest(z_e) == 3).any()
-    torch.testing.assert_close(method.embeddings, method.ema.sums / method.ema.counts)
-    assert not quantizer.embedding.weight.requires_grad
 
 
 def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(monkeypatch):

@@ -11,7 +11,7 @@ from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import move
 from support.run import Run
-from training.gan_update import METHODS, PlainUpdate
+from training.gan_update import METHODS
 from training.prior import GeneratorPrior
 from training.prior_stage import PriorStage
 from training.scale import LatentScale
@@ -23,7 +23,6 @@ class DCGANStage(PriorStage):
 
     Args:
         run, vqvae, train_set, validate_set, n_measures: as in `PriorStage`.
-        method: the update rule; by default the one that the config names.
     """
 
     name, title = "gan", "DCGAN"
@@ -35,7 +34,6 @@ class DCGANStage(PriorStage):
         vqvae: VQVAE,
         train_set: OasisDataset,
         validate_set: OasisDataset,
-        method: type[PlainUpdate] | None = None,
         n_measures: int = 10,
     ):
         super().__init__(run, vqvae, train_set, validate_set, run.config.gan_epochs, n_measures)
@@ -51,7 +49,7 @@ class DCGANStage(PriorStage):
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, config.gan_lr, config.gan_betas)
         self.averages = {"generator": self.average}
-        self.update = (method or METHODS[config.gan_training])(generator, discriminator, self.optimizers.values())
+        self.update = METHODS[config.gan_training](generator, discriminator, self.optimizers.values())
         self.update.autocast = fast_path.autocast
         self.average_decay, self.quantized = self.update.average_decay, self.update.quantized
 

@@ -38,7 +38,6 @@ class FlowStage(PriorStage):
     name, title = "flow", "Flow"
     columns, chosen_by = ("flow_loss", "guide_loss"), "validation_loss"
     average_decay = AVERAGE_DECAY
-    n_directions, new_network = DIRECTIONS, UNet  # of latents; channels -> what learns them
 
     def __init__(
         self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, n_measures: int = 10
@@ -48,15 +47,15 @@ class FlowStage(PriorStage):
         self.batch_size, self.lr = config.flow_batch_size, config.flow_lr
         torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
-        channels = 4 * min(self.n_directions, embeddings_dim)
-        self.networks = {"flow": self.new_network(channels), "guide": UNet(channels, GUIDE_WIDTHS)}
+        channels = 4 * min(DIRECTIONS, embeddings_dim)
+        self.networks = {"flow": UNet(channels), "guide": UNet(channels, GUIDE_WIDTHS)}
         for network in self.networks.values():
             network.to(run.device, memory_format=fast_path.layout)
         self.averages = copy.deepcopy(self.networks)
         self.optimizers = {name: fast_path.adam(network, self.lr) for name, network in self.networks.items()}
 
     def start(self) -> None:
-        words = (self.vqvae, self.train_set, self.n_directions)
+        words = (self.vqvae, self.train_set)
         self.set_scale(distributed.from_first(lambda: LatentScale.fit(*words).to("cpu")))
         heads = self.data().spaced()[:, :, self.scale.support.bool()]
         self.set_factor(STD / max(heads.std().item(), 1e-6))
