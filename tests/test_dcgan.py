@@ -28,7 +28,7 @@ def test_the_generator_and_its_average_start_from_the_same_weights(data, vqvae, 
     run = Run(Config(embeddings_dim=8, gan_batch_size=4, gan_epochs=epochs), tmp_path, fast_path=FastPath("cpu"))
     stage = dcgan.DCGANStage(run, vqvae, *(OasisDataset(data, split) for split in ("train", "validate")))
     before = copy.deepcopy(stage.average.state_dict())
-    monkeypatch.setattr(stage, "draw_samples", lambda *words: None)
+    monkeypatch.setattr(stage.samples, "draw", lambda *words: None)
     monkeypatch.setattr(generation.HeldOut, "floor", lambda self: {})
     stage.start()
     assert asked == [n_steps]  # at most half as many as follow, of four batches an epoch
