@@ -29,7 +29,7 @@ from dataset import SPLITS, TISSUES, DataError, OasisDataset, describe, find_dat
 from evaluation import generation, reconstruction
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
-from priors.autoregressive import AutoregressivePrior, halving_distances
+from priors.autoregressive import AutoregressivePrior, alone, likelihoods
 from priors.code_cache import CodeCache
 from report import page
 from report.plots import NOTE, Figures
@@ -192,27 +192,15 @@ def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDat
     figures show where the bits of the most and of the least likely slice are.
     """
     cache, figures = CodeCache(prior.vqvae, dataset), Figures(folder, dataset.phantoms)
-    distances = {"alone": torch.zeros(len(cache), 2, dtype=torch.long), "given neighbours": halving_distances(cache)}
     columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
     columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
-
-    def bits_of(indices: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-        return prior.bits(cache.batch(indices), cache.condition(indices, distance[indices])).cpu()
-
-    for name, distance in distances.items():
-        bits = []
-        with console.progress(total=len(cache), desc="Likelihood", unit=" images", leave=False) as bar:
-            for indices in torch.arange(len(cache)).split(SCORE_BATCH):
-                bits.append(bits_of(indices, distance).sum((1, 2)))
-                bar.update(len(indices))
-                console.stop_if_signalled()
-        bits = torch.cat(bits)
+    for name, bits in likelihoods(prior, cache, torch.arange(len(cache))).items():
         columns[f"bits_{name.replace(' ', '_')}"] = bits.tolist()
         print(f"Bits per image, {name}: mean {bits.mean():.0f}, from {bits.min():.0f} to {bits.max():.0f}{end}")
         if name == "alone":
             for kind, i in (("most", int(bits.argmin())), ("least", int(bits.argmax()))):
                 title = f"The {kind} likely image, {dataset.name(i)}: {bits[i]:.0f} bits"
-                found = bits_of(torch.tensor([i]), distance)[0]
+                found = prior.bits(cache.batch([i]), alone(cache.plane[[i]]))[0]
                 figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], found, title)
     files.write_csv(folder / "likelihood.csv", list(columns), list(zip(*columns.values(), strict=True)))
 

@@ -24,11 +24,11 @@ from PIL import Image
 
 from dataset import OasisDataset, describe
 from evaluation import reconstruction
-from priors.autoregressive import halving_distances
+from priors.autoregressive import likelihoods
 from priors.code_cache import CodeCache
 from report.plots import Figures
 from support import console
-from training.prior import load_prior
+from training.prior import load_autoregressive
 from training.vqvae import load_vqvae
 
 TARGETS = (0.95, 0.97, 0.975, 0.98)
@@ -76,20 +76,6 @@ def bits_at(target: float, bits: list[float], ssim: list[float]) -> float | None
     return float(np.exp(np.interp(target, x, np.log(y))))
 
 
-@torch.no_grad()
-def likelihoods(path: str, vqvae: str, dataset: OasisDataset, indices: range) -> dict[str, float]:
-    """Mean bits of images by a prior over the codes of a VQ-VAE: alone, and given neighbours of the same head."""
-    prior = load_prior(path, load_vqvae(vqvae))
-    cache = CodeCache(prior.vqvae, dataset)
-    distances = {"alone": torch.zeros(len(cache), 2, dtype=torch.long), "given neighbours": halving_distances(cache)}
-    found = {}
-    for name, distance in distances.items():
-        parts = torch.tensor(indices).split(32)
-        bits = [prior.bits(cache.batch(part), cache.condition(part, distance[part])).sum((1, 2)) for part in parts]
-        found[name] = torch.cat(bits).mean().item()
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", metavar="PATH", nargs="*", help="vqvae.pth")
@@ -125,9 +111,11 @@ def main() -> None:
             curve[0].append(usage[key])
             curve[1].append(ssim)
     if o.prior:
-        for name, bits in likelihoods(o.prior, o.paths[0], dataset, indices).items():
-            print(f"prior over the codes of {o.paths[0]}, {name}: {bits:,.0f} bits an image")
-            curves[f"prior over codes, {name}"] = [bits], [curves["codes, adaptive, by position"][1][0]]
+        vqvae = load_vqvae(o.paths[0])
+        found = likelihoods(load_autoregressive(o.prior, vqvae), CodeCache(vqvae, dataset), torch.tensor(indices))
+        for name, bits in found.items():
+            print(f"prior over the codes of {o.paths[0]}, {name}: {bits.mean():,.0f} bits an image")
+            curves[f"prior over codes, {name}"] = [bits.mean().item()], [curves["codes, adaptive, by position"][1][0]]
     title = f"SSIM and bits of {len(images)} validation images (an image has 524,288)"
     Figures(o.out, dataset.phantoms).curves("rate_codecs.png", curves, title, "bits an image (log scale)", {})
 

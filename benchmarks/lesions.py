@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import OasisDataset, describe
-from priors.autoregressive import AutoregressivePrior, alone
+from priors.autoregressive import alone
 from priors.code_cache import CodeCache
 from support import console
-from training.prior import load_prior
+from training.prior import load_autoregressive
 from training.vqvae import load_vqvae
 
 RIM = 2.0  # pixels in which a disc is blended
@@ -59,9 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the discs (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
-    prior = load_prior(o.prior, vqvae)
-    if not isinstance(prior, AutoregressivePrior):
-        raise console.UserError(f"{o.prior}: is no autoregressive prior")
+    prior = load_autoregressive(o.prior, vqvae)
     dataset, rng = OasisDataset(o.data, "validate", with_labels=True), torch.Generator().manual_seed(o.seed)
     if dataset.labels is None:
         raise console.UserError(f"{o.data}: has no label maps of the validation split")

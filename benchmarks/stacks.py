@@ -20,10 +20,9 @@ from torch import Tensor
 from dataset import OasisDataset, describe
 from evaluation.reconstruction import reconstruct
 from modules import N_PLANES
-from priors.autoregressive import AutoregressivePrior
 from support import console, seeds
 from support.console import in_batches
-from training.prior import load_prior
+from training.prior import load_autoregressive
 from training.vqvae import load_vqvae
 
 RIDGE = 1e-2  # of the mean square of a feature
@@ -71,9 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the noise (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
-    prior = load_prior(o.prior, vqvae)
-    if not isinstance(prior, AutoregressivePrior):
-        raise console.UserError(f"{o.prior}: is no autoregressive prior")
+    prior = load_autoregressive(o.prior, vqvae)
     train, validate = (OasisDataset(o.data, split) for split in ("train", "validate"))
     every = max(1, len(train) // 3000)
     x = torch.cat([small(part) for part in in_batches(train, range(0, len(train), every), desc="Training slices")])

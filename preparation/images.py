@@ -17,7 +17,6 @@ import argparse
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -22,7 +22,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed

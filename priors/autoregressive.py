@@ -215,3 +215,24 @@ def halving_distances(cache: CodeCache) -> Tensor:
         for plane, below, above in (each for step in halving(sorted(slices)) for each in step):
             distance[slices[plane]] = torch.tensor([below, above])
     return distance.where(distance <= MOST_DISTANCE, 0)
+
+
+def likelihoods(prior: AutoregressivePrior, cache: CodeCache, indices: Tensor) -> dict[str, Tensor]:
+    """Bits of slices (N,) of a split, by what they are told: (N,) each.
+
+    "alone" is their plane; "given neighbours" those too that come before them in the order of `halving`.
+    """
+    found = {}
+    for name, distance in (
+        ("alone", torch.zeros(len(cache), 2).long()),
+        ("given neighbours", halving_distances(cache)),
+    ):
+        bits = []
+        with console.progress(total=len(indices), desc="Likelihood", unit=" images", leave=False) as bar:
+            for part in indices.split(AT_ONCE):
+                condition = cache.condition(part, distance[part])
+                bits.append(prior.bits(cache.batch(part), condition).sum((1, 2)).cpu())
+                bar.update(len(part))
+                console.stop_if_signalled()
+        found[name] = torch.cat(bits)
+    return found

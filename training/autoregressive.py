@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from dataset import OasisDataset
 from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
 from priors.autoregressive import AutoregressivePrior, checked_frame, fit_frame, prior_of
-from priors.checkpoints import codebook_hash
 from priors.code_cache import CodeCache
 from support import distributed, files, seeds
-from support.console import UserError
 from support.device import move
 from support.run import Run
-from training.fit import Stage, batch_sizes, falling_rate
+from training.fit import Stage, falling_rate
 from training.recipes import AUTOREGRESSIVE, AutoregressiveRecipe
 from training.samples import Samples
 
@@ -77,9 +75,8 @@ class AutoregressiveStage(Stage):
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update on the slices of indices (B,). Returns their mean bits."""
-        n_steps = self.epochs * len(batch_sizes(len(self.codes), self.batch_size))
         rate = min(1.0, (step + 1) / self.recipe.warm_up)
-        rate *= falling_rate(step, n_steps, self.recipe.constant_rate, self.recipe.last_rate)
+        rate *= falling_rate(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
         drawn = [distributed.part(each) for each in self.draw_conditions(n, rng)]
@@ -164,11 +161,7 @@ class AutoregressiveStage(Stage):
         return files.load(self.run.folder / "autoregressive.pth")
 
     def extra_state(self) -> dict:
-        frame = self.frame._asdict()
-        return {"frame": frame, "codebook": codebook_hash(self.vqvae), "floor": self.samples.floor}
+        return self.samples.state_dict() | {"frame": self.frame._asdict()}
 
     def load_extra_state(self, state: dict) -> None:
-        if state["codebook"] != codebook_hash(self.vqvae):
-            path = self.run.folder / "vqvae.pth"
-            raise UserError(f"{path}: has changed since the {self.title} began; start a new run with it")
-        self.samples.floor = state["floor"]
+        self.samples.load_state_dict(state, self.title)

@@ -43,6 +43,11 @@ class Stage:
         """The data set that batches are drawn from; called after `start` or `load_state_dict`."""
         raise NotImplementedError
 
+    @property
+    def n_steps(self) -> int:
+        """Number of steps of all epochs."""
+        return self.epochs * len(batch_sizes(len(self.data()), self.batch_size))
+
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """Update the networks once.
 

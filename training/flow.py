@@ -11,7 +11,7 @@ from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
 from support.run import Run
-from training.fit import batch_sizes, falling_rate
+from training.fit import falling_rate
 from training.prior import GUIDE_WIDTHS, FlowPrior, load_prior, prior_of
 from training.prior_stage import PriorStage
 from training.scale import DIRECTIONS, LatentScale
@@ -86,8 +86,7 @@ class FlowStage(PriorStage):
 
     def rate(self, step: int) -> float:
         """A step's learning rate as a share of the highest: it rises in WARM_UP steps and falls along a cosine."""
-        n_steps = self.epochs * len(batch_sizes(len(self.data()), self.batch_size))
-        return min(1.0, (step + 1) / WARM_UP) * falling_rate(step, n_steps, 0.0, LAST_RATE)
+        return min(1.0, (step + 1) / WARM_UP) * falling_rate(step, self.n_steps, 0.0, LAST_RATE)
 
     def drawn(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Times (n,) with a normal logit (arXiv 2403.03206, section 3.1), and the noise of n images; on the CPU."""

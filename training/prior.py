@@ -17,6 +17,7 @@ from priors import autoregressive
 from priors.autoregressive import AutoregressivePrior
 from priors.checkpoints import codebook_hash
 from support import console, files
+from support.console import UserError
 from support.device import move
 from training.scale import N_RINGS, LatentScale, checked, covariance_spectrum, multiply_spectrum
 
@@ -208,6 +209,14 @@ def load_prior(path: str | Path, vqvae: VQVAE) -> Prior | AutoregressivePrior:
     Raises UserError if the file holds none, or not one for this VQ-VAE.
     """
     return files.load(path, partial(prior_of, vqvae=vqvae))
+
+
+def load_autoregressive(path: str | Path, vqvae: VQVAE) -> AutoregressivePrior:
+    """As `load_prior`, of an autoregressive.pth. Raises UserError if the file holds another prior, too."""
+    prior = load_prior(path, vqvae)
+    if not isinstance(prior, AutoregressivePrior):
+        raise UserError(f"{path}: is no autoregressive prior")
+    return prior
 
 
 def prior_of(contents: dict, vqvae: VQVAE) -> Prior | AutoregressivePrior:

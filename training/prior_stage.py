@@ -7,8 +7,6 @@ from torch import Tensor
 
 from dataset import OasisDataset
 from modules import VQVAE
-from priors.checkpoints import codebook_hash
-from support.console import UserError
 from support.run import Run
 from training.fit import Stage
 from training.latents import Latents
@@ -87,12 +85,9 @@ class PriorStage(Stage):
         raise NotImplementedError
 
     def extra_state(self) -> dict:
-        state = {"scale": self.scale.to("cpu").tensors(), "codebook": codebook_hash(self.vqvae)}
-        return state | {"stored": self.stored, "floor": self.samples.floor}
+        return self.samples.state_dict() | {"scale": self.scale.to("cpu").tensors(), "stored": self.stored}
 
     def load_extra_state(self, state: dict) -> None:
-        if state["codebook"] != codebook_hash(self.vqvae):
-            path = self.run.folder / "vqvae.pth"
-            raise UserError(f"{path}: has changed since the {self.title} began; start a new run with it")
-        self.samples.floor, self.stored = state["floor"], state["stored"]
+        self.samples.load_state_dict(state, self.title)
+        self.stored = state["stored"]
         self.set_scale(LatentScale(**state["scale"]))

@@ -7,8 +7,10 @@ from torch import Tensor
 from dataset import OasisDataset
 from evaluation import generation
 from modules import VQVAE
+from priors.checkpoints import codebook_hash
 from report.plots import Figures
 from support import distributed, seeds
+from support.console import UserError
 from support.run import Run
 
 N_SHOWN = 64  # as the report's figures have them
@@ -56,6 +58,17 @@ class Samples:
         if distributed.is_first():
             self.draw(prior, 0)
             self.floor = {name: found.value for name, found in self.held_out.floor().items()}
+
+    def state_dict(self) -> dict:
+        """What resuming needs."""
+        return {"floor": self.floor, "codebook": codebook_hash(self.vqvae)}
+
+    def load_state_dict(self, state: dict, title: str) -> None:
+        """Restore what `state_dict` returned. Raises UserError if the stage, `title`, began with another VQ-VAE."""
+        if state["codebook"] != codebook_hash(self.vqvae):
+            path = self.run.folder / "vqvae.pth"
+            raise UserError(f"{path}: has changed since the {title} began; start a new run with it")
+        self.floor = state["floor"]
 
     def are_measured(self, epoch: int) -> bool:
         """Whether samples are measured after an epoch: `n_measures` times in a run."""

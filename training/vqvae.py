@@ -81,9 +81,8 @@ class VQVAEStage(Stage):
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss, inside the box."""
         weight = distributed.weight(n)
-        n_steps = self.epochs * len(batch_sizes(len(self.train_set), self.batch_size))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * falling_rate(step, n_steps, CONSTANT_RATE, LAST_RATE)
+            group["lr"] = self.lr * falling_rate(step, self.n_steps, CONSTANT_RATE, LAST_RATE)
         x = batch[..., *self.box]  # where all is black there is nothing to learn
 
         def before_lookup(quantizer: VectorQuantizer, inputs: tuple[Tensor]) -> None:
