@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from evaluation.generation import Images
 from preparation import phantoms
 from preparation.layout import LABEL_STEP, label_map
 from support import console, distributed
@@ -51,40 +52,30 @@ class DataError(UserError):
     """The data cannot be used. The message names the file or folder and says what to do."""
 
 
-class OasisDataset(Dataset):
-    """One split of an OASIS-shaped folder, decoded once into a uint8 tensor and served as float32 in [0, 1].
+class ImageFolder(Dataset):
+    """The PNGs of a folder, decoded once into a uint8 tensor and served as float32 in [0, 1].
 
     `dataset[i]` is (1, 256, 256), `dataset.batch(indices)` is (B, 1, 256, 256), gathered at once, so that a DataLoader
     needs no worker processes. The order is natural, by case and slice number.
 
     Args:
-        root, split: the folder that holds keras_png_slices_<split>, and "train", "validate" or "test".
+        folder: every .png in it is a 256x256 scan.
         device: where batches are made. The images are kept there too if they take at most half of its free memory.
         skip_bad: leave out files that cannot be used instead of raising an error that lists them.
-        with_labels: read the label maps beside the scans, if there are any.
+        place: what the folder is called in lines that are printed.
 
     Attributes:
         images, files: (N, 1, 256, 256) uint8, and the N paths in the same order.
         skipped: for each file that was left out, a line that names it and says what is wrong.
-        labels: with `with_labels`, (N, 256, 256) uint8, 0 outside the brain, else the index in TISSUES; or None.
         digests, digest: SHA-256 of each image's pixels, and that of these together, in order.
-        phantoms: whether the folder holds phantoms.
 
     Raises:
-        DataError: a folder is missing or empty, a file is not a readable 256x256 PNG, or all images are black.
+        DataError: the folder is missing or empty, a file is not a readable 256x256 PNG, or all images are black.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        device: str | torch.device = "cpu",
-        skip_bad: bool = False,
-        with_labels: bool = False,
-    ):
-        self.root, self.split = Path(root), split
-        self.files = list_scans(self.root, split)
-        pixels, digests, errors = read_pngs(self.files, f"Reading {split}")
+    def __init__(self, folder: Path, device: str | torch.device = "cpu", skip_bad: bool = False, place: str = ""):
+        self.files, self.place = list_pngs(folder), place
+        pixels, digests, errors = read_pngs(self.files, f"Reading {place}")
         self.skipped = [error for error in errors if error]
         good = [i for i, error in enumerate(errors) if not error]
         if self.skipped and (not skip_bad or not good):
@@ -93,17 +84,15 @@ class OasisDataset(Dataset):
             self.files, pixels = [self.files[i] for i in good], pixels[good]
         self.digests = [digests[i] for i in good]
         self.digest = hashlib.sha256(b"".join(self.digests)).hexdigest()
-        folder, brightest = printable(self.files[0].parent), pixels.max()
+        name, brightest = printable(folder), pixels.max()
         if not brightest:
-            raise DataError(f"{folder}: every image is black; put the split's scans there")
+            raise DataError(f"{name}: every image is black; put the split's scans there")
         if brightest < DARK:
             print(
-                f"warning: {folder}: the brightest value is {brightest} of 255; if these are 12-bit values in 16-bit "
+                f"warning: {name}: the brightest value is {brightest} of 255; if these are 12-bit values in 16-bit "
                 f"files, multiply them by {255 / brightest:.0f}",
                 file=sys.stderr,
             )
-        self.labels = self._read_labels() if with_labels else None
-        self.phantoms = phantoms.are_in(self.root)
         self.device = torch.device(device)
         self.images = torch.from_numpy(pixels)
         if fits(self.images.nbytes, self.device):
@@ -126,8 +115,56 @@ class OasisDataset(Dataset):
         """Print what was left out, if anything."""
         if self.skipped:
             n = len(self.skipped)
-            lines = [f"Left out of {self.split}: {n} of {n + len(self)} files.", *self.skipped]
+            lines = [f"Left out of {self.place}: {n} of {n + len(self)} files.", *self.skipped]
             print("\n  ".join(lines), flush=True)
+
+    def name(self, i: int) -> str:
+        """The name of image i's file, as it can be printed."""
+        return printable(self.files[i].name)
+
+    def case_and_slice(self, i: int) -> tuple[int | None, int | None]:
+        """The numbers in image i's file name, None where its name has none."""
+        return case_and_slice(self.files[i])
+
+    def as_images(self) -> Images:
+        """The images with their subjects and names, as measures of sets of images take them."""
+        numbers = range(len(self))
+        return Images(self.images, list(map(self.subject, numbers)), list(map(self.name, numbers)))
+
+    def subject(self, i: int) -> int | str:
+        """What tells image i's subject from others: the case number in its file name, else the name."""
+        case, _ = self.case_and_slice(i)
+        return self.name(i) if case is None else case
+
+
+class OasisDataset(ImageFolder):
+    """One split of an OASIS-shaped folder.
+
+    Args:
+        root, split: the folder that holds keras_png_slices_<split>, and "train", "validate" or "test".
+        device, skip_bad: as of `ImageFolder`.
+        with_labels: read the label maps beside the scans, if there are any.
+
+    Attributes:
+        labels: with `with_labels`, (N, 256, 256) uint8, 0 outside the brain, else the index in TISSUES; or None.
+        phantoms: whether the folder holds phantoms.
+
+    Raises:
+        DataError: as of `ImageFolder`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        device: str | torch.device = "cpu",
+        skip_bad: bool = False,
+        with_labels: bool = False,
+    ):
+        self.root, self.split = Path(root), split
+        super().__init__(split_folder(self.root, split), device, skip_bad, split)
+        self.labels = self._read_labels() if with_labels else None
+        self.phantoms = phantoms.are_in(self.root)
 
     def _read_labels(self) -> Tensor | None:
         """The files keras_png_slices_seg_<split>/seg_C_slice_S… beside the scans, with grey values 0, 85, 170 and 255.
@@ -152,19 +189,6 @@ class OasisDataset(Dataset):
             print(f"warning: label maps are left out: {error}", file=sys.stderr)
             return None
         return torch.from_numpy(pixels[:, 0] // LABEL_STEP)
-
-    def name(self, i: int) -> str:
-        """The name of image i's file, as it can be printed."""
-        return printable(self.files[i].name)
-
-    def case_and_slice(self, i: int) -> tuple[int | None, int | None]:
-        """The numbers in image i's file name, None where its name has none."""
-        return case_and_slice(self.files[i])
-
-    def subject(self, i: int) -> int | str:
-        """What tells image i's subject from others: the case number in its file name, else the name."""
-        case, _ = self.case_and_slice(i)
-        return self.name(i) if case is None else case
 
 
 def describe(*datasets: OasisDataset) -> str:
@@ -291,11 +315,8 @@ def make_loader(dataset: Dataset, batch_size: int, generator: torch.Generator) -
     return DataLoader(dataset, batch_sampler=batches, generator=generator, collate_fn=lambda batch: batch)
 
 
-def list_scans(root: Path, split: str) -> list[Path]:
-    """The scans of a split in natural order of case and slice; hidden files are passed over.
-
-    Raises DataError if the folder is missing or holds no PNG.
-    """
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split. Raises DataError if it is missing."""
     if not root.is_dir():
         raise DataError(
             f"{printable(root)}: no such folder; name the folder that holds keras_png_slices_train with --data"
@@ -309,9 +330,24 @@ def list_scans(root: Path, split: str) -> list[Path]:
         advice = "the data folder (--data) must hold it" + (f", and has {', '.join(others)}" if others else "")
         advice = f"--data {printable(near)} has one" if near else advice
         raise DataError(f"{printable(folder)}: missing; {advice}")
+    return folder
+
+
+def list_scans(root: Path, split: str) -> list[Path]:
+    """The scans of a split. Raises DataError if the folder is missing or holds no PNG."""
+    return list_pngs(split_folder(root, split))
+
+
+def list_pngs(folder: Path) -> list[Path]:
+    """The PNGs of a folder in natural order of case and slice; hidden files are passed over.
+
+    Raises DataError if it is missing or holds none.
+    """
     try:
         names = [path for path in folder.iterdir() if path.name[0] != "."]
         files = [path for path in names if path.suffix.lower() == ".png"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{printable(folder)}: no such folder") from None
     except OSError as error:
         raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
     if not files:

@@ -24,13 +24,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
 from dataset import SPLITS, TISSUES, DataError, OasisDataset, describe, find_data
-from evaluation import generation, reconstruction
+from evaluation import compare, of_arrays, reconstruction
+from evaluation.generation import to_bytes
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
 from priors.autoregressive import AutoregressivePrior, alone, likelihoods
+from priors.checkpoints import load_vqvae
 from priors.code_cache import CodeCache
+from report import comparison as comparisons
 from report import page
 from report.plots import NOTE, Figures
 from support import console, files, seeds
@@ -38,9 +42,9 @@ from support.console import SEED, Number, UserError, in_batches
 from support.device import choose_device, exact_float32, keep_freed_memory
 from support.run import environment, mark, new_folder, read_record
 from training.prior import STEP_COUNT, STEPS, FlowPrior, Prior, load_prior, walk
-from training.vqvae import load_vqvae
 
 N_WALKS = 4
+N_MEASURED = 256  # samples, where a split is named to measure them against
 N_STACKS = 4  # of 32 planes, unless --samples says otherwise
 THRESHOLD = 0.6  # the report counts the images at or above it
 
@@ -117,7 +121,7 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 
 
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
-    """Decode new brains and walks between others. With --data, measure `n_measured` of them against a split."""
+    """Decode new brains and walks between others. With --data, measure them against a split."""
     prior, splits = load_prior(files.find(o.generator), vqvae), []
     if o.steps is not None:
         if not isinstance(prior, FlowPrior):
@@ -130,25 +134,29 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     planes = o.slice or []
-    seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else 64)
-    folder = draw_samples(prior, n, seed, o.out, planes)
-    facts, phantoms = {"Brains": n, "Seed": seed, "VQ-VAE": o.path, "Generator": o.generator}, prior.phantoms
+    seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else N_MEASURED if splits else 64)
+    folder, pixels = draw_samples(prior, n, seed, o.out, planes)
+    facts, phantoms = {"Slices": len(pixels), "Seed": seed, "VQ-VAE": o.path, "Generator": o.generator}, prior.phantoms
     if splits:
         held_out, train = splits
         phantoms = phantoms or held_out.phantoms
-        facts["Measured against"] = f"{o.split} split of {held_out.root}"
-        noise = prior.noise(generation.n_measured(held_out, train), seeds.generator(seed, "measures"))
-        rows = generation.compare_generated(prior.sample_images(noise), vqvae, held_out, train, seed)
-        write_measures(folder, rows, mark(phantoms))
+        facts["Measured against"] = f"reconstructions of the {o.split} split of {held_out.root}"
+        fake = of_arrays(pixels)
+        comparison = compare(held_out.as_images(), fake, vqvae, train.as_images(), seed, "real")
+        comparisons.write(folder, comparison, fake, train.as_images(), mark(phantoms), phantoms)
+        facts |= {"Copies": comparisons.copies_line(comparison), "Sources of the measures": comparisons.SOURCES}
         if isinstance(prior, AutoregressivePrior):
             write_likelihood(folder, prior, held_out, mark(phantoms))
     write_page(folder, "New brains", facts, vqvae, phantoms)
 
 
-def draw_samples(prior: Prior | AutoregressivePrior, n: int, seed: int, out: str, planes: Sequence[int]) -> Path:
-    """Decode n new brains as a grid and one file each, and walks between others. Returns the folder.
+def draw_samples(
+    prior: Prior | AutoregressivePrior, n: int, seed: int, out: str, planes: Sequence[int]
+) -> tuple[Path, Tensor]:
+    """Decode n new brains as a grid and one file each in samples/, and walks between others.
 
-    With planes, they are slices of these, and with several, stacks of n heads.
+    With planes, they are slices of these, and with several, stacks of n heads. Returns the folder, and the slices
+    (N, 1, 256, 256) uint8.
     """
     started, rng, names = time.perf_counter(), seeds.generator(seed, "samples"), [f"sample_{i:03d}" for i in range(n)]
     if len(planes) > 1:
@@ -168,13 +176,15 @@ def draw_samples(prior: Prior | AutoregressivePrior, n: int, seed: int, out: str
         figures.image_grid("samples.png", images, f"{n} generated brains{plane} (seed {seed})")
     if not isinstance(prior, AutoregressivePrior):
         draw_walks(prior, seed, figures)
+    pixels = to_bytes(images)
     comment = PngImagePlugin.PngInfo()
     comment.add_text("Comment", f"generated, {NOTE}" if prior.phantoms else "generated")
-    for name, image in zip(names, (images[:, 0] * 255).round().byte().cpu().numpy(), strict=True):
-        with files.atomically(folder / f"{name}.png") as temporary:
+    (folder / "samples").mkdir()
+    for name, image in zip(names, pixels[:, 0].numpy(), strict=True):
+        with files.atomically(folder / "samples" / f"{name}.png") as temporary:
             Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
     print(f"Decoded {len(images)} new slices in {seconds:.1f} s.{mark(prior.phantoms)}")
-    return folder
+    return folder, pixels
 
 
 def draw_walks(prior: Prior, seed: int, figures: Figures) -> None:
@@ -203,19 +213,6 @@ def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDat
                 found = prior.bits(cache.batch([i]), alone(cache.plane[[i]]))[0]
                 figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], found, title)
     files.write_csv(folder / "likelihood.csv", list(columns), list(zip(*columns.values(), strict=True)))
-
-
-def write_measures(folder: Path, rows: list[generation.Row], end: str) -> None:
-    """Write measures.csv, and print a line for each measure with `end` after it."""
-    sides = ("generated", "beside", "independent codes")
-    columns = ["measure", *(side + limit for side in sides for limit in ("", ", low", ", high")), "what stands beside"]
-    table = [(row.name, *row.generated, *row.beside, *row.independent, row.what) for row in rows]
-    table = [[None if isinstance(value, float) and math.isnan(value) else value for value in row] for row in table]
-    files.write_csv(folder / "measures.csv", columns, table)
-    for row in rows:
-        print(f"{row.name}: {row.generated} ({row.what}: {row.beside}; independent codes: {row.independent}){end}")
-    if any(value is None for row in table for value in row[1::3][:3]):
-        print("–: not defined here, for it needs several subjects in each split, and images with detail")
 
 
 @torch.no_grad()
@@ -288,7 +285,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--generator", metavar="PATH", help="generator.pth, flow.pth or autoregressive.pth trained with this vqvae.pth"
     )
-    group.add_argument("--samples", metavar="N", type=count, help="how many (default: 64)")
+    group.add_argument("--samples", metavar="N", type=count, help=f"how many (default: 64; with --data {N_MEASURED})")
     group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
     text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
     group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)

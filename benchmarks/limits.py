@@ -22,10 +22,10 @@ from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
 from evaluation.reconstruction import BORDER
 from modules import VQVAE, rows
+from priors.checkpoints import load_vqvae
 from support import console
 from support.console import UserError
 from training.scale import LatentScale
-from training.vqvae import load_vqvae
 
 REGIONS = ("the image", "the brain", "skull, scalp and noise", "black in the plane", "the frame")
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules import VQVAE
 from support.console import stop_if_signalled
 from support.device import exact_float32
 
 # Grey level above which an image, blurred by a Gaussian of 4 pixels, shows the head: in the report's set 99.8 % of the
 # brain's pixels, ventricles and skull included, and 1 % of the noise around it.
 HEAD = 0.08
-MARGIN = 8  # pixels between the head and what counts as outside
 BANDS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # cycles per pixel: the limits of five octaves
 PYRAMID_LEVELS = 5  # 256, 128, 64, 32 and 16 pixels
 WINDOW, SQUARES = 64, 4  # size of a window of texture in pixels; an image is 4x4 of them
@@ -24,7 +24,7 @@ class Features(NamedTuple):
     """What the measures need of N images.
 
     Attributes:
-        subjects: the subject of each image; a generated image is a subject of its own.
+        subjects: the subject of each image.
         indices: what `texture_indices` returns.
         moments: what `encoder_moments` returns.
         anatomy: (N, 4096), the images four times smaller.
@@ -42,11 +42,11 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 @exact_float32()
-def features(vqvae, images: Tensor, subjects: Sequence[Hashable] | None = None) -> Features:
-    """The features of images (N, 1, 256, 256) in [0, 1], float64 on the CPU. Without `subjects`, each has its own."""
-    names = [("generated", i) for i in range(len(images))] if subjects is None else list(subjects)
-    parts = []
+def features(vqvae: VQVAE, images: Tensor, subjects: Sequence[Hashable]) -> Features:
+    """The features of images (N, 1, 256, 256) uint8, float64 on the CPU."""
+    device, parts = vqvae.conv1.weight.device, []
     for part in images.split(32):
+        part = part.to(device).float() / 255
         inside, direction, moments = head(part), coherence(part), encoder_moments(vqvae, part)
         cut = [_windows(each) for each in (part, inside, direction)]  # (B, 4, 4, 64, 64) each
         chosen = cut[1].mean((3, 4)) >= 0.9
@@ -59,7 +59,7 @@ def features(vqvae, images: Tensor, subjects: Sequence[Hashable] | None = None) 
     columns, moments, small, windows, counts = zip(*parts, strict=True)
     columns = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
     image = torch.arange(len(images)).repeat_interleave(torch.cat(counts))
-    return Features(names, columns, torch.cat(moments), torch.cat(small), torch.cat(windows), image)
+    return Features(list(subjects), columns, torch.cat(moments), torch.cat(small), torch.cat(windows), image)
 
 
 def _windows(images: Tensor) -> Tensor:
@@ -142,21 +142,11 @@ def texture_indices(images: Tensor, inside: Tensor, direction: Tensor) -> dict[s
     """Indices of texture of each image (N, 1, 256, 256), given its `head` and `coherence`: (N,) float64 on the CPU.
 
     coherence: its mean inside the head.
-    kurtosis_256, kurtosis_128: of the two finest levels of the Laplacian pyramid inside the head, 3 for Gaussian noise.
-    power_64_32 … power_4_2: log10 of the power in an octave, named by its periods in pixels.
-    brightness: root mean square after averaging over 16x16 pixels, which removes grain.
-    outside: mean square more than 8 pixels away from the head, times 10⁶.
+    kurtosis: of the finest level of the Laplacian pyramid inside the head, 3 for Gaussian noise.
     """
-    columns = {"coherence": _mean(direction, inside)}
-    for level, size in zip(laplacian_pyramid(images)[:2], (256, 128), strict=True):
-        weight = F.avg_pool2d(inside, 256 // size)
-        columns[f"kurtosis_{size}"] = _mean(level**4, weight) / _mean(level**2, weight).square().clamp(min=1e-12)
-    periods = [f"power_{1 / low:.0f}_{1 / high:.0f}" for low, high in zip(BANDS, BANDS[1:], strict=False)]
-    columns |= zip(periods, log_band_powers(images).unbind(1), strict=True)
-    columns["brightness"] = F.avg_pool2d(images, 16).square().mean((1, 2, 3)).sqrt()
-    near = F.max_pool2d(inside, (1, 2 * MARGIN + 1), 1, (0, MARGIN))
-    outside = 1 - F.max_pool2d(near, (2 * MARGIN + 1, 1), 1, (MARGIN, 0))
-    columns["outside"] = 1e6 * _mean(images.square(), outside)
+    detail = laplacian_pyramid(images)[0]
+    kurtosis = _mean(detail**4, inside) / _mean(detail**2, inside).square().clamp(min=1e-12)
+    columns = {"coherence": _mean(direction, inside), "kurtosis": kurtosis}
     return {name: value.cpu().double() for name, value in columns.items()}
 
 
@@ -165,7 +155,7 @@ def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (values * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1)
 
 
-def encoder_moments(vqvae, images: Tensor) -> Tensor:
+def encoder_moments(vqvae: VQVAE, images: Tensor) -> Tensor:
     """Mean and standard deviation of the encoder's D channels in 4x4 squares of images: (N, 4, 4, 2·D)."""
     z = vqvae.latents(images)
     size = z.shape[-1] // SQUARES

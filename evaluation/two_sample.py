@@ -15,7 +15,7 @@ from torch import Tensor
 from evaluation.texture import Features
 
 FOLDS, RIDGE, NEWTON_STEPS = 5, 1.0, 30  # of logistic regression
-NEIGHBOURS = 5  # of density and coverage
+NEIGHBOURS = 5  # of coverage
 COMPONENTS = 256  # of the images four times smaller
 RESAMPLES = 1000  # for confidence intervals
 
@@ -48,23 +48,19 @@ class Interval(NamedTuple):
 
 
 def mean_indices(side: Features, rng: torch.Generator) -> dict[str, Interval]:
-    """Means of `texture.texture_indices`, but of brightness the 5th percentile, as `dimmest`; by name."""
+    """Means of `texture.texture_indices` by name."""
     weights = resample(numbered(side.subjects), rng)
-    values = {name: weights @ column / weights.sum(1) for name, column in side.indices.items() if name != "brightness"}
-    brightness, order = side.indices["brightness"].sort()
-    share = weights[:, order].cumsum(1) / weights.sum(1, keepdim=True)
-    values["dimmest"] = brightness[(share >= 0.05).int().argmax(1)]
-    return {name: interval(value) for name, value in values.items()}
+    return {name: interval(weights @ column / weights.sum(1)) for name, column in side.indices.items()}
 
 
-def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, Interval]:
+def two_sample_measures(real: Features, fake: Features, rng: torch.Generator) -> dict[str, Interval]:
     """Measures of how far apart two sets of images are, by name.
 
     - texture_auc, anatomy_auc: `two_sample_auc` of windows, and of `principal_components` of the images four times
       smaller.
-    - kernel_distance, density, coverage: of `texture.encoder_moments`, each divided by its standard deviation over the
-      real images, or by its channel's mean one if that is more. The limits of density and coverage are over samples of
-      the real side alone, for coverage falls where fake images are repeated.
+    - kernel_distance, coverage: of `texture.encoder_moments`, each divided by its standard deviation over the real
+      images, or by its channel's mean one if that is more. The limits of coverage are over samples of the real side
+      alone, for coverage falls where fake images are repeated.
     """
     both = _resampled(real, fake, rng)
     values = {"texture_auc": two_sample_auc(*_window_rows(both))}
@@ -79,13 +75,8 @@ def compare(real: Features, fake: Features, rng: torch.Generator) -> dict[str, I
     std = std.maximum(std.mean((0, 1))).clamp(min=1e-6)  # in squares of background alone it is near 0
     x, y = (Rows(((side.moments - mean) / std).flatten(1), *rest) for side, *rest in both)
     values["kernel_distance"] = kernel_distance(x, y)
-    values["density"], values["coverage"] = density_and_coverage(x, y.values)
+    values["coverage"] = coverage(x, y.values)
     return {name: interval(value) for name, value in values.items()}
-
-
-def texture_auc(real: Features, fake: Features, rng: torch.Generator) -> Interval:
-    """That of `compare` alone."""
-    return interval(two_sample_auc(*_window_rows(_resampled(real, fake, rng))))
 
 
 def _resampled(real: Features, fake: Features, rng: torch.Generator) -> list[tuple[Features, Tensor, Tensor]]:
@@ -206,24 +197,20 @@ def kernel_distance(real: Rows, fake: Rows) -> Tensor:
     return mean(real, real) + mean(fake, fake) - 2 * mean(real, fake)
 
 
-def density_and_coverage(real: Rows, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Density and coverage of fake values (M, F) (Naeem et al. 2020, arXiv 2002.09797, eqs. 4 and 6): (R,) each.
+def coverage(real: Rows, fake: Tensor) -> Tensor:
+    """Coverage of real rows by fake values (M, F) (Naeem et al. 2020, arXiv 2002.09797, eq. 6): (R,).
 
-    The ball around a real row reaches to its NEIGHBOURS-th nearest row of another subject. Density is the mean number
-    of balls that a fake row is in, divided by NEIGHBOURS; coverage is the share of balls with a fake row inside. For
-    rows that are distributed as the real ones both are near 1. With n rows of other subjects a ball holds such a row
-    with probability NEIGHBOURS / (n + 1), so its density counts (n + 1) / N times.
+    The ball around a real row reaches to its NEIGHBOURS-th nearest row of another subject; coverage is the share of
+    balls with a fake row inside. In the paper balls reach to rows of any kind. But the slices of a subject are alike,
+    so that balls would be too small for a generator of new subjects. For as many fake rows, distributed as the real
+    ones, it is near 1 - 2^-NEIGHBOURS, or above.
     """
     apart = torch.cdist(real.values, real.values)
-    same = real.subjects[:, None] == real.subjects
-    apart[same] = torch.inf
-    k = min(NEIGHBOURS, len(apart))
-    radius = apart.kthvalue(k, 1).values
-    inside = torch.cdist(real.values, fake) < radius[:, None]
+    apart[real.subjects[:, None] == real.subjects] = torch.inf
+    radius = apart.kthvalue(min(NEIGHBOURS, len(apart)), 1).values
+    covered = (torch.cdist(real.values, fake) < radius[:, None]).any(1).double()
     share = real.weights * radius.isfinite()  # without another subject there is no ball
-    share = share / share.sum(1, keepdim=True)
-    density = share @ (inside.double().mean(1) * ((~same).sum(1) + 1)) / k
-    return density, share @ inside.any(1).double()
+    return share @ covered / share.sum(1)
 
 
 def _bilinear(a: Tensor, matrix: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torchvision.utils import make_grid
 
+from evaluation.generation import MEASURES
 from support import console, files
 
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#777777"  # distinguishable with colour-blind eyes (Okabe and Ito)
@@ -212,58 +214,52 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def measures(self, name: str, rows: list[dict], reference: dict) -> None:
-        """Distance of generated brains to the validation split by epoch, beside reconstructed training images.
+    def measures_by_epoch(self, name: str, rows: list[dict], floor: dict) -> None:
+        """MEASURES of generated slices by epoch, with those of reconstructed scans.
 
-        `rows` of metrics.csv that have measures; `reference`, the same of reconstructed training images.
+        `rows` of metrics.csv that have measures; `floor`, by name, as `training.samples.Samples` has it.
         """
-        figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)
-        upper.set_title(self._with_note("Distance of generated brains to the validation split"))
-        epochs = [row["epoch"] for row in rows]
-        for size, marker in ((256, "o"), (128, "s"), (64, "^"), (32, "v"), (16, "D")):
-            values = [row[f"swd_{size}"] for row in rows]
-            upper.plot(epochs, values, color=GREY, marker=marker, markersize=4, linewidth=0.6, label=f"{size} pixels")
-        for axes, key in ((upper, "swd_mean"), (lower, "grey_values")):
-            label = "mean" if axes is upper else "generated"
-            axes.plot(epochs, [row[key] for row in rows], color=BLUE, marker="o", markersize=4, label=label)
-            axes.axhline(reference[key], color=ORANGE, linestyle="--", label="reconstructed training images")
-            axes.set(ylim=(0, None))
-        upper.set(ylabel="sliced Wasserstein distance × 10³")
-        upper.legend(ncols=2, fontsize=9)
-        lower.set(xlabel="epoch", ylabel="distance of grey values")
-        lower.xaxis.get_major_locator().set_params(integer=True)
-        lower.legend()
+        figure, axes = _subplots(2, 4, 14, 6.4)
+        figure.suptitle(self._with_note("Generated slices beside those of the validation split, by epoch"))
+        for each, (key, label) in zip(axes.flat, MEASURES.items(), strict=False):
+            each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
+            each.axhline(floor[key], color=ORANGE, linestyle="--")
+            each.set(xlabel="epoch", ylabel=textwrap.fill(label, 36))
+            each.xaxis.get_major_locator().set_params(integer=True)
+        axes[1, 3].remove()
+        figure.legend(axes[0, 0].lines, ["generated", "reconstructions of other scans"], loc="lower right")
         self._save(figure, name)
 
     @_figure
-    def texture(self, name: str, rows: list[dict], floor: dict) -> None:
-        """Indices of texture, and how generated brains are told from real ones, by epoch, beside reconstructions.
-
-        `rows` of metrics.csv that have measures; `floor`, the same of reconstructions: above of the validation split,
-        below of training images compared with these, as `HeldOut.floor` has it.
-        """
-        figure, axes = _subplots(2, 4, 14, 6.4, sharex=True)
-        figure.suptitle(self._with_note("Texture of generated brains, and how they are told from real ones"))
-        labels = {
-            "coherence": "coherence of texture",
-            "kurtosis_256": "kurtosis of detail",
-            "outside": "energy outside the head × 10⁶",
-            "dimmest": "brightness, 5th percentile",
-            "texture_auc": "AUC, windows of 64 pixels",
-            "anatomy_auc": "AUC, images at 64×64",
-            "kernel_distance": "kernel distance",
-            "coverage": "coverage",
-        }
-        for each, (key, label) in zip(axes.flat, labels.items(), strict=True):
-            each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
-            each.axhline(floor[key], color=ORANGE, linestyle="--")
-            each.set(ylabel=label)
-        axes[0, 2].set_yscale("symlog", linthresh=0.1)  # it may be 0
-        for each in axes[1]:
-            each.set(xlabel="epoch")
-            each.xaxis.get_major_locator().set_params(integer=True)
-        axes[0, 0].legend(axes[0, 0].lines, ["generated", "reconstructions of scans"])
+    def measures(self, name: str, rows: list, sides: tuple[str, ...], title: str) -> None:
+        """Measures with their confidence intervals; `rows` of `evaluation.generation.Row`, `sides` names of columns."""
+        figure, axes = _subplots(2, -(-len(rows) // 2), 14, 7.5)
+        figure.suptitle(self._with_note(f"{title} (bars: 95 % confidence)"))
+        for each in axes.flat[len(rows) :]:
+            each.remove()
+        for each, row in zip(axes.flat, rows, strict=False):
+            for x, (interval, colour) in enumerate(zip(row[1:], (BLUE, ORANGE, GREY), strict=True)):
+                each.plot(x, interval.value, "o", color=colour)
+                if interval.low is not None:
+                    each.plot([x, x], [interval.low, interval.high], color=colour, linewidth=2)
+            each.set_ylabel(textwrap.fill(row.name, 36))
+            each.set_xticks(range(len(sides)), sides, rotation=60, ha="right", fontsize=8, rotation_mode="anchor")
+            each.set_xlim(-0.6, len(sides) - 0.4)
         self._save(figure, name)
+
+    @_figure
+    def pairs(self, name: str, pairs: list[tuple], title: str) -> None:
+        """Pairs of images (1, H, W) side by side, each with a line of text: (image, other, text), four pairs a row."""
+        rows = -(-len(pairs) // 4)
+        figure, axes = _subplots(rows, 4, 14, 2.1 * rows + 0.6)
+        figure.suptitle(self._with_note(title), fontsize=STYLE["axes.titlesize"])
+        for each in np.atleast_1d(axes).flat:
+            each.axis("off")
+        for each, (image, other, text) in zip(np.atleast_1d(axes).flat, pairs, strict=False):
+            both = np.concatenate([np.asarray(side.cpu())[0] for side in (image, other)], 1)
+            each.imshow(both, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
+            each.set_title(text, fontsize=8)
+        self._save(figure, name, "L")
 
     @_figure
     def scores(self, name: str, ssim, cases: list, threshold: float, title: str) -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluation.__main__ as scoring
 import predict
 import train
 from dataset import OasisDataset
@@ -93,7 +94,7 @@ class Done(NamedTuple):
 def run_program(script: str, *words, cwd: Path) -> Done:
     """`python script words` in the folder cwd, but in this process, which has imported PyTorch already."""
     mains = {"train.py": train, "predict.py": predict, "preparation.oasis": oasis}
-    mains["preparation.images"] = any_images
+    mains |= {"preparation.images": any_images, "evaluation": scoring}
     main = mains[script].main
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

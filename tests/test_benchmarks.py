@@ -24,11 +24,11 @@ from conftest import PRETRAINED, PROJECT, resume_file
 from skimage.metrics import structural_similarity
 
 from dataset import OasisDataset
-from evaluation.generation import COMPARISONS, INDICES
-from evaluation.texture import Features
+from evaluation import generation
 from evaluation.two_sample import Interval
 from modules import VQVAE
 from support.console import UserError
+from training import codebook
 
 
 def test_the_reports_style_equals_ours_in_losses_and_gradients(images):
@@ -186,40 +186,29 @@ def test_measures_are_admitted_where_intervals_are_apart_and_halves_equal():
     assert not measures.admitted("texture_auc", [a, b, c._replace(low=2.2)], Interval(0.56, 0.51, 0.6), same)
 
 
-def test_texture_by_part_finds_the_columns_and_the_component_that_tell(rng):
-    windows = torch.randn(300, 5 + 1 + 2 * 10, generator=rng).double()
-    windows[:, 6:16] = windows[:, :1] + 0.01 * windows[:, 6:16]  # means of channels that are nearly one number
-    subjects, image = list(range(300)), torch.arange(300)
-    nothing = torch.zeros(300, 1, 1, 1).double()
-    real = Features(subjects, {}, nothing, nothing[:, :, 0, 0], windows, image)
-    moved = torch.randn(windows.shape, generator=rng).double()
-    moved[:, 6:16] = moved[:, :1] + 0.01 * moved[:, 6:16]
-    shifted = moved.clone()
-    shifted[:, 16:] += 2
-    found = measures.texture_by_part(real, real._replace(windows=shifted), seed=0)
-    assert found["their standard deviations"].value > 0.99 > 0.7 > found["means of channels"].value
-    assert all(found[name].value < 0.7 for name in ("powers", "coherence"))
-    moved[:, 6] += 0.1  # 10 standard deviations of what is not common to all channels
-    found = measures.texture_by_part(real, real._replace(windows=moved), seed=0)
-    assert found["means of channels"].value > 0.9
-    # of 26 components, 16 are large; what tells is among the others
-    n = {name.split()[0]: value.value for name, value in found.items() if "components" in name}
-    assert n["8"] < 0.7 and n["16"] < 0.7 and n["32"] > 0.9
-    assert any(name.startswith("16 components, 100.00 %") for name in found)
-
-
 def test_the_table_of_measures_compares_halves_of_different_subjects(data, monkeypatch, capfd):
-    train = OasisDataset(data, "train")
-    first, second = measures.halves(train, 100)
-    assert sorted(first + second) == list(range(len(train))) and len(measures.halves(train, 2)[0]) == 2
-    cases = [{train.case_and_slice(i)[0] for i in side} for side in (first, second)]
-    assert not cases[0] & cases[1]
-    words = [PRETRAINED / "vqvae.pth", "--data", data, "--generators", PRETRAINED / "generator.pth"]
+    train = OasisDataset(data, "train").as_images()
+    first, second = (set(half.subjects) for half in measures.halves(train))
+    assert first | second == set(train.subjects) and not first & second
+    monkeypatch.setattr(generation, "FEWEST_COMPARED", 5)
+    words = [PRETRAINED / "vqvae.pth", "--data", data, "--priors", PRETRAINED / "generator.pth"]
     out, _ = run_main(measures, words, monkeypatch, capfd)
     table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    n = 1 + len(INDICES | COMPARISONS)
-    assert {len(line) for line in table[:n]} == {6} and {line[-1].rstrip(" |") for line in table[1:n]} <= {"yes", "no"}
-    assert {len(line) for line in table[n:]} == {4} and len(table) == n + 1 + 5 + len(measures.LEADING)
+    assert len(table) == 1 + len(generation.MEASURES) and {len(line) for line in table} == {6}
+    assert {line[-1].rstrip(" |") for line in table[1:]} <= {"yes", "no"}
+
+
+def test_independent_codes_are_at_each_position_those_of_some_image(data):
+    images, vqvae = OasisDataset(data, "train").as_images()[[0, 3]], VQVAE()
+    x = images.pixels.float() / 255
+    with torch.no_grad():  # codes that spread, and a decoder that shows them
+        codebook.start_from(vqvae.vector_quantizer, vqvae.latents(x), torch.Generator())
+    codes = vqvae.encode(x)
+    vqvae.decode = lambda codes: codes / 255
+    codes = codes.clamp(max=255)  # what to_bytes keeps
+    for one in measures.decode_independent_codes(vqvae, images, torch.Generator()):
+        assert ((one == codes[0]) | (one == codes[1])).all()
+        assert (one != codes[0]).any() and (one != codes[1]).any()
 
 
 def test_height_is_read_by_ridge_regression_and_planes_are_correlated():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dataset import OasisDataset
-from evaluation import generation
 from support import seeds
 from support.device import FastPath
 from support.run import Run
@@ -29,7 +28,7 @@ def test_the_generator_and_its_average_start_from_the_same_weights(data, vqvae, 
     stage = dcgan.DCGANStage(run, vqvae, *(OasisDataset(data, split) for split in ("train", "validate")))
     before = copy.deepcopy(stage.average.state_dict())
     monkeypatch.setattr(stage.samples, "draw", lambda *words: None)
-    monkeypatch.setattr(generation.HeldOut, "floor", lambda self: {})
+    monkeypatch.setattr(stage.samples, "begin", lambda prior: None)
     stage.start()
     assert asked == [n_steps]  # at most half as many as follow, of four batches an epoch
     for network in (stage.average, stage.networks["generator"]):

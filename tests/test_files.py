@@ -14,10 +14,10 @@ import torch
 from fuzzing import bounded
 
 from modules import VQVAE, Discriminator, Generator
+from priors.checkpoints import load_vqvae
 from support import files
 from support.console import UserError
 from support.run import Run
-from training.vqvae import load_vqvae
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):

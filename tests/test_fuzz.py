@@ -21,12 +21,13 @@ from PIL import Image
 
 from dataset import DataError, OasisDataset, read_png
 from modules import VQVAE, Generator, UNet
+from priors.checkpoints import load_vqvae
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run
 from training.config import Config
 from training.prior import GUIDE_WIDTHS, FlowPrior, GeneratorPrior, load_prior
-from training.vqvae import VQVAEStage, load_vqvae
+from training.vqvae import VQVAEStage
 
 
 def png(mode: str, seed: int) -> bytes:

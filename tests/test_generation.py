@@ -1,15 +1,18 @@
 """Measures of generated images: against SciPy, plain loops, and cases whose answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.stats
 import torch
+from conftest import PRETRAINED
 
 from dataset import OasisDataset
 from evaluation import generation, texture
 from modules import VQVAE
-from training import codebook
+from priors.checkpoints import load_vqvae
 
 
 @pytest.fixture(scope="module")
@@ -77,90 +80,62 @@ def test_sliced_wasserstein_of_known_cases(images, rng):
         generation.sliced_wasserstein(images, images[:3], rng)
 
 
-def test_ms_ssim_is_its_definition_by_scipy(images, noise):
-    def gaussian(image):
-        return scipy.ndimage.gaussian_filter(image, 1.5, truncate=5 / 1.5)[5:-5, 5:-5]
-
-    x, y = images[:3], (0.7 * images + 0.3 * noise)[:3]
-    found = generation.ms_ssim(x, y)
-    for i in range(3):
-        a, b, product = x[i, 0].double().numpy(), y[i, 0].double().numpy(), 1.0
-        for weight in (0.0448, 0.2856, 0.3001, 0.2363, 0.1333):
-            ma, mb = gaussian(a), gaussian(b)
-            va, vb, c = gaussian(a * a) - ma**2, gaussian(b * b) - mb**2, gaussian(a * b) - ma * mb
-            structure = (2 * c + 0.0009) / (va + vb + 0.0009)
-            luminance = (2 * ma * mb + 0.0001) / (ma**2 + mb**2 + 0.0001)
-            last = a.shape[0] == 16
-            product *= (structure * luminance if last else structure).mean() ** weight
-            a, b = (side.reshape(len(side) // 2, 2, -1, 2).mean((1, 3)) for side in (a, b))
-        assert found[i].item() == pytest.approx(product, abs=1e-5)
+@pytest.fixture
+def few_are_enough(monkeypatch):
+    """All measures, of the few phantoms of the tests too."""
+    monkeypatch.setattr(generation, "FEWEST_COMPARED", 5)
 
 
-def test_ms_ssim_of_known_cases(images, noise):
-    torch.testing.assert_close(generation.ms_ssim(images, images), torch.ones(6, dtype=torch.double))
-    assert (generation.ms_ssim(noise, 1 - noise) == 0).all()  # opposed structure
-    assert torch.equal(generation.ms_ssim(images, noise), generation.ms_ssim(noise, images))
+def test_a_set_of_images_is_spaced_evenly_and_keeps_its_subjects(data):
+    images = OasisDataset(data, "validate").as_images()
+    some = images.spaced(4)
+    assert some.subjects == [4, 4, 5, 5] and some.names == [images.names[i] for i in (0, 2, 5, 7)]
+    assert torch.equal(some.pixels, images.pixels[[0, 2, 5, 7]]) and len(images.spaced(99)) == 10
+    with pytest.raises(ValueError, match="uint8"):
+        generation.of_arrays(np.zeros((3, 256, 256)))
+    with pytest.raises(ValueError, match="256"):
+        generation.of_arrays(np.zeros((3, 128, 128), np.uint8))
 
 
-def test_nearest_distances_are_a_plain_loop(images, noise):
-    others = torch.cat([noise, images[2:3] + 0.01])
-    found = generation.nearest_distances(images, others.split(3))
-    for i, image in enumerate(images):
-        expected = min(((image - other) ** 2).mean().sqrt().item() for other in others)
-        assert found[i].item() == pytest.approx(expected, rel=1e-3)
-    assert found[2].item() == pytest.approx(0.01, rel=1e-3)
+def test_equal_images_have_no_distance_and_a_reference_keeps_its_own_indices(data, vqvae, few_are_enough):
+    images = OasisDataset(data, "validate").as_images()
+    reference = generation.Reference(VQVAE().eval(), images, seed=0)
+    found = reference.measure(images)
+    assert found["swd"].value == 0 and list(found) == list(generation.MEASURES)
+    assert found["coherence"] == reference.indices()["coherence"]
+    again = generation.Reference(reference.vqvae, images, seed=0).measure(images)
+    assert found == again and not np.isnan(found["texture_auc"].value)
 
 
-def test_grey_value_distance_is_scipys(images, noise):
-    real, fake = images, images**2
-    levels = [(side[side > generation.FOREGROUND] * 255).round().numpy() for side in (real, fake)]
-    expected = scipy.stats.wasserstein_distance(*levels) / 255
-    assert generation.grey_value_distance(real, fake) == pytest.approx(expected, rel=1e-6)
-    assert generation.grey_value_distance(real, real) == 0
-    half, whole = torch.full((1, 1, 256, 256), 51 / 255), torch.full((1, 1, 256, 256), 153 / 255)
-    assert generation.grey_value_distance(half, whole) == pytest.approx(0.4)
-    assert generation.grey_value_distance(images, torch.zeros_like(images)) == 1
+def test_what_stands_beside_is_of_other_subjects_and_of_reconstructions(data, few_are_enough):
+    """Each value of a row is that of two sets of images that the test makes itself."""
+    train, real = (OasisDataset(data, split).as_images() for split in ("train", "validate"))
+    fake = OasisDataset(data, "test").as_images()
+    vqvae = load_vqvae(PRETRAINED / "vqvae.pth")
+    everything = replace(train, pixels=train.pixels[:10], subjects=train.subjects[:10], names=train.names[:10])
+
+    def swd(real, fake) -> float:
+        return generation.Reference(vqvae, real, 0).measure(fake)["swd"].value
+
+    decoded = {name: generation.reconstructed(vqvae, each) for name, each in (("real", real), ("fake", fake))}
+    picked = generation.compare(real, fake, vqvae, everything)  # 10 of 10, in another order
+    assert picked.rows[0].fake.value == swd(real, fake)
+    row = generation.compare(real, fake, vqvae, everything, reconstruct="real").rows[0]
+    assert row.fake.value == swd(decoded["real"], fake)
+    row = generation.compare(real, fake, vqvae, everything, reconstruct="both").rows[0]
+    assert row.fake.value == swd(decoded["real"], decoded["fake"])
+    row = generation.compare(real, fake, vqvae).rows[0]  # halves: subject 4 beside subject 5
+    first, second = real[range(5)], real[range(5, 10)]
+    assert row.real.value == swd(first, second)
+    assert row.reconstructions.value == swd(first, generation.reconstructed(vqvae, second))
+    coherence = generation.compare(real, fake, vqvae).rows[1]
+    assert coherence.real == generation.Reference(vqvae, real, 0).indices()["coherence"]
 
 
-def test_similarity_of_pairs_is_of_different_groups_only(images, noise, rng):
-    same = images[:1].expand(4, -1, -1, -1)
-    assert generation.similarity_of_pairs(same, range(4), rng, 20) == pytest.approx(1)
-    two = torch.cat([same, images[3:4].expand(4, -1, -1, -1)])
-    between = generation.ms_ssim(images[:1], images[3:4]).item()
-    assert generation.similarity_of_pairs(two, [0] * 4 + [1] * 4, rng, 50) == pytest.approx(between, rel=1e-5)
-    assert between < generation.similarity_of_pairs(two, range(8), rng, 50) < 1
-    assert np.isnan(generation.similarity_of_pairs(same, [7] * 4, rng))
-
-
-def test_copies_of_one_training_image_are_seen_through(data):
-    train, held_out = OasisDataset(data, "train"), OasisDataset(data, "validate")
-    copies = train.batch([3] * len(held_out))
-    rows = generation.compare_generated(copies, VQVAE().eval(), held_out, train, seed=0, n_pairs=20)
-    measures = {row.name: (row.generated.value, row.beside.value) for row in rows}
-    similar, similar_real = measures["MS-SSIM of pairs"]
-    near, near_real = measures["distance to the nearest training image, 5th percentile"]
-    assert similar == pytest.approx(1) and similar_real < 0.9
-    assert near < 1e-3 and near_real > 0.01
-
-
-def test_independent_codes_are_at_each_position_those_of_some_image(data):
-    dataset = OasisDataset(data, "train")
-    vqvae = VQVAE()
-    with torch.no_grad():  # codes that spread, and a decoder that shows them
-        codebook.start_from(vqvae.vector_quantizer, vqvae.latents(dataset.batch([0, 3])), torch.Generator())
-    codes = vqvae.encode(dataset.batch([0, 3]))
-    vqvae.decode = lambda codes: codes / 512
-    drawn = generation.decode_independent_codes(vqvae, dataset, [0, 3], torch.Generator()) * 512
-    for one in drawn:
-        assert ((one == codes[0]) | (one == codes[1])).all()
-        assert (one != codes[0]).any() and (one != codes[1]).any()
-
-
-def test_the_images_that_are_measured_are_spaced_over_all_subjects(data, monkeypatch):
-    train, held_out = OasisDataset(data, "train"), OasisDataset(data, "validate")
-    monkeypatch.setattr(generation, "MOST_MEASURED", 4)
-    real = generation.HeldOut(VQVAE().eval(), held_out, train, seed=0)
-    assert real.indices == [0, 2, 5, 7] and real.subjects == [4, 4, 5, 5]
-    assert len(real.picked) == 4 == len(real.features.anatomy)
-    assert generation.n_measured(held_out, held_out) == 4 < len(held_out)
-    assert real.measure(held_out.batch([0, 2, 5, 7]))["swd_mean"].value == 0  # the same images on both sides
+def test_too_few_images_and_one_subject_leave_measures_out_and_say_why(data):
+    real, fake = OasisDataset(data, "validate").as_images(), OasisDataset(data, "test").as_images()
+    found = generation.compare(real, fake, VQVAE().eval())
+    assert [str(row.fake)[0] == "–" for row in found.rows] == [False] * 3 + [True] * 4
+    assert "need 30 images a side; here are 10" in found.missing[0] and found.copies is None
+    alone = generation.compare(real[range(5)], fake, VQVAE().eval())
+    assert any("one subject" in line for line in alone.missing)

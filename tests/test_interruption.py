@@ -36,7 +36,7 @@ from conftest import (
 import predict
 import train
 from preparation import oasis, phantoms
-from training.vqvae import load_vqvae
+from priors.checkpoints import load_vqvae
 
 KILLS = int(os.environ.get("KILLS", 3))
 WORDS = ("--batch-size", "4", "--n-embeddings", "16", "--embeddings-dim", "4", "--device", "cpu", "--seed", "2")

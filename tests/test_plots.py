@@ -9,20 +9,12 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from evaluation.generation import MEASURES, Row
+from evaluation.two_sample import Interval
 from report import plots
 from report.plots import Figures
 
 FIGURES = Figures(Path())
-TEXTURE = (
-    "coherence",
-    "kurtosis_256",
-    "outside",
-    "dimmest",
-    "texture_auc",
-    "anatomy_auc",
-    "kernel_distance",
-    "coverage",
-)
 
 
 @pytest.fixture
@@ -66,16 +58,16 @@ def test_every_title_says_that_the_data_are_phantoms(figures, tmp_path):
     drawn.losses(name, [0.5, 0.4], [dict(updates=2, training_loss=0.45)], "T", "training_loss")
     drawn.gan_losses(name, history)
     drawn.scores(name, [0.5], [1], 0.6, "T")
-    measures = {"swd_mean": 50.0, "grey_values": 0.1} | {f"swd_{256 >> level}": 60.0 - level for level in range(5)}
-    drawn.measures(name, [measures | {"epoch": 1}], measures)
-    drawn.texture(name, [dict.fromkeys(TEXTURE, 0.5) | {"epoch": 1}], dict.fromkeys(TEXTURE, 0.4))
+    drawn.measures_by_epoch(name, [dict.fromkeys(MEASURES, 0.5) | {"epoch": 1}], dict.fromkeys(MEASURES, 0.4))
+    drawn.measures(name, 2 * [Row("M", *3 * [Interval(0.5, 0.4, 0.6)])], ("a", "b", "c"), "T")
     row = dict(epoch=1, psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
     drawn.rate_distortion(name, [row])
-    assert len(figures) == 10
+    drawn.pairs(name, [(image, image, "text")], "T")
+    assert len(figures) == 11
     for figure in figures:
         first, second = (figure.get_suptitle() or figure.axes[0].get_title()).split("\n")
         assert first and second == "data: phantoms (synthetic)"
-    for figure in figures[1:]:
+    for figure in figures[1:-1]:
         assert all(axes.get_ylabel() for axes in figure.axes) and figure.axes[-1].get_xlabel() or len(figure.axes) == 2
 
 
@@ -124,26 +116,32 @@ def test_code_map_tells_neighbours_apart_and_ranks_usage(figures):
     assert right.get_title().startswith("3 of 4 codes")
 
 
-def test_measures_show_each_level_and_the_floor(figures):
-    floor = {"swd_mean": 20.0, "grey_values": 0.02}
-    rows = [
-        {"epoch": n, "swd_mean": 90.0 - n, "grey_values": 0.1 / n}
-        | {f"swd_{256 >> level}": n + level for level in range(5)}
-        for n in (1, 2)
-    ]
-    FIGURES.measures("x.png", rows, floor)
-    upper, lower = figures[0].axes
-    assert [list(line.get_ydata()) for line in upper.lines[:5]] == [[1 + level, 2 + level] for level in range(5)]
-    assert list(upper.lines[5].get_ydata()) == [89, 88] and upper.lines[6].get_ydata()[0] == 20
-    assert list(lower.lines[0].get_ydata()) == [0.1, 0.05] and lower.lines[1].get_ydata()[0] == 0.02
-
-
-def test_texture_shows_each_measure_and_the_floor(figures):
-    rows = [{key: n + i for i, key in enumerate(TEXTURE)} | {"epoch": n} for n in (1, 2)]
-    FIGURES.texture("x.png", rows, {key: 10 + i for i, key in enumerate(TEXTURE)})
-    for i, axes in enumerate(figures[0].axes):
+def test_measures_by_epoch_show_each_measure_and_the_floor(figures):
+    rows = [{key: n + i for i, key in enumerate(MEASURES)} | {"epoch": n} for n in (1, 2)]
+    FIGURES.measures_by_epoch("x.png", rows, {key: 10 + i for i, key in enumerate(MEASURES)})
+    for i, (axes, text) in enumerate(zip(figures[0].axes, MEASURES.values(), strict=False)):
         values, floor = axes.lines
         assert list(values.get_ydata()) == [1 + i, 2 + i] and floor.get_ydata()[0] == 10 + i
+        assert axes.get_ylabel().replace("\n", " ") == text
+
+
+def test_measures_have_a_dot_and_a_bar_for_each_side(figures):
+    nothing = Interval(float("nan"))
+    rows = [Row("A", Interval(1, 0, 2), Interval(3, 2, 4), Interval(5)), Row("B", Interval(6), nothing, nothing)]
+    FIGURES.measures("x.png", rows, ("a", "b", "c"), "T")
+    first, second = figures[0].axes
+    assert [list(line.get_ydata()) for line in first.lines] == [[1], [0, 2], [3], [2, 4], [5]]
+    assert len(second.lines) == 3
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["a", "b", "c"]
+
+
+def test_pairs_stand_side_by_side(figures):
+    pairs = [(torch.full((1, 8, 8), 10 * i), torch.full((1, 8, 8), 10 * i + 5), f"pair {i}") for i in range(5)]
+    FIGURES.pairs("x.png", pairs, "T")
+    assert len(figures[0].axes) == 8
+    image = figures[0].axes[4].images[0].get_array()
+    assert image.shape == (8, 16) and (image[:, :8] == 40).all() and (image[:, 8:] == 45).all()
+    assert figures[0].axes[4].get_title() == "pair 4"
 
 
 def test_epoch_means_stand_in_the_middle_of_their_updates_and_validation_after_them(figures):

@@ -14,7 +14,7 @@ import predict
 from dataset import OasisDataset
 from evaluation import generation
 from modules import VQVAE
-from training.vqvae import load_vqvae
+from priors.checkpoints import load_vqvae
 
 
 def test_predict_gives_what_training_printed(trained, folder):
@@ -80,12 +80,12 @@ def test_new_brains_need_no_data(trained, tmp_path):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         done = run_program("predict.py", *words, "--seed", seed, "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    a, b, c = ([p.read_bytes() for p in sorted((tmp_path / out).glob("*/sample_*.png"))] for out in "abc")
+    a, b, c = ([p.read_bytes() for p in sorted((tmp_path / out).glob("*/samples/*.png"))] for out in "abc")
     assert len(a) == 5 and a == b != c
-    sample = Image.open(next((tmp_path / "a").glob("*/sample_000.png")))
+    sample = Image.open(next((tmp_path / "a").glob("*/samples/sample_000.png")))
     assert sample.mode == "L" and sample.text == {"Comment": "generated, data: phantoms (synthetic)"}
     names = {path.name for path in next((tmp_path / "a").iterdir()).iterdir()}
-    assert names == {"index.html", "samples.png", "walk.png", *(f"sample_{i:03d}.png" for i in range(5))}
+    assert names == {"index.html", "samples.png", "walk.png", "samples"}
 
 
 def test_exported_codes_there_and_back(trained, data, tmp_path):
@@ -106,35 +106,34 @@ def test_exported_codes_there_and_back(trained, data, tmp_path):
     torch.testing.assert_close(vqvae.decoder(z_q), vqvae.decode(codes), rtol=0, atol=1e-5)
 
 
-def shown(row: dict, column: str) -> str:
-    """A measure as it is printed, with the limits that a row of measures.csv has."""
-    limits = [f"{float(row[column + limit]):.4f}" for limit in (", low", ", high") if row[column + limit]]
-    return f"{float(row[column]):.4f}" + (f" [{', '.join(limits)}]" if limits else "")
-
-
-def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path):
+def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path, monkeypatch):
+    """And `python -m evaluation` finds the same, to the last digit, in the files that were written."""
+    monkeypatch.setattr(generation, "FEWEST_COMPARED", 5)
     _, run = trained
-    words = (run / "vqvae.pth", "--generator", run / "generator.pth", "--samples", 2, "--data", data)
-    tables = []
-    for out in "ab":  # the run's own seed
-        done = run_program("predict.py", *words, "--seed", 5, "--split", "validate", "--out", out, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        with open(next((tmp_path / out).glob("*/measures.csv")), newline="") as file:
-            tables.append(list(csv.DictReader(file)))
-    table = tables[0]
-    assert table == tables[1] and len(table) == 24
-    for row in table:
-        value, beside, worst = (shown(row, column) for column in ("generated", "beside", "independent codes"))
-        line = f"{row['measure']}: {value} ({row['what stands beside']}: {beside}; independent codes: {worst})"
-        assert f"{line} (phantoms)\n" in done.stdout
-    last = rows(run, "gan")[1]  # as train.py printed it
-    for key, name in (generation.DISTANCES | generation.INDICES | generation.COMPARISONS).items():
-        (value,) = [float(row["generated"]) for row in table if row["measure"] == name]
-        assert value == pytest.approx(float(last[key]), rel=1e-5, nan_ok=True)
-    mean = table[5]
-    assert mean["measure"].endswith("mean")
-    for column in ("generated", "beside"):
-        assert float(mean[column]) == pytest.approx(np.mean([float(row[column]) for row in table[:5]]))
+    prior = ("--generator", run / "generator.pth", "--samples", 7, "--data", data, "--split", "validate")
+    done = run_program("predict.py", run / "vqvae.pth", *prior, "--out", "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "a").iterdir()
+    splits = [data / f"keras_png_slices_{split}" for split in ("validate", "train")]
+    words = (splits[0], made / "samples", "--train", splits[1], "--vqvae", run / "vqvae.pth", "--reconstruct", "real")
+    again = run_program("evaluation", *words, "--out", "b", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    (scored,) = (tmp_path / "b").iterdir()
+    tables = [(folder / "measures.csv").read_text() for folder in (made, scored)]
+    assert tables[0] == tables[1]
+    (*measures, nearest) = csv.DictReader(tables[0].splitlines())
+    assert [row["measure"] for row in measures] == list(generation.MEASURES.values())
+    for row in measures:
+        limits = [f"{float(row[f'scored, {limit}']):.4f}" for limit in ("low", "high") if row[f"scored, {limit}"]]
+        value = f"{float(row['scored']):.4f}" + (f" [{', '.join(limits)}]" if limits else "")
+        assert f"{row['measure']}: {value} (other subjects: " in done.stdout
+    lines = [set(each.stdout.replace(" (phantoms)", "").splitlines()) for each in (done, again)]
+    assert len([line for line in lines[0] & lines[1] if ": " in line]) >= len(measures) + 2
+    with open(made / "nearest.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 7 and all(0 < float(row["distance"]) < 1 for row in found) and float(nearest["scored"]) > 0
+    names = {path.name for path in scored.iterdir()}
+    assert names == {"index.html", "measures.csv", "measures.png", "nearest.csv", "nearest.png", "fake.png", "real.png"}
 
 
 def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp_path):

@@ -11,9 +11,9 @@ from conftest import PRETRAINED
 
 from evaluation.reconstruction import ssim
 from modules import VQVAE
+from priors.checkpoints import load_vqvae
 from training.latents import Latents
 from training.scale import CLIPPED, LatentScale, amplitude, covariance_spectrum, multiply_spectrum, power_spectrum
-from training.vqvae import load_vqvae
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,10 @@ def rows(n: int, shift: float = 0.0, seed: int = 0, n_features: int = 3, per_sub
     return Rows(values, subjects, two_sample.resample(subjects, rng))
 
 
+def as_bytes(images: torch.Tensor) -> torch.Tensor:
+    return (images.clamp(0, 1) * 255).round().byte()
+
+
 def test_resampling_draws_whole_subjects():
     subjects = torch.tensor([0, 1, 1, 2, 0])
     weights = two_sample.resample(subjects, torch.Generator())
@@ -37,14 +41,11 @@ def test_intervals_of_a_mean_are_as_wide_as_its_standard_error():
     assert mean.high - mean.low == pytest.approx(2 * 1.96 / 400**0.5, rel=0.1)
 
 
-def test_dimmest_is_numpys_percentile(images):
-    side = texture.features(
-        VQVAE().eval(), images.repeat(6, 1, 1, 1) * torch.linspace(0.5, 1, 6 * len(images))[:, None, None, None]
-    )
+def test_an_index_is_its_mean_over_images(images):
+    side = texture.features(VQVAE().eval(), as_bytes(images), range(len(images)))
     found = two_sample.mean_indices(side, torch.Generator())
-    expected = np.percentile(side.indices["brightness"].numpy(), 5, method="inverted_cdf")
-    assert found["dimmest"].value == expected and found["dimmest"].low <= expected <= found["dimmest"].high
     assert found["coherence"].value == pytest.approx(side.indices["coherence"].mean().item())
+    assert found["coherence"].low < found["coherence"].value < found["coherence"].high
 
 
 def test_logistic_regression_is_scipys_minimum():
@@ -120,27 +121,23 @@ def test_kernel_distance_is_zero_on_average_for_one_distribution():
     assert two_sample.kernel_distance(rows(40), rows(40, 2.0, 1))[0] > 10 * np.std(found)
 
 
-def test_density_and_coverage_are_plain_loops():
+def test_coverage_is_a_plain_loop():
     real, fake = rows(12, per_subject=2), rows(15, 0.5, 1).values
-    inside, n_others = np.zeros((12, 15)), 10
+    inside = np.zeros((12, 15))
     for i in range(12):
         others = [j for j in range(12) if real.subjects[j] != real.subjects[i]]
         radius = sorted(np.linalg.norm(real.values[i] - real.values[j]) for j in others)[4]
         inside[i] = [np.linalg.norm(real.values[i] - each) < radius for each in fake]
-    density, coverage = two_sample.density_and_coverage(real, fake)
-    assert density[0].item() == pytest.approx(inside.sum() / 15 / 5 * (n_others + 1) / 12)
-    assert coverage[0].item() == pytest.approx(inside.any(1).mean())
+    assert two_sample.coverage(real, fake)[0].item() == pytest.approx(inside.any(1).mean())
 
 
 @pytest.mark.parametrize("per_subject", [1, 50])
-def test_density_and_coverage_of_one_distribution_and_of_a_collapsed_one(per_subject):
+def test_coverage_of_one_distribution_and_of_a_collapsed_one(per_subject):
     real, fake = rows(500, n_features=8, per_subject=per_subject), rows(500, seed=1, n_features=8).values
-    density, coverage = (each[0].item() for each in two_sample.density_and_coverage(real, fake))
-    assert density == pytest.approx(1, abs=0.1)
-    assert coverage == pytest.approx(1 - 0.5**5, abs=0.03)  # the paper's eq. 9, for large samples
-    assert two_sample.density_and_coverage(real, torch.zeros(500, 8).double())[1][0] < 0.9
-    far = two_sample.density_and_coverage(real, torch.full((500, 8), 9.0).double())
-    assert far[0][0] == 0 and far[1][0] == 0
+    found = two_sample.coverage(real, fake)[0].item()
+    assert found == pytest.approx(1 - 0.5**5, abs=0.03)  # the paper's eq. 9, for large samples
+    assert two_sample.coverage(real, torch.zeros(500, 8).double())[0] < 0.9
+    assert two_sample.coverage(real, torch.full((500, 8), 9.0).double())[0] == 0
 
 
 def test_principal_components_are_scipys():
@@ -167,17 +164,17 @@ def test_images_of_one_distribution_are_equal_and_blurred_ones_are_found(images)
     many = (images.repeat(8, 1, 1, 1) + 0.05 * torch.randn(8 * len(images), 1, 256, 256, generator=rng)).clamp(0, 1)
     many = many + 0.3  # windows in heads
     first, second = many[::2], many[1::2]
-    sides = [texture.features(vqvae, x) for x in (first, second, texture.blur(second, 1.0))]
-    same, blurred = (two_sample.compare(sides[0], side, torch.Generator()) for side in sides[1:])
+    sides = [texture.features(vqvae, as_bytes(x), range(len(x))) for x in (first, second, texture.blur(second, 1.0))]
+    same, blurred = (two_sample.two_sample_measures(sides[0], side, torch.Generator()) for side in sides[1:])
     assert blurred["texture_auc"].value == pytest.approx(1) and blurred["texture_auc"].low > same["texture_auc"].high
     assert blurred["kernel_distance"].value > same["kernel_distance"].value
 
 
 def test_too_few_images_give_no_number_instead_of_an_error(images):
     vqvae = VQVAE().eval()
-    sides = [texture.features(vqvae, x, ["one"] * len(x)) for x in (images[:1], images[:2] * 0)]
+    sides = [texture.features(vqvae, as_bytes(x), ["one"] * len(x)) for x in (images[:1], images[:2] * 0)]
     for real, fake in (sides, sides[::-1]):
-        found = two_sample.compare(real, fake, torch.Generator())
+        found = two_sample.two_sample_measures(real, fake, torch.Generator())
         assert np.isnan(found["texture_auc"].value) and np.isnan(found["coverage"].value)
 
 

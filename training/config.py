@@ -14,13 +14,14 @@ from typing import Any
 
 from dataset import SPLITS, find_data, list_scans, refuse_shared_cases
 from preparation import phantoms
+from priors.checkpoints import load_vqvae
 from support import distributed, files
 from support.console import SEED, Number, UserError
 from support.device import FastPath, choose_device, choose_fast_path, has_fast_bfloat16
 from support.run import RESUME_FILE, Run, open_run
 from training import codebook, gan_update
 from training.prior import STEP_COUNT, STEPS
-from training.vqvae import first_loss, load_vqvae
+from training.vqvae import first_loss
 
 # in order: the title, and the prefix of options
 STAGES = {

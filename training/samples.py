@@ -2,10 +2,11 @@
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from dataset import OasisDataset
-from evaluation import generation
+from evaluation.generation import MOST_MEASURED, Images, Reference, reconstructed, to_bytes
 from modules import VQVAE
 from priors.checkpoints import codebook_hash
 from report.plots import Figures
@@ -45,9 +46,15 @@ class Samples:
         self.figures, self.floor = Figures(run.folder, run.phantoms), {}
 
     @cached_property
-    def held_out(self) -> generation.HeldOut:
+    def reference(self) -> Reference:
         """What samples are measured against; computed when it is first needed, which takes long."""
-        return generation.HeldOut(self.vqvae, self.validate_set, self.train_set, self.run.config.seed)
+        images = self.validate_set.as_images().spaced(self.n_measured)
+        return Reference(self.vqvae, reconstructed(self.vqvae, images), self.run.config.seed)
+
+    @property
+    def n_measured(self) -> int:
+        """How many images a side are measured."""
+        return min(MOST_MEASURED, len(self.validate_set), len(self.train_set))
 
     def noise(self, prior, n: int, stream: str) -> Tensor:
         """The noise of n images from one of the run's streams of random numbers."""
@@ -57,7 +64,11 @@ class Samples:
         """Draw samples of the untrained prior, and take the measures of reconstructions; on rank 0."""
         if distributed.is_first():
             self.draw(prior, 0)
-            self.floor = {name: found.value for name, found in self.held_out.floor().items()}
+            rng = seeds.generator(self.run.config.seed, "measured images")
+            picked = torch.randperm(len(self.train_set), generator=rng)[: self.n_measured].tolist()
+            others = reconstructed(self.vqvae, self.train_set.as_images()[picked])
+            floor = self.reference.measure(others) | self.reference.indices()
+            self.floor = {name: measure.value for name, measure in floor.items()}
 
     def state_dict(self) -> dict:
         """What resuming needs."""
@@ -76,12 +87,12 @@ class Samples:
         return now > before
 
     def measure(self, prior, epoch: int) -> dict[str, float]:
-        """Measures of `generation.n_measured` samples, where they are due; on rank 0."""
+        """Measures of `n_measured` samples, where they are due; on rank 0."""
         if not self.are_measured(epoch) or not distributed.is_first():
             return {}
-        noise = self.noise(prior, generation.n_measured(self.validate_set, self.train_set), "measures")
-        found = self.held_out.measure(prior.sample_images(noise))
-        return {name: measure.value for name, measure in found.items()}
+        pixels = to_bytes(prior.sample_images(self.noise(prior, self.n_measured, "measures")))
+        names = [str(i) for i in range(len(pixels))]  # each is a subject of its own
+        return {name: measure.value for name, measure in self.reference.measure(Images(pixels, names, names)).items()}
 
     def draw(self, prior, epoch: int) -> None:
         """Draw N_SHOWN samples after an epoch; 0 is before training."""
@@ -92,14 +103,15 @@ class Samples:
 
     def report(self, row: dict) -> None:
         """Print an epoch's measures, if its row of metrics.csv has them, and draw those of the run so far."""
-        if "swd_mean" in row:
-            shown = (("swd_mean", 1), ("grey_values", 3), ("coherence", 3), ("texture_auc", 2), ("coverage", 2))
-            swd, grey, coherence, auc, coverage = (f"{row[key]:.{n}f} ({self.floor[key]:.{n}f})" for key, n in shown)
-            self.run.say(
-                f"Distance of generated brains (reconstructions): sliced Wasserstein {swd}, grey values {grey}"
-            )
-            self.run.say(f"Their texture (reconstructions): coherence {coherence}, AUC {auc}, coverage {coverage}")
-        measured = [row for row in self.run.rows_of(self.name) if "swd_mean" in row]
-        if measured:
-            self.figures.measures(f"{self.name}_measures.png", measured, self.floor)
-            self.figures.texture(f"{self.name}_texture.png", measured, self.floor)
+        measured = [row for row in self.run.rows_of(self.name) if "swd" in row]
+        if measured and measured[-1] is row:
+            texts = {
+                "swd": "sliced Wasserstein distance",
+                "coherence": "coherence",
+                "texture_auc": "AUC of texture",
+                "anatomy_auc": "of anatomy",
+                "coverage": "coverage",
+            }
+            shown = ", ".join(f"{text} {row[key]:.3g} ({self.floor[key]:.3g})" for key, text in texts.items())
+            self.run.say(f"Generated slices (reconstructions): {shown}")
+            self.figures.measures_by_epoch(f"{self.name}_measures.png", measured, self.floor)

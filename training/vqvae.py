@@ -2,7 +2,6 @@
 
 import copy
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor
 from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
 from modules import VQVAE, VectorQuantizer
+from priors.checkpoints import load_vqvae
 from report import page
 from report.plots import Figures
 from support import distributed, files, seeds
@@ -191,35 +191,3 @@ def first_loss(config, device: torch.device, size: tuple[int, int], fast_path: F
     with fast_path.autocast():
         vq_loss, x_hat, _, _ = vqvae(x)
     return F.mse_loss(x_hat, x) + vq_loss
-
-
-def _what_is_there(state: object) -> str:
-    """Where the codebook is in the contents of a file that has none where it should be."""
-    name = "vector_quantizer.embedding.weight"
-    keys = [key for key in state if isinstance(key, str)] if isinstance(state, dict) else []
-    for key in keys:
-        if key.endswith(f".{name}"):
-            prefix = key.removesuffix(name)
-            return f"its keys begin with '{prefix}', of a wrapper; save {{key.removeprefix('{prefix}'): …}} of them"
-        if isinstance(state[key], dict) and name in state[key]:
-            return f"its weights are under '{key}'; save what is there, torch.load(…)['{key}']"
-    first = f"; it begins with '{keys[0][:99]}'" if keys else ""
-    return f"no codebook '{name}'{first}"
-
-
-def load_vqvae(path: str | Path) -> VQVAE:
-    """The network in a vqvae.pth, in eval mode on the CPU, sized as its codebook says.
-
-    Raises UserError if the file cannot be read or does not hold a VQ-VAE with finite weights.
-    """
-
-    def build(state: dict[str, Tensor]) -> VQVAE:
-        weight = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
-        shape = getattr(weight, "shape", ())
-        if len(shape) != 2 or not all(1 <= size <= 65536 for size in shape):
-            raise ValueError(f"it holds no VQ-VAE ({_what_is_there(state)})")
-        vqvae = VQVAE(n_embeddings=shape[0], embeddings_dim=shape[1])
-        files.load_state(vqvae, state)
-        return vqvae.eval()
-
-    return files.load(path, build)

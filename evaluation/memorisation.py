@@ -1,0 +1,122 @@
+"""Whether generated images are copies of training images."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.two_sample import Interval, interval, numbered, resample
+from support import console
+from support.device import exact_float32
+
+SHIFT = 2  # pixels by which a copy may be moved along each axis
+# The nearest of CANDIDATES images is found pixel by pixel: those that are nearest when SMALLER times smaller, where a
+# copy moved by SHIFT hardly differs.
+SMALLER, CANDIDATES = 4, 2
+CHANCE = 0.01  # share of the held-out images that count as near: a perfect generator has as many
+AT_ONCE = 64  # images at once, whose candidates take 34 MB
+
+
+class Nearest(NamedTuple):
+    """For each of N images, the nearest of others.
+
+    Attributes:
+        index: (N,) int64, its number.
+        distance: (N,) float64 from 0, equal but for brightness, to 1: the root of the share of the image's square that
+            is not explained.
+        rows, columns: (N,) int64, by how many pixels it is moved.
+        brightness: (N,) float64, the factor that it is multiplied by.
+    """
+
+    index: Tensor
+    distance: Tensor
+    rows: Tensor
+    columns: Tensor
+    brightness: Tensor
+
+
+class Copies(NamedTuple):
+    """Which fake images are copies of training images.
+
+    Attributes:
+        fake, real: the nearest training image of each fake image, and of each held-out one.
+        threshold: the distance that CHANCE of the held-out images are below.
+        near: (N,) bool, whether a fake image is nearer than that.
+        share: of the fake images.
+    """
+
+    fake: Nearest
+    real: Nearest
+    threshold: float
+    near: Tensor
+    share: Interval
+
+
+def find_copies(fake, real, train, rng: torch.Generator) -> Copies:
+    """Compare the distances from fake images to training images with those from held-out images to them.
+
+    Each is an `evaluation.generation.Images`; `real` has other subjects than `train`. The interval is over samples of
+    as many subjects on both sides.
+    """
+    sides = [nearest(images.pixels, train.pixels) for images in (fake, real)]
+    weights = [resample(numbered(images.subjects), rng) for images in (fake, real)]
+    thresholds = _quantile(sides[1].distance, weights[1])
+    near = sides[0].distance < thresholds[:, None]
+    share = interval((near * weights[0]).sum(1) / weights[0].sum(1))
+    return Copies(*sides, thresholds[0].item(), near[0], share)
+
+
+def _quantile(values: Tensor, weights: Tensor) -> Tensor:
+    """The CHANCE quantile of values (N,) in each of R samples with weights (R, N): (R,)."""
+    values, order = values.sort()
+    share = weights[:, order].cumsum(1) / weights.sum(1, keepdim=True)
+    return values[(share > CHANCE).int().argmax(1)]
+
+
+@torch.no_grad()
+@exact_float32()
+def nearest(images: Tensor, others: Tensor) -> Nearest:
+    """The nearest of others (M, 1, H, W) uint8 of each of images (N, 1, H, W) uint8, whatever its brightness.
+
+    It may be moved by up to SHIFT pixels. Of the images four times smaller, the CANDIDATES with the highest cosine
+    similarity are compared pixel by pixel.
+    """
+    found = []
+    small = _normalised(others)
+    with console.progress(total=len(images), desc="Looking for copies", unit=" images", leave=False) as bar:
+        for part in images.split(AT_ONCE):
+            candidates = (_normalised(part) @ small.T).topk(min(CANDIDATES, len(others))).indices
+            found.append(_among(part, others, candidates))
+            bar.update(len(part))
+            console.stop_if_signalled()
+    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _normalised(images: Tensor) -> Tensor:
+    """Images (N, 1, H, W) uint8 four times smaller, as vectors of length 1: (N, H·W / 16)."""
+    small = torch.empty(len(images), images[0].numel() // SMALLER**2)
+    for place, part in zip(small.split(AT_ONCE), images.split(AT_ONCE), strict=True):
+        place.copy_(F.avg_pool2d(part.cpu().float(), SMALLER).flatten(1))
+    return F.normalize(small)
+
+
+def _among(images: Tensor, others: Tensor, candidates: Tensor) -> tuple[Tensor, ...]:
+    """`Nearest` of images (B, 1, H, W), of the others whose numbers are candidates (B, K)."""
+    inside = slice(SHIFT, -SHIFT)  # of an image; so a candidate that is moved still covers it
+    x = images[:, 0, inside, inside].cpu().float()
+    height, width = x.shape[1:]
+    y = others[:, 0][candidates.to(others.device)].cpu().float()  # (B, K, H, W)
+    squares = F.avg_pool2d(y.square(), (height, width), 1) * height * width  # (B, K, 5, 5), by shift
+    products = torch.empty_like(squares)
+    for row in range(2 * SHIFT + 1):
+        for column in range(2 * SHIFT + 1):
+            moved = y[:, :, row : row + height, column : column + width]
+            products[:, :, row, column] = (x[:, None] * moved).sum((2, 3))
+    size = x.double().square().sum((1, 2))
+    products, squares = products.double().flatten(1), squares.double().flatten(1).clamp(min=1)
+    explained, best = (products.square() / squares).max(1)
+    distance = (1 - explained / size.clamp(min=1)).clamp(min=0).sqrt()
+    candidate, row, column = torch.unravel_index(best, (candidates.shape[1], 2 * SHIFT + 1, 2 * SHIFT + 1))
+    factor = (products / squares).gather(1, best[:, None])[:, 0]
+    return candidates.gather(1, candidate[:, None])[:, 0], distance, SHIFT - row, SHIFT - column, factor

@@ -1,0 +1,69 @@
+"""What a comparison of generated images with real ones leaves: printed lines, tables and figures."""
+
+import math
+from pathlib import Path
+
+from evaluation.generation import Comparison, Images
+from evaluation.memorisation import CHANCE
+from report.plots import Figures
+from support import files
+
+SIDES = ("scored", "other subjects", "reconstructions")
+SHOWN = 16  # pairs with the nearest training images
+# What a paper that uses the measures refers to.
+SOURCES = (
+    "classifier two-sample tests (AUC): arXiv 1610.06545; kernel distance: arXiv 1801.01401; coverage: arXiv "
+    "2002.09797; sliced Wasserstein distance: arXiv 1710.10196; this project: CITATION.cff"
+)
+
+
+def write(folder: Path, comparison: Comparison, fake: Images, train: Images | None, end: str, phantoms: bool) -> None:
+    """Print a line for each measure, with `end` after it; write measures.csv, nearest.csv and two figures.
+
+    nearest.csv has a row for each image, of both sides, that was compared with training images.
+    """
+    rows, figures = comparison.rows, Figures(folder, phantoms)
+    columns = ["measure", *(side + limit for side in SIDES for limit in ("", ", low", ", high"))]
+    table = [[row.name, *(_cell(value) for side in row[1:] for value in side)] for row in rows]
+    files.write_csv(folder / "measures.csv", columns, table)
+    figures.measures("measures.png", rows, SIDES, "Images beside real ones")
+    for row in rows:
+        print(f"{row.name}: {row.fake} ({SIDES[1]}: {row.real}; {SIDES[2]}: {row.reconstructions}){end}")
+    for reason in comparison.missing:
+        print(f"–: {reason}")
+    if comparison.copies is not None:
+        _write_copies(folder, comparison, fake, train, figures, end)
+
+
+def _write_copies(
+    folder: Path, comparison: Comparison, fake: Images, train: Images, figures: Figures, end: str
+) -> None:
+    copies, near, nearest = comparison.copies, comparison.copies.near, comparison.copies.fake
+    columns = ["image", "training image", "distance", "rows", "columns", "brightness", "near"]
+    table = []
+    for i, name in enumerate(fake.names):
+        index, *values = (each[i].item() for each in nearest)
+        table.append([name, train.names[index], *values, int(near[i])])
+    files.write_csv(folder / "nearest.csv", columns, table)
+    pairs = []
+    for i in nearest.distance.argsort()[:SHOWN].tolist():
+        other = nearest.index[i].item()
+        text = f"{fake.names[i]} | {train.names[other]}\ndistance {nearest.distance[i]:.3f}"
+        pairs.append((fake.pixels[i], train.pixels[other], text))
+    title = f"Nearest training images (right); near is below {copies.threshold:.3f}"
+    figures.pairs("nearest.png", pairs, title)
+    print(f"{copies_line(comparison)}{end}")
+
+
+def copies_line(comparison: Comparison) -> str:
+    """How many images are copies, in one sentence."""
+    near, share = comparison.copies.near, comparison.copies.share
+    limits = "" if share.low is None else f" [{share.low:.2%}, {share.high:.2%}]"
+    return (
+        f"Near a training image: {int(near.sum())} of {len(near)} images, {share.value:.2%}{limits}; of held-out "
+        f"images {CHANCE:.0%} are as near by definition, so a larger share means copies"
+    )
+
+
+def _cell(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
