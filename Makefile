@@ -3,13 +3,13 @@ PYTHON ?= python3
 
 brains: .venv/installed
 	for prior in generator flow; do \
-	.venv/bin/python predict.py resources/pretrained/vqvae.pth --generator resources/pretrained/$$prior.pth || exit 1; done
+	.venv/bin/python predict.py resources/pretrained/vqvae.pth --prior resources/pretrained/$$prior.pth || exit 1; done
 
 demo: .venv/installed
 	.venv/bin/python train.py --demo --out gen_imgs/demo
 	run="$$(dirname "$$(ls -td gen_imgs/demo/*/vqvae.pth | head -n 1)")" && \
 	.venv/bin/python predict.py "$$run/vqvae.pth" --out "$$run" && \
-	.venv/bin/python predict.py "$$run/vqvae.pth" --generator "$$run/generator.pth" --samples 64 --out "$$run" && \
+	.venv/bin/python predict.py "$$run/vqvae.pth" --prior "$$run/generator.pth" --samples 64 --out "$$run" && \
 	echo "The demo is done. Look at $$run/index.html; docs/usage.md says what each file is."
 
 # two workers with a thread each, files kept together because their tests share trained networks

@@ -3,9 +3,9 @@
     python predict.py PATH/vqvae.pth                     # the test split of the data that it was trained on
     python predict.py PATH/vqvae.pth --data DIR          # that of the OASIS folder DIR
     python predict.py PATH/vqvae.pth --export-codes FILE.npz                         # a split's codes
-    python predict.py PATH/vqvae.pth --generator PATH/generator.pth --samples 64     # new brains; needs no data
-    python predict.py PATH/vqvae.pth --generator PATH/generator.pth --data DIR       # and measures of them
-    python predict.py PATH/vqvae.pth --generator PATH/autoregressive.pth --slice 0-31    # stacks of slices
+    python predict.py PATH/vqvae.pth --prior PATH/generator.pth --samples 64     # new brains; needs no data
+    python predict.py PATH/vqvae.pth --prior PATH/generator.pth --data DIR       # and measures of them
+    python predict.py PATH/vqvae.pth --prior PATH/autoregressive.pth --slice 0-31    # stacks of slices
 
 Everything is written to a new folder, gen_imgs/<date_time>_predict/. docs/usage.md says what is in it.
 """
@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> None:
     vqvae = load_vqvae(o.path).to(device)
     if o.export_codes:
         export_codes(o, vqvae)
-    elif o.generator:
+    elif o.prior:
         generate(o, vqvae)
     else:
         score(o, vqvae)
@@ -122,21 +122,21 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Decode new brains and walks between others. With --data, measure them against a split."""
-    prior, splits = load_prior(files.find(o.generator), vqvae), []
+    prior, splits = load_prior(files.find(o.prior), vqvae), []
     if o.steps is not None:
         if not isinstance(prior, FlowPrior):
-            raise UserError(f"--steps is for a flow, and {o.generator} is none; leave it out")
+            raise UserError(f"--steps is for a flow, and {o.prior} is none; leave it out")
         prior.steps = o.steps
     if o.slice and not isinstance(prior, AutoregressivePrior):
-        raise UserError(f"--slice is for a prior that knows planes, and {o.generator} is none; leave it out")
+        raise UserError(f"--slice is for a prior that knows planes, and {o.prior} is none; leave it out")
     if o.slice and (unknown := sorted(set(o.slice) - set(prior.planes))):
-        raise UserError(f"--slice: {o.generator} was not trained on plane {unknown[0]}; leave it out, or name others")
+        raise UserError(f"--slice: {o.prior} was not trained on plane {unknown[0]}; leave it out, or name others")
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     planes = o.slice or []
     seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else N_MEASURED if splits else 64)
     folder, pixels = draw_samples(prior, n, seed, o.out, planes)
-    facts, phantoms = {"Slices": len(pixels), "Seed": seed, "VQ-VAE": o.path, "Generator": o.generator}, prior.phantoms
+    facts, phantoms = {"Slices": len(pixels), "Seed": seed, "VQ-VAE": o.path, "Generator": o.prior}, prior.phantoms
     if splits:
         held_out, train = splits
         phantoms = phantoms or held_out.phantoms
@@ -253,7 +253,7 @@ def open_split(o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
 
 def open_folder(data: Path, split: str, o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
     """A split with batches on the network's device."""
-    with_labels = not (o.export_codes or o.generator)  # which scores need
+    with_labels = not (o.export_codes or o.prior)  # which scores need
     dataset = OasisDataset(data, split, vqvae.conv1.weight.device, o.skip_bad, with_labels)
     dataset.print_skipped()
     print(f"Data: {data}, {split} split: {describe(dataset)}")
@@ -283,7 +283,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     count = Number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument(
-        "--generator", metavar="PATH", help="generator.pth, flow.pth or autoregressive.pth trained with this vqvae.pth"
+        "--prior", metavar="PATH", help="generator.pth, flow.pth or autoregressive.pth trained with this vqvae.pth"
     )
     group.add_argument("--samples", metavar="N", type=count, help=f"how many (default: 64; with --data {N_MEASURED})")
     group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
@@ -293,17 +293,17 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     o = parser.parse_args(words)
     if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
-    if o.export_codes and o.generator:
-        parser.error("--export-codes and --generator contradict each other; give one of them")
+    if o.export_codes and o.prior:
+        parser.error("--export-codes and --prior contradict each other; give one of them")
     given = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice), ("--steps", o.steps))
     for name, value in given:
-        if value is not None and not o.generator:
-            parser.error(f"{name} is for new brains; name the generator with --generator, or leave it out")
-    if o.generator and o.data is None and (o.split != "test" or o.skip_bad):
+        if value is not None and not o.prior:
+            parser.error(f"{name} is for new brains; name the generator with --prior, or leave it out")
+    if o.prior and o.data is None and (o.split != "test" or o.skip_bad):
         parser.error("--split and --skip-bad are for scans; name those with --data, or leave them out")
     if o.slice and o.data is not None:
         parser.error("--slice and --data contradict each other: measures are of all planes; give one of them")
-    if o.generator and o.split == "train":
+    if o.prior and o.split == "train":
         parser.error("--split train: brains of a generator are measured against images that it was not trained on")
     return o
 

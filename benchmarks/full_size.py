@@ -72,7 +72,7 @@ def main() -> None:
     model, training = VQVAE().to(device), 0.0
     flops = speed.flops_an_image(lambda x: model(x)[:2], device)
     print(f"\n{speed.processor()}, {environment(device)['device']}, torch {torch.__version__}, {fast_path}")
-    for stage in ("vqvae", "gan"):
+    for stage in ("vqvae", "dcgan"):
         epochs = [row for row in rows if row["stage"] == stage]
         if not epochs:
             continue

@@ -65,7 +65,7 @@ def epochs(device: str) -> str:
 
 def values(data: Path, out: Path, device: str) -> dict[str, float]:
     """What BOUNDS names, after an epoch of each stage on a device."""
-    words = ("--data", data, "--epochs", 1, "--gan-epochs", 1, "--batch-size", 8, "--gan-batch-size", 8)
+    words = ("--data", data, "--epochs", 1, "--dcgan-epochs", 1, "--batch-size", 8, "--dcgan-batch-size", 8)
     run("train.py", *words, "--device", device, "--out", out)
     (metrics,) = out.glob("*/metrics.csv")
     with open(metrics, newline="") as file:

@@ -208,9 +208,7 @@ def our_dcgan(stored: bool, device, folder: Path, **fast_path) -> Work:
     run.fast_path.set_up()
     vqvae, train_set = few_images(device, folder)
     stage = DCGANStage(run, vqvae, train_set, train_set)
-    scale = LatentScale.fit(vqvae, train_set)
-    stage.set_scale(scale)
-    real_batch, rng = real_batches(Latents(vqvae, train_set, scale, stored=stored)), torch.Generator()
+    real_batch, rng = real_batches(Latents(vqvae, train_set, stage.scale, stored=stored)), torch.Generator()
 
     def once() -> None:
         stage.step(real_batch(), BATCH, 100, rng)

@@ -65,8 +65,8 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
         if float(best["ssim_mean"]) < black:
             facts["Warning"] = f"a black image has {black:.4f}: this training failed; try a lower --lr"
     if options["only"] != "vqvae":
-        titles = {"dcgan": ("DCGAN", "gan"), "flow": ("Flow", "flow")}
-        title, stage = titles.get(options["prior"], ("Autoregressive prior", "autoregressive"))
+        stage = options["prior"]
+        title = {"dcgan": "DCGAN", "flow": "Flow", "autoregressive": "Autoregressive prior"}[stage]
         facts[title] = f"{epochs.get(stage, 0)} of {options[f'{stage}_epochs']} epochs"
     facts["Training time"] = f"{sum(float(row['seconds']) for row in rows) / 60:.1f} minutes"
     images = ", ".join(f"{n} {split}" for split, n in data["images"].items())

@@ -1,12 +1,12 @@
 """Copy a run's figures to where README.md and docs/ show them, and draw its first picture.
 
     python resources/update.py RUN PREDICT     # a folder of train.py, and one of predict.py for its vqvae.pth
-    python resources/update.py RUN             # of --gan-training report, whose curves are all there is to show
+    python resources/update.py RUN             # of --dcgan-training report, whose curves are all there is to show
 
 A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and its data the upper row of
-resources/strip.png, whose other rows the pretrained weights draw. A run on
-real scans goes to resources/oasis/ and gives only what shows no scan: scores and curves. A run of --only gan or --only
-flow, with a folder of predict.py --generator, gives curves, generated images, and the prior of resources/pretrained/.
+resources/strip.png, whose other rows the pretrained weights draw. A run on real scans goes to resources/oasis/ and
+gives only what shows no scan: scores and curves. A run of --only dcgan or --only flow, with a folder of predict.py
+--prior, gives curves, generated images, and the prior of resources/pretrained/.
 """
 
 import csv
@@ -45,9 +45,9 @@ def main(run: Path, predicted: Path | None = None) -> None:
         for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
             shown |= {run / f"epoch_{n}{kind}.png": f"epoch_{name}{kind}" for kind in ("", "_single")}
         draw_strip(Path(record["data"]["folder"]))
-    elif options.get("gan_training") == "report":
+    elif options.get("dcgan_training") == "report":
         shown = {run / "gan_losses.png": "gan_losses_report"}
-    elif options["only"] == "gan":
+    elif options["only"] == "dcgan":
         shown = {run / f"{name}.png": name for name in OF_SCANS_GAN}
         with open(run / "metrics.csv", newline="") as file:
             last = len(list(csv.DictReader(file)))  # of a run that may have been stopped

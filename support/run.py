@@ -87,7 +87,7 @@ class Run:
             self._handle = None
 
     def rows_of(self, stage: str) -> list[dict]:
-        """The rows of one stage, "vqvae" or "gan"."""
+        """The rows of one stage, "vqvae" or "dcgan"."""
         return [row for row in self.rows if row["stage"] == stage]
 
     def epochs_of(self, stage: str) -> int:

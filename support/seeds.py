@@ -5,8 +5,17 @@ import torch
 
 # Each stream has random numbers of its own, so that the length of one stage never changes the numbers of another.
 # A stream's seed depends on its position: append new ones.
-STREAMS = ("vqvae weights", "vqvae", "gan weights", "gan", "gan samples", "samples", "measures", "measured images")
-STREAMS += ("walks", "calibration", "independent codes", "resampling", "gan start", "judging")
+STREAMS = (
+    "vqvae weights",
+    "vqvae",
+    "dcgan weights",
+    "dcgan",
+    "dcgan samples",
+    "samples",
+    "measures",
+    "measured images",
+)
+STREAMS += ("walks", "calibration", "independent codes", "resampling", "dcgan start", "judging")
 STREAMS += ("flow", "flow weights", "flow validation")
 STREAMS += ("autoregressive", "autoregressive weights", "autoregressive validation")
 

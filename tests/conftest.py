@@ -212,7 +212,7 @@ def assert_same_weights(one: Path, other: Path, names=("vqvae.pth", "generator.p
             assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], (name, key)
 
 
-def assert_same_history(one: Path, other: Path, stages=("vqvae", "gan")) -> None:
+def assert_same_history(one: Path, other: Path, stages=("vqvae", "dcgan")) -> None:
     """Except for times."""
     for stage in stages:
         kept = [
@@ -221,8 +221,8 @@ def assert_same_history(one: Path, other: Path, stages=("vqvae", "gan")) -> None
         assert kept[0] == kept[1] != []
 
 
-SMALL = ("--batch-size", 4, "--gan-batch-size", 6, "--n-embeddings", 64, "--device", "cpu")
-EPOCHS = ("--epochs", 2, "--gan-epochs", 2)
+SMALL = ("--batch-size", 4, "--dcgan-batch-size", 6, "--n-embeddings", 64, "--device", "cpu")
+EPOCHS = ("--epochs", 2, "--dcgan-epochs", 2)
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_steps_of_the_dcgan_run_in_all_its_rows(data, monkeypatch):
 
 def test_the_full_size_benchmark_runs(tmp_path):
     command = [sys.executable, PROJECT / "benchmarks" / "full_size.py", "--scale", "0.004", "--device", "cpu"]
-    words = ["--", "--epochs", "1", "--gan-epochs", "1", "--n-embeddings", "32"]
+    words = ["--", "--epochs", "1", "--dcgan-epochs", "1", "--n-embeddings", "32"]
     done = subprocess.run([*map(str, command), *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "(39 training, 4 validation images): phantoms, 43 slices of 3 subjects" in done.stdout

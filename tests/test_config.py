@@ -35,7 +35,7 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     assert chosen(run, cuda, 9664) == best._replace(compiled=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True)  # its precision stays
-    run.fast_path, run.config.only = None, "gan"
+    run.fast_path, run.config.only = None, "dcgan"
     assert chosen(run, cuda, 9664) == FastPath("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     works["compiled"] = True
@@ -46,14 +46,14 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     "words",
     [
         ("--batch-size", "0"),
-        ("--gan-batch-size", "-3"),
+        ("--dcgan-batch-size", "-3"),
         ("--epochs", "0"),
-        ("--gan-epochs", "1e3"),
+        ("--dcgan-epochs", "1e3"),
         ("--lr", "0"),
-        ("--gan-lr", "inf"),
+        ("--dcgan-lr", "inf"),
         ("--beta", "-0.1"),
-        ("--gan-betas", "0.5"),
-        ("--gan-betas", "-0.1", "0.9"),
+        ("--dcgan-betas", "0.5"),
+        ("--dcgan-betas", "-0.1", "0.9"),
         ("--n-embeddings", "65537"),
         ("--embeddings-dim", "0"),
         ("--flow-steps", "1001"),
@@ -79,12 +79,12 @@ def test_numbers_out_of_range_are_refused_by_name(words, capsys):
         (None, 2, 1, "To resume at DCGAN epoch 2"),
         (None, 2, 3, "To draw the last figures"),
         ("vqvae", 2, None, "To draw the last figures"),
-        ("gan", None, 2, "To resume at DCGAN epoch 3"),
+        ("dcgan", None, 2, "To resume at DCGAN epoch 3"),
     ],
 )
 def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
-    state = {stage: {"epoch": n} for stage, n in (("vqvae", vqvae), ("gan", gan)) if n is not None}
-    run = Run(Config(epochs=2, gan_epochs=3, only=only), tmp_path / "a b", state)
+    state = {stage: {"epoch": n} for stage, n in (("vqvae", vqvae), ("dcgan", gan)) if n is not None}
+    run = Run(Config(epochs=2, dcgan_epochs=3, only=only), tmp_path / "a b", state)
     assert "nothing to resume" in config.how_to_resume(run)
     run.folder.mkdir()
     run.save()
@@ -99,7 +99,7 @@ def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
         {"data": 3},
         {"3": 4},
         {"seed": -1},
-        {"gan_betas": [0.5]},
+        {"dcgan_betas": [0.5]},
         {"codebook": "fsq"},
         {"plain": 1},
         {"batch_size": 1.5},
@@ -107,8 +107,8 @@ def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
     ],
 )
 def test_values_that_no_option_has_are_refused(spoilt):
-    good = {"data": "there", "gan_betas": [0.5, 0.999]}
-    assert Config(**good).gan_betas == (0.5, 0.999)
+    good = {"data": "there", "dcgan_betas": [0.5, 0.999]}
+    assert Config(**good).dcgan_betas == (0.5, 0.999)
     with pytest.raises((ValueError, TypeError)):
         Config(**good | spoilt)
 

@@ -102,7 +102,7 @@ def test_a_flow_that_could_not_be_written_is_trained_or_calibrated_again(trained
 
 def test_figures_and_pages_that_cannot_be_written_cost_a_warning_each(data, tmp_path, failing):
     failing(r".*\.png|index\.html")
-    words = ("--data", data, *SMALL, "--epochs", 1, "--gan-epochs", 1, "--out", tmp_path / "out")
+    words = ("--data", data, *SMALL, "--epochs", 1, "--dcgan-epochs", 1, "--out", tmp_path / "out")
     done = run_program("train.py", *words, cwd=tmp_path)
     run = new_run(done, tmp_path / "out")
     assert {path.suffix for path in run.iterdir()} == {".pth", ".json", ".csv"}
@@ -116,7 +116,7 @@ def test_figures_and_pages_that_cannot_be_written_cost_a_warning_each(data, tmp_
     [
         ((), ["scores.csv"]),
         (("--export-codes", "codes.npz"), ["codes.npz"]),
-        (("--samples", 2, "--generator", "generator.pth"), ["sample_000.png", "sample_001.png"]),
+        (("--samples", 2, "--prior", "generator.pth"), ["sample_000.png", "sample_001.png"]),
     ],
     ids=["scores", "codes", "samples"],
 )

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,21 +18,21 @@ import torch.distributed as dist
 import torch.multiprocessing
 from conftest import PRETRAINED, PROJECT, kill_after, resume_file, run_program
 
-from modules import VQVAE, Discriminator, Generator, dcgan_init
+from modules import VQVAE
 from support import distributed
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run
 from training import codebook, config
 from training.autoregressive import AutoregressiveStage
+from training.dcgan import DCGANStage
 from training.flow import FlowStage
-from training.gan_update import BalancedUpdate
-from training.scale import LatentScale
+from training.recipes import BALANCED
 
 # float32, for two processes differ from one by rounding: of bfloat16, the default on some processors, far too much
-SMALL = ("--batch-size", 7, "--gan-batch-size", 6, "--n-embeddings", 32, "--device", "cpu", "--seed", 5)
+SMALL = ("--batch-size", 7, "--dcgan-batch-size", 6, "--n-embeddings", 32, "--device", "cpu", "--seed", 5)
 SMALL += ("--precision", "float32")
-EPOCHS = ("--epochs", 2, "--gan-epochs", 1)
+EPOCHS = ("--epochs", 2, "--dcgan-epochs", 1)
 
 
 def torchrun(script, *words, cwd, n=2) -> subprocess.CompletedProcess:
@@ -80,11 +81,13 @@ def test_two_processes_give_the_curve_of_one(runs_of_one_and_two):
 def test_the_dcgan_of_two_processes_begins_as_that_of_one(runs_of_one_and_two, data, tmp_path):
     """On the same VQ-VAE: the two runs' own ones differ by rounding, which the start of the generator magnifies."""
     _, two = runs_of_one_and_two[1]
-    words = (*SMALL, "--gan-epochs", 1, "--out", "again")
-    done = run_program("train.py", "--data", data, "--only", "gan", "--vqvae", two / "vqvae.pth", *words, cwd=tmp_path)
+    words = (*SMALL, "--dcgan-epochs", 1, "--out", "again")
+    done = run_program(
+        "train.py", "--data", data, "--only", "dcgan", "--vqvae", two / "vqvae.pth", *words, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (again,) = (tmp_path / "again").iterdir()
-    histories = [resume_file(run)["state"]["gan"]["history"] for run in (again, two)]
+    histories = [resume_file(run)["state"]["dcgan"]["history"] for run in (again, two)]
     first = [[history[key][0] for key in ("d_loss", "d_real", "d_fake")] for history in histories]
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
@@ -172,26 +175,31 @@ def _join(rank, work, folder):
     dist.destroy_process_group()
 
 
-def _dcgan_step(rank):
-    """One update of each network by plain gradient descent, in float64, on a batch of 5."""
+def _dcgan(run: Run) -> DCGANStage:
+    """A stage without training images, the map between latents and coefficients that of the codebook."""
     torch.manual_seed(0)
-    discriminator, generator = (kind().apply(dcgan_init).double() for kind in (Discriminator, Generator))
-    for network in (discriminator, generator):
-        distributed.synchronize_batch_norm(network)
-    real, noise = torch.rand(5, 64, 64, 64).double() - 0.5, torch.randn(5, 128, 1, 1).double()
-    weight = distributed.weight(5)
-    step = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (generator, discriminator)]
-    update = BalancedUpdate(generator, discriminator, step)
-    values = update(distributed.part(real).clone(), distributed.part(noise), weight)
-    found = {
-        f"{type(net).__name__} {key}": v for net in (discriminator, generator) for key, v in net.state_dict().items()
-    }
-    found |= {"values": distributed.total(values * weight), "lead": update.lead}
-    networks = generator.float(), discriminator.float()
-    update = BalancedUpdate(*networks, [torch.optim.SGD(network.parameters(), lr=0.0) for network in networks])
-    update.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    values = update(distributed.part(real.float()).clone(), distributed.part(noise.float()), weight)
-    return found | {"values in bfloat16": distributed.total(values * weight)}
+    images = Images(torch.rand(2, 1, 256, 256))
+    return DCGANStage(run, VQVAE(16, 8), images, images, replace(BALANCED, fitted=False))
+
+
+def _dcgan_step(rank):
+    """One update of each network by plain gradient descent, in float64, on a batch of 5; and one in bfloat16."""
+    stage = _dcgan(Run(config.Config(embeddings_dim=8), fast_path=FastPath("cpu")))
+    found = {}
+    for dtype, rate in ((torch.double, 0.1), (torch.float, 0.0)):
+        for name, network in stage.networks.items():
+            stage.optimizers[name] = torch.optim.SGD(network.to(dtype).parameters(), rate)
+        noise = torch.randn(5, 128, 1, 1, generator=torch.Generator().manual_seed(1)).to(dtype)
+        stage.prior.noise = lambda n, rng, noise=noise: noise
+        stage.scale = replace(stage.scale, support=stage.scale.support.to(dtype))
+        real = torch.rand(5, 8, 64, 64, generator=torch.Generator().manual_seed(2)).to(dtype) - 0.5
+        values = stage.step(distributed.part(real).clone(), 5, 0, torch.Generator())
+        total = distributed.total(values * distributed.weight(5))
+        if dtype is torch.double:
+            found |= {key: value.clone() for key, value in torch.nn.ModuleDict(stage.networks).state_dict().items()}
+            found |= {"values": total, "lead": stage.lead.clone()}
+            stage.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    return found | {"values in bfloat16": total}
 
 
 def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
@@ -218,8 +226,6 @@ def _flow(folder: Path | None = None) -> FlowStage:
     vqvae = VQVAE(16, 6)
     run = Run(config.Config(embeddings_dim=6, flow_epochs=10**6), folder, fast_path=FastPath("cpu"))
     stage = FlowStage(run, vqvae, Images(torch.rand(2, 1, 256, 256)), None)
-    stage.set_scale(LatentScale.of_codebook(vqvae))
-    stage.set_factor(0.7)
     for network in (*stage.networks.values(), *stage.averages.values()):
         for parameter in network.parameters():  # some begin as 0
             torch.nn.init.normal_(parameter, std=0.3)
@@ -229,8 +235,8 @@ def _flow(folder: Path | None = None) -> FlowStage:
 def _flow_step(rank):
     """The gradients, clipped, that both networks are updated with on a batch of 5, and the losses."""
     stage = _flow()
-    stage.latents = torch.randn(5, 6, 64, 64)
-    losses = stage.step(distributed.part(stage.latents), 5, 199, torch.Generator().manual_seed(1))
+    c = torch.randn(5, 6, 64, 64)
+    losses = stage.step(distributed.part(c), 5, 199, torch.Generator().manual_seed(1))
     networks = torch.nn.ModuleDict(stage.networks)
     found = {key: parameter.grad for key, parameter in networks.named_parameters()}
     return found | {"losses": distributed.total(losses * distributed.weight(5))}
@@ -315,12 +321,12 @@ def test_shares_make_up_the_whole(n, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", [("--batch-size", "1"), ("--only", "gan", "--gan-batch-size", "1"), ("--device", "cpu:0")]
+    "words", [("--batch-size", "1"), ("--only", "dcgan", "--dcgan-batch-size", "1"), ("--device", "cpu:0")]
 )
 def test_what_several_processes_cannot_do_is_refused_by_name(words, data, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     given = config.parse(["--data", str(data), *words])
-    given |= {"vqvae": str(PRETRAINED / "vqvae.pth")} if "gan" in words else {}
+    given |= {"vqvae": str(PRETRAINED / "vqvae.pth")} if "dcgan" in words else {}
     with pytest.raises(UserError, match=f"^{words[-2]} {words[-1]}: "):
         config.make_run(given)
 

@@ -141,7 +141,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqv
 class OneWeight(fit.Stage):
     """The smallest stage: a weight that each step raises by the mean of its batch. No more is needed for a new one."""
 
-    name, title, columns = "gan", "One weight", ("loss",)
+    name, title, columns = "dcgan", "One weight", ("loss",)
     epochs, batch_size, average_decay = 3, 4, 0.5
 
     def __init__(self, run: Run):
@@ -183,8 +183,8 @@ def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
     # what is measured and drawn is exact float32, whatever training uses
     assert torch.backends.cudnn.allow_tf32 and not any(row["tf32"] for row in run.rows)
     assert [row["loss"] for row in run.rows] == pytest.approx([4.5] * 3)  # each of 0 to 9 once an epoch
-    total = sum(run.state["gan"]["history"]["loss"])
-    assert stage.network.weight.item() == pytest.approx(total) and len(run.state["gan"]["history"]["loss"]) == 9
+    total = sum(run.state["dcgan"]["history"]["loss"])
+    assert stage.network.weight.item() == pytest.approx(total) and len(run.state["dcgan"]["history"]["loss"]) == 9
     resumed = Run(run.config, tmp_path, run.state, run.rows, fast_path=run.fast_path)
     again = OneWeight(resumed)
     again.epochs = 4

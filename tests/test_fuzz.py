@@ -26,7 +26,7 @@ from support.console import UserError
 from support.device import FastPath
 from support.run import Run
 from training.config import Config
-from training.prior import GUIDE_WIDTHS, FlowPrior, GeneratorPrior, load_prior
+from training.prior import GUIDE_WIDTHS, DCGANPrior, FlowPrior, load_prior
 from training.vqvae import VQVAEStage
 
 
@@ -213,7 +213,7 @@ def test_a_strange_state_of_a_stage_trains_or_does_not_fit(stage, choices):
 def prior(request, latents, vqvae):
     torch.manual_seed(0)
     if request.param == "generator":
-        found = GeneratorPrior(Generator(embeddings_dim=8), latents.scale, vqvae)
+        found = DCGANPrior(Generator(embeddings_dim=8), latents.scale, vqvae)
     else:
         found = FlowPrior(UNet(), UNet(24, GUIDE_WIDTHS), 0.8, latents.scale, vqvae)
     found.gain = torch.eye(6).repeat(45, 1, 1)
@@ -226,7 +226,7 @@ def test_a_strange_prior_samples_or_is_refused(path, prior, vqvae, choices):
     path = path.with_suffix(".pth")
     torch.save(choices.draw(changed(prior.checkpoint())), path)
     found = try_to_load(path, load_prior, vqvae)
-    if isinstance(found, GeneratorPrior):
+    if isinstance(found, DCGANPrior):
         assert found.sample(found.noise(1, torch.Generator())).shape == (1, 64, 64)
 
 

@@ -19,10 +19,11 @@ from report.plots import Figures
 from support import files
 from support.device import FastPath, exact_float32
 from support.run import Run
-from training import codebook, dcgan, gan_update
+from training import codebook, dcgan
 from training.config import Config
 from training.fit import update_average
 from training.latents import Latents
+from training.recipes import DCGAN
 from training.scale import LatentScale
 from training.vqvae import VQVAEStage
 
@@ -73,7 +74,7 @@ def gpu(request):
 
 def new_stage(make, data, name: str, tmp_path, **options):
     """A stage on a device, with small networks, and its training images."""
-    config = Config(n_embeddings=16, embeddings_dim=8, batch_size=4, gan_batch_size=4, **options)
+    config = Config(n_embeddings=16, embeddings_dim=8, batch_size=4, dcgan_batch_size=4, **options)
     device = torch.device(name)
     run = Run(config, tmp_path, device=device, fast_path=FastPath(device.type))
     train_set, validate_set = (OasisDataset(data, split, device) for split in ("train", "validate"))
@@ -163,27 +164,26 @@ def test_the_vqvae_never_waits_after_the_first_step_and_has_the_losses_of_the_cp
         assert gpu.waited(lambda: update(stage, batch, 120)) == []
 
 
-@pytest.mark.parametrize("method", gan_update.METHODS)
+@pytest.mark.parametrize("method", DCGAN)
 def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
-    stage = new_stage(new_gan, few, gpu.name, tmp_path, gan_training=method)
-    stage.set_scale(stage.update.fit_scale(stage.vqvae, stage.train_set))
+    stage = new_stage(new_gan, few, gpu.name, tmp_path, dcgan_training=method)
     latents = stage.data()
     assert latents.kept.device.type == gpu.name and stage.scale.shift.device.type == gpu.name
     update(stage, latents.batch([0, 1, 2]), 0)
     assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 1)) == []
     monkeypatch.setattr("training.latents.fits", lambda n_bytes, device: device.type == "cpu")
-    beside = Latents(stage.vqvae, stage.train_set, stage.scale, stage.update.quantized)
+    beside = Latents(stage.vqvae, latents.dataset, stage.scale, latents.quantized)
     monkeypatch.setattr("training.latents.fits", lambda n_bytes, device: False)
-    anew = Latents(stage.vqvae, stage.train_set, stage.scale, stage.update.quantized)
+    anew = Latents(stage.vqvae, latents.dataset, stage.scale, latents.quantized)
     assert beside.kept.device.type == "cpu" and not anew.stored
     assert gpu.waited(lambda: update(stage, beside.batch([3, 0, 1]), 2)) == []
     assert gpu.waited(lambda: update(stage, anew.batch([3, 0, 1]), 3)) == []
     for found in (latents, anew):
         torch.testing.assert_close(found.batch([2]).cpu(), beside.batch([2]).cpu(), atol=2e-3, rtol=0)
-    new = partial(new_stage, new_gan, few, tmp_path=tmp_path, gan_training=method)
+    new = partial(new_stage, new_gan, few, tmp_path=tmp_path, dcgan_training=method)
     assert_a_run_can_move(stage, new, tmp_path, latents.batch([1, 2]))
     if gpu.name == "cuda" and "cuda" in REAL and torch.cuda.get_device_capability() >= (8, 0):
-        stage.update.autocast = partial(torch.autocast, "cuda", torch.bfloat16)
+        stage.autocast = partial(torch.autocast, "cuda", torch.bfloat16)
         assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 4)) == []
 
 
@@ -210,10 +210,10 @@ def test_measures_are_those_of_the_cpu(gpu, few):
 def test_the_programs_use_the_gpu(gpu, few, tmp_path, monkeypatch):
     # Figures are drawn but for their files, which take half of the time and know no device.
     monkeypatch.setattr(Figures, "_save", lambda self, figure, name, mode="RGB": plt.close(figure))
-    words = ("--data", few, *SMALL[:-2], "--epochs", 1, "--gan-epochs", 1, "--device", gpu.name)
+    words = ("--data", few, *SMALL[:-2], "--epochs", 1, "--dcgan-epochs", 1, "--device", gpu.name)
     done = run_program("train.py", *words, cwd=tmp_path)
     run = new_run(done, tmp_path / "gen_imgs")
-    assert f"Device: {gpu.name}. " in done.stdout and len(rows(run, "gan")) == 1
+    assert f"Device: {gpu.name}. " in done.stdout and len(rows(run, "dcgan")) == 1
     words, codes = ("predict.py", run / "vqvae.pth", "--split", "validate"), []
     done = run_program(*words, "--device", gpu.name, cwd=tmp_path)
     assert f"SSIM mean: {float(rows(run, 'vqvae')[0]['ssim_mean']):.4f}" in done.stdout, done.stderr
@@ -221,5 +221,5 @@ def test_the_programs_use_the_gpu(gpu, few, tmp_path, monkeypatch):
         assert not run_program(*words, "--export-codes", "codes.npz", "--device", device, cwd=tmp_path).returncode
         codes.append(np.load(tmp_path / "codes.npz")["codes"])
     assert (codes[0] == codes[1]).mean() > 0.99
-    words = ("predict.py", run / "vqvae.pth", "--generator", run / "generator.pth", "--samples", 2)
+    words = ("predict.py", run / "vqvae.pth", "--prior", run / "generator.pth", "--samples", 2)
     assert "Decoded 2 new slices" in run_program(*words, "--device", gpu.name, cwd=tmp_path).stdout

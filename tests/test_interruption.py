@@ -41,9 +41,9 @@ from priors.checkpoints import load_vqvae
 KILLS = int(os.environ.get("KILLS", 3))
 WORDS = ("--batch-size", "4", "--n-embeddings", "16", "--embeddings-dim", "4", "--device", "cpu", "--seed", "2")
 VQVAE_WORDS = (*WORDS, "--epochs", "2")
-WORDS = (*VQVAE_WORDS, "--gan-batch-size", "5", "--gan-epochs", "2")
+WORDS = (*VQVAE_WORDS, "--dcgan-batch-size", "5", "--dcgan-epochs", "2")
 FLOW = (*VQVAE_WORDS, "--prior", "flow", "--flow-batch-size", "5", "--flow-epochs", "2", "--flow-steps", "1")
-PRIORS = {"gan": (WORDS, ("vqvae.pth", "generator.pth", "discriminator.pth"))}
+PRIORS = {"dcgan": (WORDS, ("vqvae.pth", "generator.pth", "discriminator.pth"))}
 if KILLS > 3:  # tests/test_train.py kills a flow once
     PRIORS["flow"] = (FLOW, ("vqvae.pth", "flow.pth"))
 
@@ -172,7 +172,7 @@ def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start,
     words = {
         "scores": predicted,
         "codes": (*predicted, "--export-codes", tmp_path / "codes.npz"),
-        "samples": (*drawn, "--samples", 3, "--generator", trained[1] / "generator.pth"),
+        "samples": (*drawn, "--samples", 3, "--prior", trained[1] / "generator.pth"),
         "slices": ("oasis", heads, tmp_path / "out", *CONVERSION),
         "phantoms": ("phantoms", tmp_path / "out"),
     }[use]

@@ -76,7 +76,7 @@ def test_new_brains_need_no_data(trained, tmp_path):
     contents = torch.load(run / "generator.pth", weights_only=True)
     contents["state_dict"]["net.4.weight"] *= 50  # after six steps all brains are similar; this separates them
     torch.save(contents, tmp_path / "generator.pth")
-    words = (run / "vqvae.pth", "--generator", tmp_path / "generator.pth", "--samples", 5, "--device", "cpu")
+    words = (run / "vqvae.pth", "--prior", tmp_path / "generator.pth", "--samples", 5, "--device", "cpu")
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         done = run_program("predict.py", *words, "--seed", seed, "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def test_generated_brains_are_measured_against_a_split(trained, data, tmp_path, 
     """And `python -m evaluation` finds the same, to the last digit, in the files that were written."""
     monkeypatch.setattr(generation, "FEWEST_COMPARED", 5)
     _, run = trained
-    prior = ("--generator", run / "generator.pth", "--samples", 7, "--data", data, "--split", "validate")
+    prior = ("--prior", run / "generator.pth", "--samples", 7, "--data", data, "--split", "validate")
     done = run_program("predict.py", run / "vqvae.pth", *prior, "--out", "a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (made,) = (tmp_path / "a").iterdir()
@@ -147,7 +147,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp
     refused(run_program("predict.py", tmp_path / "alone.pth", cwd=tmp_path), "--data")  # no phantoms unasked
     assert not (tmp_path / "phantoms").exists()
     torch.save(VQVAE(64).state_dict(), tmp_path / "other.pth")
-    words = ("--generator", run / "generator.pth")
+    words = ("--prior", run / "generator.pth")
     refused(run_program("predict.py", tmp_path / "other.pth", *words, cwd=folder), "another codebook")
 
 
@@ -157,10 +157,10 @@ def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp
         ("--samples", "0"),
         ("--samples", "9999999"),
         ("--seed", "-1"),
-        ("--samples", "5"),  # nothing without --generator
+        ("--samples", "5"),  # nothing without --prior
         ("--seed", "5"),
-        ("--split", "validate", "--generator", "g.pth"),  # nothing without --data
-        ("--split", "train", "--generator", "g.pth", "--data", "."),
+        ("--split", "validate", "--prior", "g.pth"),  # nothing without --data
+        ("--split", "train", "--prior", "g.pth", "--data", "."),
     ],
 )
 def test_bad_options_are_refused_by_name(words, capsys):
@@ -174,6 +174,6 @@ def test_codes_and_samples_are_computed_in_exact_float32(monkeypatch):
     seen = []
     for name in ("score", "generate", "export_codes"):
         monkeypatch.setattr(predict, name, lambda o, vqvae: seen.append(torch.backends.cudnn.allow_tf32))
-    for words in ((), ("--generator", "g.pth"), ("--export-codes", "c.npz")):
+    for words in ((), ("--prior", "g.pth"), ("--export-codes", "c.npz")):
         predict.main([str(PRETRAINED / "vqvae.pth"), "--device", "cpu", *words])
     assert seen == [False] * 3 and torch.backends.cudnn.allow_tf32

@@ -15,8 +15,8 @@ from training.prior import (
     GUIDANCE,
     GUIDE_WIDTHS,
     LARGEST_FACTOR,
+    DCGANPrior,
     FlowPrior,
-    GeneratorPrior,
     load_prior,
     transport,
     walk,
@@ -26,7 +26,7 @@ from training.scale import covariance_spectrum, multiply_spectrum
 
 def test_samples_are_snapped_to_the_codebook(vqvae, latents):
     torch.manual_seed(0)
-    prior = GeneratorPrior(Generator(embeddings_dim=8).eval(), latents.scale, vqvae)
+    prior = DCGANPrior(Generator(embeddings_dim=8).eval(), latents.scale, vqvae)
     noise = prior.noise(5, torch.Generator().manual_seed(0))
     codes = prior.sample(noise)
     coefficients = latents.scale.generated(prior.network(noise).detach())
@@ -50,7 +50,7 @@ def test_calibration_gives_generated_latents_the_covariance_of_real_ones(vqvae, 
             return torch.einsum("dk,bkhw->bdhw", latents.scale.mix, c)
 
     free = replace(latents.scale, amplitudes=torch.tensor([0.0, 1e9]))
-    prior, numbers = GeneratorPrior(Wrong().eval(), free, vqvae), torch.arange(15.0).view(15, 1, 1, 1)
+    prior, numbers = DCGANPrior(Wrong().eval(), free, vqvae), torch.arange(15.0).view(15, 1, 1, 1)
     frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)) * 64
 
     def covariances(c):
@@ -58,8 +58,9 @@ def test_calibration_gives_generated_latents_the_covariance_of_real_ones(vqvae, 
         products = np.einsum("bkhw,blhw->klhw", spectrum, spectrum.conj()).real
         return np.stack([products[:, :, np.abs(frequency - n) < 0.5].mean(-1) for n in range(2, 32)])
 
+    assert prior.gain is None
     for _ in range(2):  # what is calibrated already is calibrated anew, not once more
-        prior.calibrate(covariance_spectrum(latents.batch(range(15))), numbers)
+        prior = prior.calibrated(covariance_spectrum(latents.batch(range(15))), numbers)
         calibrated = multiply_spectrum(prior.coefficients(numbers), prior.gain)
         real, wrong, found = map(covariances, (latents.batch(range(15)), prior.coefficients(numbers), calibrated))
         sizes = np.sqrt(np.einsum("rkk,rll->rkl", real, real))
@@ -84,7 +85,7 @@ def test_transport_is_the_symmetric_map_between_two_covariances():
 
 def test_batch_statistics_are_measured_for_the_weights_as_they_are(vqvae, latents):
     generator = Generator(embeddings_dim=8).apply(dcgan_init)
-    prior, noise = GeneratorPrior(generator, latents.scale, vqvae), torch.randn(64, 128, 1, 1)
+    prior, noise = DCGANPrior(generator, latents.scale, vqvae), torch.randn(64, 128, 1, 1)
     prior.measure_statistics(noise)
     first, after = generator.net[0][0], generator.net[0][1]
     with torch.no_grad():
@@ -114,7 +115,7 @@ def priors(vqvae, latents):
     for parameter in (p for network in networks for p in network.parameters()):  # some begin as 0
         torch.nn.init.normal_(parameter, std=0.05)
     return {
-        "generator": GeneratorPrior(Generator(embeddings_dim=8), latents.scale, vqvae),
+        "generator": DCGANPrior(Generator(embeddings_dim=8), latents.scale, vqvae),
         "flow": FlowPrior(*networks, 0.8, latents.scale, vqvae, steps=2),
     }
 

@@ -13,7 +13,7 @@ from support.console import UserError
 from support.device import FastPath
 from support.run import Run, environment, new_folder, open_run, read_record
 
-STAGES = ("vqvae", "gan")
+STAGES = ("vqvae", "dcgan")
 
 
 @dataclass
@@ -87,7 +87,7 @@ def test_a_resume_file_stands_for_its_folder(tmp_path):
 def test_run_there_and_back(tmp_path):
     rows = [
         {"stage": "vqvae", "epoch": 1, "ssim_mean": 0.123456789012345678},
-        {"stage": "gan", "epoch": 1, "d_loss": 2.5},
+        {"stage": "dcgan", "epoch": 1, "d_loss": 2.5},
     ]
     run = Run(Options(seed=3), tmp_path, {"vqvae": {"epoch": 1, "model": {"w": torch.arange(3)}}}, rows)
     run.fast_path = FastPath("cpu")
@@ -96,7 +96,7 @@ def test_run_there_and_back(tmp_path):
     assert again.config == run.config and again.rows == rows
     assert torch.equal(again.state["vqvae"]["model"]["w"], torch.arange(3))
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert lines == ["stage,epoch,ssim_mean,d_loss", f"vqvae,1,{rows[0]['ssim_mean']!r},", "gan,1,,2.5"]
+    assert lines == ["stage,epoch,ssim_mean,d_loss", f"vqvae,1,{rows[0]['ssim_mean']!r},", "dcgan,1,,2.5"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,6 @@ def test_a_package_under_another_name_costs_nothing(monkeypatch):
 def test_derived_seeds_differ_and_repeat():
     found = {seeds.derived_seed(s, stream, e) for s in range(5) for stream in seeds.STREAMS for e in range(50)}
     assert len(found) == 5 * len(seeds.STREAMS) * 50
-    assert seeds.derived_seed(1, "gan", 2) == seeds.derived_seed(1, "gan", 2)
+    assert seeds.derived_seed(1, "dcgan", 2) == seeds.derived_seed(1, "dcgan", 2)
     for seed in found:
         torch.Generator().manual_seed(seed)

@@ -66,16 +66,16 @@ def test_console_lines_are_the_reports(trained):
         assert re.search(block, done.stdout)
         for key in ("training_loss", "ssim_mean", "ssim_max", "ssim_min"):
             assert f": {row[key]} (phantoms)" in done.stdout
-    for row in rows(run, "gan"):
+    for row in rows(run, "dcgan"):
         assert f"Discriminator loss: {float(row['d_loss']):.4f} (phantoms)\n" in done.stdout
 
 
 def test_metrics_csv(trained):
     _, run = trained
-    for stage in ("vqvae", "gan"):
+    for stage in ("vqvae", "dcgan"):
         assert [row["epoch"] for row in rows(run, stage)] == ["1", "2"]
     assert [row["updates"] for row in rows(run, "vqvae")] == ["4", "4"]  # 15 images: the smaller last batch is kept
-    assert [row["updates"] for row in rows(run, "gan")] == ["3", "3"]
+    assert [row["updates"] for row in rows(run, "dcgan")] == ["3", "3"]
     assert float(rows(run, "vqvae")[1]["training_loss"]) < float(rows(run, "vqvae")[0]["training_loss"])
 
 
@@ -99,7 +99,7 @@ def test_run_json(trained, data):
 def test_resume_pth_has_the_same_keys_for_each_stage(trained):
     _, run = trained
     state = resume_file(run)["state"]
-    assert state.keys() == {"vqvae", "gan"} and state["vqvae"].keys() == state["gan"].keys()
+    assert state.keys() == {"vqvae", "dcgan"} and state["vqvae"].keys() == state["dcgan"].keys()
 
 
 def test_vqvae_pth_is_a_plain_state_dict_of_the_best_epoch(trained):
@@ -116,7 +116,7 @@ def test_generator_pth_loads_as_weights_only(trained):
     assert contents["shift"].shape == (64, 64, 64) and contents["scale"].shape == (6, 64, 33)
     assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
     assert contents["gain"].shape == (45, 6, 6) and (contents["gain"] - torch.eye(6)).abs().max() > 0.1
-    state = resume_file(run)["state"]["gan"]
+    state = resume_file(run)["state"]["dcgan"]
     assert torch.equal(contents["scale"], state["extra"]["scale"]["scale"])
     for key, value in contents["state_dict"].items():  # samples are drawn with the average
         assert torch.equal(value, state["averages"]["generator"][key])
@@ -133,10 +133,10 @@ def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
     (killed,) = (folder / "killed").iterdir()
     assert len(rows(killed, "vqvae")) == 1
     kill_after([*command, "--resume", killed], folder, "Epoch: 2", 2)  # in the DCGAN's second epoch
-    assert len(rows(killed, "vqvae")) == 2 and len(rows(killed, "gan")) == 1
+    assert len(rows(killed, "vqvae")) == 2 and len(rows(killed, "dcgan")) == 1
     done = run_program("train.py", "--resume", killed, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "after vqvae epoch 2, gan epoch 1" in done.stdout
+    assert "after vqvae epoch 2, dcgan epoch 1" in done.stdout
     assert_same_weights(run, killed)
     assert_same_history(run, killed)
     assert {path.name for path in killed.iterdir()} == {path.name for path in run.iterdir()}
@@ -145,7 +145,7 @@ def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
 
 def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, folder):
     """One epoch, raised to two, but killed before the second is complete: in the end as if it had not been killed."""
-    words = ("--data", data, *SMALL, "--epochs", 1, "--gan-epochs", 1, "--seed", 5, "--out", "short")
+    words = ("--data", data, *SMALL, "--epochs", 1, "--dcgan-epochs", 1, "--seed", 5, "--out", "short")
     short = new_run(run_program("train.py", *words, cwd=folder), folder / "short")
     dry = run_program("train.py", "--resume", short, *EPOCHS, "--dry-run", cwd=folder)
     assert "so the DCGAN begins anew" in dry.stdout
@@ -153,7 +153,7 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, fo
     assert run_program("train.py", "--resume", calm, *EPOCHS, cwd=folder).returncode == 0
     kill_after([sys.executable, PROJECT / "train.py", "--resume", short, *EPOCHS], folder, "Device", 1)
     saved = resume_file(short)
-    assert saved["options"]["epochs"] == 2 and "gan" not in saved["state"]
+    assert saved["options"]["epochs"] == 2 and "dcgan" not in saved["state"]
     assert not (short / "generator.pth").exists() and not (short / "gan_epoch_1.png").exists()
     (short / ".vqvae.pth.123.tmp").touch()  # as a kill may leave it
     done = run_program("train.py", "--resume", short, cwd=folder)
@@ -161,7 +161,7 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, fo
     assert not list(short.glob(".*"))
     assert_same_weights(calm, short)
     assert_same_history(calm, short)
-    words = (short / "vqvae.pth", "--generator", short / "generator.pth", "--samples", 1, "--out", "r")
+    words = (short / "vqvae.pth", "--prior", short / "generator.pth", "--samples", 1, "--out", "r")
     assert run_program("predict.py", *words, cwd=folder).returncode == 0  # they belong together
 
 
@@ -219,7 +219,7 @@ def test_resuming_refuses_other_options_by_name_and_changes_nothing(trained, fol
 
 def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_path):
     _, run = trained
-    for stage, part, key in (("vqvae", "networks", "vqvae"), ("gan", "optimizers", "discriminator")):
+    for stage, part, key in (("vqvae", "networks", "vqvae"), ("dcgan", "optimizers", "discriminator")):
         spoilt = tmp_path / stage
         shutil.copytree(run, spoilt)
         saved = resume_file(spoilt)
@@ -229,7 +229,7 @@ def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_
     text = [row | {"ssim_mean": "x"} if "ssim_mean" in row else row for row in saved["rows"]]
     torch.save(resume_file(run) | {"rows": text}, spoilt / "resume.pth")
     refused(run_program("train.py", "--resume", spoilt, cwd=folder), "ssim_mean is not a number", "start a new run")
-    torch.save(resume_file(run) | {"state": {"gan": saved["state"]["gan"]}}, spoilt / "resume.pth")
+    torch.save(resume_file(run) | {"state": {"dcgan": saved["state"]["dcgan"]}}, spoilt / "resume.pth")
     done = run_program("train.py", "--resume", spoilt, "--dry-run", cwd=folder)
     assert "VQ-VAE: 2 epochs of 4 steps, 0 complete" in done.stdout, done.stderr
     torch.save(VQVAE(64).state_dict(), spoilt / "vqvae.pth")
@@ -239,9 +239,9 @@ def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_
 
 def test_the_second_stage_alone(trained, data, folder):
     _, run = trained
-    words = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--only", "gan")
-    done = run_program("train.py", *words, "--vqvae", run / "vqvae.pth", "--out", "gan", cwd=folder)
-    alone = new_run(done, folder / "gan")
+    words = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--only", "dcgan")
+    done = run_program("train.py", *words, "--vqvae", run / "vqvae.pth", "--out", "dcgan", cwd=folder)
+    alone = new_run(done, folder / "dcgan")
     assert_same_weights(run, alone)  # the stages' random numbers are their own
     assert rows(alone, "vqvae") == []
     refused(run_program("train.py", *words, cwd=folder), "--vqvae")
@@ -250,18 +250,18 @@ def test_the_second_stage_alone(trained, data, folder):
 
 def test_the_reports_bare_procedure(trained, data, folder):
     _, run = trained
-    words = ("--data", data, *SMALL, "--gan-epochs", 1, "--only", "gan", "--vqvae", run / "vqvae.pth")
-    done = run_program("train.py", *words, "--gan-training", "report", "--out", "bare", cwd=folder)
+    words = ("--data", data, *SMALL, "--dcgan-epochs", 1, "--only", "dcgan", "--vqvae", run / "vqvae.pth")
+    done = run_program("train.py", *words, "--dcgan-training", "report", "--out", "bare", cwd=folder)
     bare = new_run(done, folder / "bare")
     saved = torch.load(bare / "generator.pth", weights_only=True)
-    state = resume_file(bare)["state"]["gan"]
+    state = resume_file(bare)["state"]["dcgan"]
     embeddings = torch.load(run / "vqvae.pth", weights_only=True)["vector_quantizer.embedding.weight"]
     torch.testing.assert_close(saved["scale"], (1 / embeddings.abs().max()).expand(64, 64, 33))
     assert torch.equal(saved["mix"], torch.eye(64)) and not saved["shift"].any() and saved["support"].all()
     assert "gain" not in saved
     for key, value in state["networks"]["generator"].items():  # nothing is averaged
         assert torch.equal(saved["state_dict"][key], value), key
-    assert state["extra"]["update"] == {} and len(rows(bare, "gan")) == 1
+    assert state["extra"]["update"] == {} and len(rows(bare, "dcgan")) == 1
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_path):
@@ -269,7 +269,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     for words, said in (
         (("--data", data, "--batch-size", 4), ("VQ-VAE: 12 epochs of 4 steps, 0 complete", "DCGAN: 25 epochs of 1 ")),
-        (("--gan-epochs", 3), ("would be written to", "VQ-VAE: 8 epochs of 16 steps", "DCGAN: 3 epochs")),
+        (("--dcgan-epochs", 3), ("would be written to", "VQ-VAE: 8 epochs of 16 steps", "DCGAN: 3 epochs")),
         (("--prior", "flow", "--flow-epochs", 3), ("VQ-VAE: 8 epochs of 16 steps", "Flow: 3 epochs")),
         (("--resume", run, "--epochs", 4), ("VQ-VAE: 2 epochs of 4 steps, 2 complete", f"Folder: {run}")),
     ):
@@ -338,12 +338,13 @@ def test_a_killed_flow_resumed_equals_an_uninterrupted_one(flowed, trained, data
 
 def test_new_brains_of_a_flow(flowed, trained, folder):
     words = ("predict.py", flowed[1] / "vqvae.pth", "--samples", 2)
-    done = run_program(*words, "--generator", flowed[1] / "flow.pth", "--steps", 1, "--out", "flow_brains", cwd=folder)
+    done = run_program(*words, "--prior", flowed[1] / "flow.pth", "--steps", 1, "--out", "flow_brains", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert re.search(r"Decoded 2 new slices in \d+\.\d s\. \(phantoms\)", done.stdout)
     (made,) = (folder / "flow_brains").iterdir()
-    assert {"sample_000.png", "sample_001.png", "samples.png", "walk.png"} <= {path.name for path in made.iterdir()}
-    generator = ("--generator", trained[1] / "generator.pth")
+    names = {path.relative_to(made).as_posix() for path in made.rglob("*.png")}
+    assert names == {"samples/sample_000.png", "samples/sample_001.png", "samples.png", "walk.png"}
+    generator = ("--prior", trained[1] / "generator.pth")
     refused(run_program(*words, *generator, "--steps", 1, cwd=folder), "--steps", "generator.pth")
 
 
@@ -392,7 +393,7 @@ def test_a_killed_autoregressive_prior_resumed_equals_an_uninterrupted_one(autor
 
 def test_new_planes_and_stacks(autoregressed, trained, data, folder):
     run = autoregressed[1]
-    words = ("predict.py", run / "vqvae.pth", "--out", "planes", "--samples", 2, "--generator")
+    words = ("predict.py", run / "vqvae.pth", "--out", "planes", "--samples", 2, "--prior")
     prior, all_planes = run / "autoregressive.pth", folder / "all_planes.pth"
     contents = torch.load(prior, weights_only=True)
     assert contents["planes"] == [0, 8, 16, 23, 31]
@@ -427,10 +428,10 @@ def test_new_planes_and_stacks(autoregressed, trained, data, folder):
 @pytest.mark.parametrize(
     "words, unused, stage",
     [
-        (("--prior", "flow", "--gan-lr", 1), "--gan-lr", "DCGAN"),
+        (("--prior", "flow", "--dcgan-lr", 1), "--dcgan-lr", "DCGAN"),
         (("--flow-epochs", 3), "--flow-epochs", "Flow"),
-        (("--only", "vqvae", "--gan-epochs", 3), "--gan-epochs", "DCGAN"),
-        (("--only", "gan", "--vqvae", PRETRAINED / "vqvae.pth", "--lr", 1), "--lr", "VQ-VAE"),
+        (("--only", "vqvae", "--dcgan-epochs", 3), "--dcgan-epochs", "DCGAN"),
+        (("--only", "dcgan", "--vqvae", PRETRAINED / "vqvae.pth", "--lr", 1), "--lr", "VQ-VAE"),
     ],
 )
 def test_an_option_of_a_stage_that_is_not_trained_is_named(data, tmp_path, words, unused, stage):
@@ -445,7 +446,7 @@ def test_an_option_of_a_stage_that_is_not_trained_is_named(data, tmp_path, words
         (("--data", "/nowhere"), "/nowhere"),
         (("--data", ""), "--data"),
         (("--device", "gpu"), "--device gpu"),
-        (("--gan-betas", "0.5", "1"), "--gan-betas"),
+        (("--dcgan-betas", "0.5", "1"), "--dcgan-betas"),
         (("--batch-size", "0"), "--batch-size"),
         (("--lr", "-1"), "--lr"),
         (("--lr", "nan"), "--lr"),
@@ -453,8 +454,8 @@ def test_an_option_of_a_stage_that_is_not_trained_is_named(data, tmp_path, words
         (("--demo", "--data", "."), "--demo and --data"),
         (("--plain", "--precision", "bfloat16"), "--plain and --precision"),
         (("--precision", "float16"), "--precision"),
-        (("--vqvae", "x.pth"), "--only gan"),
-        (("--prior", "flow", "--only", "gan"), "--only gan and --prior flow"),
+        (("--vqvae", "x.pth"), "--only dcgan"),
+        (("--prior", "flow", "--only", "dcgan"), "--only dcgan and --prior flow"),
     ],
 )
 def test_bad_options_are_refused_by_name(tmp_path, words, name):
@@ -527,7 +528,7 @@ def test_a_rate_that_makes_the_loss_infinite_stops_the_run(trained, data, tmp_pa
     refused(done, "VQ-VAE epoch 1, step 1", "not finite")
     (saved,) = (tmp_path / "one").glob("*/*.pth")  # no weights, and of the state what was there before
     assert saved.name == "resume.pth" and resume_file(saved.parent)["state"]["vqvae"]["epoch"] == 0
-    words = ("--only", "gan", "--vqvae", run / "vqvae.pth", "--gan-epochs", 3, "--gan-lr", 1e30)
+    words = ("--only", "dcgan", "--vqvae", run / "vqvae.pth", "--dcgan-epochs", 3, "--dcgan-lr", 1e30)
     done = run_program("train.py", "--data", data, *SMALL, *words, cwd=tmp_path)
     refused(done, "DCGAN epoch 1, step", "not finite", "learning rate")
 
@@ -562,7 +563,7 @@ def test_help_names_every_option_with_its_default(tmp_path):
     text = run_program("train.py", "--help", cwd=tmp_path).stdout
     for option, default in (
         ("--epochs", "12;"),
-        ("--gan-lr", r"0.0002\)"),
+        ("--dcgan-lr", r"0.0002\)"),
         ("--beta", r"0.25\)"),
         ("--out", "gen_imgs"),
     ):

@@ -19,18 +19,14 @@ from support import distributed, files
 from support.console import SEED, Number, UserError
 from support.device import FastPath, choose_device, choose_fast_path, has_fast_bfloat16
 from support.run import RESUME_FILE, Run, open_run
-from training import codebook, gan_update
+from training import codebook
 from training.prior import STEP_COUNT, STEPS
+from training.recipes import DCGAN
 from training.vqvae import first_loss
 
-# in order: the title, and the prefix of options
-STAGES = {
-    "vqvae": ("VQ-VAE", ""),
-    "gan": ("DCGAN", "gan_"),
-    "flow": ("Flow", "flow_"),
-    "autoregressive": ("Autoregressive prior", "autoregressive_"),
-}
-PRIORS = {"gan": "dcgan", "flow": "flow", "autoregressive": "autoregressive"}  # the stages that train one, and its name
+# in order, with their titles
+STAGES = {"vqvae": "VQ-VAE", "dcgan": "DCGAN", "flow": "Flow", "autoregressive": "Autoregressive prior"}
+PRIORS = ("dcgan", "flow", "autoregressive")
 
 COUNT = Number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
 SIZE = Number(int, 1, "a whole number from 1 to 65536", below=65537)
@@ -68,7 +64,7 @@ class Config:
         choices=("auto", "float32", "bfloat16"))
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
     prior: str = _option(
-        "dcgan", "run", "what generates codes: dcgan, flow or autoregressive", choices=tuple(PRIORS.values()))
+        "dcgan", "run", "what generates codes: dcgan, flow or autoregressive", choices=PRIORS)
     only: str | None = _option(None, "run", "train only this; a prior needs --vqvae", choices=tuple(STAGES))
     vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only with a prior", metavar="PATH")
 
@@ -83,15 +79,16 @@ class Config:
         "kmeans", "VQ-VAE", "codebook method: kmeans (start from data, revive dead codes), paper (the loss alone) or "
         "ema (moving averages)", choices=tuple(codebook.METHODS))
 
-    gan_epochs: int = _option(
+    dcgan_epochs: int = _option(
         25, "DCGAN", "passes over the training latents", demo=8, resumable=True, type=COUNT, metavar="N")
-    gan_batch_size: int = _option(32, "DCGAN", "latents in a step (of all processes together)", type=COUNT, metavar="N")
-    gan_lr: float = _option(2e-4, "DCGAN", "learning rate of Adam", type=RATE, metavar="RATE")
-    gan_betas: tuple[float, float] = _option(
+    dcgan_batch_size: int = _option(
+        32, "DCGAN", "latents in a step (of all processes together)", type=COUNT, metavar="N")
+    dcgan_lr: float = _option(2e-4, "DCGAN", "learning rate of Adam", type=RATE, metavar="RATE")
+    dcgan_betas: tuple[float, float] = _option(
         (0.5, 0.999), "DCGAN", "betas of Adam", type=ADAM_BETA, nargs=2, metavar=("B1", "B2"))
-    gan_training: str = _option(
+    dcgan_training: str = _option(
         "balanced", "DCGAN", "update rule: balanced (start from data, R1, EMA) or report (cross entropy alone)",
-        choices=tuple(gan_update.METHODS))
+        choices=tuple(DCGAN))
 
     flow_epochs: int = _option(
         50, "Flow", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
@@ -109,7 +106,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Validate values, which may come from an edited resume.pth. Raises ValueError."""
-        self.gan_betas = tuple(self.gan_betas)
+        self.dcgan_betas = tuple(self.dcgan_betas)
         for field in dataclasses.fields(self):
             value, argument = getattr(self, field.name), field.metadata["argument"]
             if value is None and field.default is None:
@@ -126,17 +123,22 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def flag(name: str) -> str:
-    """The command-line option of a field: gan_lr is --gan-lr."""
+    """The command-line option of a field: dcgan_lr is --dcgan-lr."""
     return "--" + name.replace("_", "-")
 
 
 def stages(config: Config) -> list[tuple[str, str, int, int]]:
     """The stages that a run trains, in order: name, title, epochs, batch size."""
     return [
-        (name, title, getattr(config, f"{prefix}epochs"), getattr(config, f"{prefix}batch_size"))
-        for name, (title, prefix) in STAGES.items()
-        if config.only in (None, name) and PRIORS.get(name, config.prior) == config.prior
+        (name, title, getattr(config, option(name, "epochs")), getattr(config, option(name, "batch_size")))
+        for name, title in STAGES.items()
+        if config.only in (None, name) and name in ("vqvae", config.prior)
     ]
+
+
+def option(stage: str, name: str) -> str:
+    """The field of `Config` for an option of a stage."""
+    return name if stage == "vqvae" else f"{stage}_{name}"
 
 
 def parse(words: list[str] | None, description: str | None = None) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def make_run(given: dict[str, Any]) -> Run:
         raise UserError(f"--device {run.config.device}: several processes need --device cuda (one GPU each) or cpu")
     for stage, _, _, batch_size in stages(run.config):
         if batch_size < size:
-            name = flag(STAGES[stage][1] + "batch_size")
+            name = flag(option(stage, "batch_size"))
             raise UserError(f"{name} {batch_size}: must be at least the number of processes, {size}")
     return run
 
@@ -188,7 +190,7 @@ def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
     if given.get("plain") and given.get("precision") == "bfloat16":
         raise UserError("--plain and --precision bfloat16 contradict each other; give one of them")
     only = given.get("only")
-    if only in PRIORS and given.setdefault("prior", PRIORS[only]) != PRIORS[only]:
+    if only in PRIORS and given.setdefault("prior", only) != only:
         raise UserError(f"--only {only} and --prior {given['prior']} contradict each other; give one of them")
     if (only in PRIORS) != ("vqvae" in given):
         raise UserError(f"--only {', --only '.join(PRIORS)} need --vqvae PATH, and only then is it used")
@@ -211,7 +213,7 @@ def _new_run(given: dict[str, Any], dry: bool = False) -> Run:
 
 def _name_unused(given: dict[str, Any], config: Config) -> None:
     """Warn of options that were given for a stage that is not trained."""
-    groups = {title for title, _ in STAGES.values()} - {title for _, title, _, _ in stages(config)}
+    groups = {*STAGES.values()} - {title for _, title, _, _ in stages(config)}
     for name in given:
         group = FIELDS[name].metadata["group"]
         if group in groups:
@@ -233,15 +235,16 @@ def _resumed_run(given: dict[str, Any]) -> Run:
         given["data"] = str(find_data(given["data"]).resolve())
     _name_unused(given, run.config)
     run.config = dataclasses.replace(run.config, **given)
-    (prior,) = (stage for stage, name in PRIORS.items() if name == run.config.prior)
+    prior = run.config.prior
     if run.config.only == prior:
         run.config.vqvae = str((run.folder / "vqvae.pth").resolve())
     print(f"Resuming {run.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in run.state.items()))
     if prior in run.state and run.config.only != prior and run.epochs_of("vqvae") < run.config.epochs:
-        print(f"The VQ-VAE trains further, so the {STAGES[prior][0]} begins anew; its files will be replaced.")
+        print(f"The VQ-VAE trains further, so the {STAGES[prior]} begins anew; its files will be replaced.")
         del run.state[prior]
         run.rows = run.rows_of("vqvae")
-        patterns = ("generator.pth", "discriminator.pth", "flow.pth", "autoregressive.pth", f"{prior}_*.png")
+        patterns = ("generator.pth", "discriminator.pth", "flow.pth", "autoregressive.pth")
+        patterns += ("gan_*.png", "flow_*.png", "autoregressive_*.png")
         run.outdated = [path for pattern in patterns for path in run.folder.glob(pattern)]
     return run
 

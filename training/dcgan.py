@@ -1,9 +1,11 @@
-"""The DCGAN's training stage."""
+"""The DCGAN's training stage (Radford et al. 2015, arXiv 1511.06434)."""
 
 import copy
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
@@ -11,21 +13,24 @@ from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import move
 from support.run import Run
-from training.gan_update import METHODS
-from training.prior import GeneratorPrior
+from training.prior import DCGANPrior
 from training.prior_stage import PriorStage
+from training.recipes import DCGAN, DCGANRecipe
 from training.scale import LatentScale
 from training.start import start_generator
 
+CALIBRATION = 512  # samples
+
 
 class DCGANStage(PriorStage):
-    """Train the DCGAN (arXiv 1511.06434). generator.pth has the EMA of the generator's weights.
+    """Train the generator and the discriminator against each other. generator.pth has the EMA of the generator.
 
     Args:
         run, vqvae, train_set, validate_set, n_measures: as in `PriorStage`.
+        recipe: what the options do not say; by default the one of `--dcgan-training`.
     """
 
-    name, title = "gan", "DCGAN"
+    name, title, prefix = "dcgan", "DCGAN", "gan"
     columns = ("d_loss", "d_real", "d_fake", "g_loss")
 
     def __init__(
@@ -34,67 +39,105 @@ class DCGANStage(PriorStage):
         vqvae: VQVAE,
         train_set: OasisDataset,
         validate_set: OasisDataset,
+        recipe: DCGANRecipe | None = None,
         n_measures: int = 10,
     ):
-        super().__init__(run, vqvae, train_set, validate_set, run.config.gan_epochs, n_measures)
         config, fast_path = run.config, run.fast_path
-        self.batch_size = config.gan_batch_size
-        torch.manual_seed(seeds.derived_seed(config.seed, "gan weights"))
+        self.recipe = recipe or DCGAN[config.dcgan_training]
+        fit_scale = LatentScale.fit if self.recipe.fitted else LatentScale.of_codebook
+        epochs, quantized = config.dcgan_epochs, self.recipe.quantized
+        super().__init__(run, vqvae, train_set, validate_set, epochs, n_measures, fit_scale, quantized)
+        self.batch_size, self.average_decay = config.dcgan_batch_size, self.recipe.average_decay
+        self.autocast = fast_path.autocast
+        torch.manual_seed(seeds.derived_seed(config.seed, "dcgan weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
-        generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
-        discriminator = Discriminator(embeddings_dim).apply(dcgan_init)
-        self.average = copy.deepcopy(generator).to(run.device, memory_format=fast_path.layout)
-        self.networks, self.optimizers = {"generator": generator, "discriminator": discriminator}, {}
+        self.generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
+        self.discriminator = Discriminator(embeddings_dim).apply(dcgan_init)
+        self.average = copy.deepcopy(self.generator).to(run.device, memory_format=fast_path.layout)
+        self.networks = {"generator": self.generator, "discriminator": self.discriminator}
+        self.averages = {"generator": self.average}
+        self.optimizers = {}
         for name, network in self.networks.items():
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
-            self.optimizers[name] = fast_path.adam(network, config.gan_lr, config.gan_betas)
-        self.averages = {"generator": self.average}
-        self.update = METHODS[config.gan_training](generator, discriminator, self.optimizers.values())
-        self.update.autocast = fast_path.autocast
-        self.average_decay, self.quantized = self.update.average_decay, self.update.quantized
+            self.optimizers[name] = fast_path.adam(network, config.dcgan_lr, config.dcgan_betas)
+        self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
+        self.prior = DCGANPrior(self.average, self.scale, vqvae, run.phantoms)
 
     def start(self) -> None:
-        fit_scale = self.update.fit_scale
-        self.set_scale(distributed.from_first(lambda: fit_scale(self.vqvae, self.train_set).to("cpu")))
-        n_steps = min(self.update.most_start_steps, self.epochs * -(-len(self.data()) // self.batch_size) // 2)
-        words = (self.data(), n_steps, self.batch_size, self.run.fast_path, self.run.config.seed)
-        weights = distributed.from_first(lambda: start_generator(self.average, *words))  # whose BatchNorm is local
-        for generator in (self.average, self.networks["generator"]):
+        """Fit the generator to real latents."""
+        n_steps = min(self.recipe.start_steps, self.n_steps // 2)
+        settings = (self.latents, n_steps, self.batch_size, self.run.fast_path, self.run.config.seed)
+        weights = distributed.from_first(lambda: start_generator(self.average, *settings))  # whose BatchNorm is local
+        for generator in (self.average, self.generator):
             generator.load_state_dict(weights)
         self.samples.begin(self.prior)
 
-    def set_scale(self, scale: LatentScale) -> None:
-        super().set_scale(scale)
-        for name in ("generated", "seen", "basis"):
-            setattr(self.update, name, getattr(self.scale, name))
-        self.prior = GeneratorPrior(self.average, self.scale, self.vqvae, self.run.phantoms)
-
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
-        """One update of each network on coefficients of latents (B, K, 64, 64)."""
+        """One update of each network on coefficients of real latents (B, K, 64, 64).
+
+        Binary cross entropy, with the non-saturating loss for the generator (arXiv 1406.2661, section 3). Real and
+        generated latents go through the discriminator in separate batches.
+
+        Returns:
+            (4,): the discriminator's loss, mean D(x) and mean D(G(z)) before its step, and the generator's loss.
+        """
+        r1, weight = self.recipe.r1, distributed.weight(n)
         noise = move(distributed.part(self.prior.noise(n, rng)), batch.device)
-        return self.update(batch, noise, distributed.weight(n))
+        real = batch.requires_grad_(r1 is not None)
+
+        # (1) Update D: minimise -log D(x) - log(1 - D(G(z))) + γ/2 |∇D(x)|²
+        with self.autocast():
+            fake = self.scale.generated(self.generator(noise))
+        d_real = self._logits(self.discriminator, real)
+        d_fake = self._logits(self.discriminator, fake.detach())
+        d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
+        loss = d_loss
+        if r1 is not None:
+            (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
+            loss = loss + self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
+        _update(self.discriminator, self.optimizers["discriminator"], loss * weight)
+
+        # (2) Update G: minimise -log D(G(z))
+        g_loss = cross_entropy(self._logits(self.discriminator, fake), 1)
+        _update(self.generator, self.optimizers["generator"], g_loss * weight)
+
+        mean_real, mean_fake = d_real.detach().sigmoid().mean(), d_fake.detach().sigmoid().mean()
+        if r1 is not None:
+            lead = distributed.total((mean_real - mean_fake) * weight)
+            self.lead.lerp_(lead.to(self.lead.dtype), 1 - r1.lead_decay)
+        return torch.stack([d_loss.detach(), mean_real, mean_fake, g_loss.detach()])
+
+    @property
+    def gamma(self) -> Tensor:
+        """The weight of R1."""
+        r1 = self.recipe.r1
+        return r1.least * (r1.guard * (self.lead - r1.tolerated_lead).clamp(min=0)).exp()
+
+    def _logits(self, discriminator: Discriminator, c: Tensor) -> Tensor:
+        """float32, of coefficients (B, K, 64, 64): (B, 1)."""
+        with self.autocast():  # anew for each call: it keeps a copy of the weights until it ends
+            logits = discriminator.logits(self.scale.seen(c), self.scale.basis)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior, and measure it when that is due."""
-        measures = {key: value.item() for key, value in self.update.state_dict().items()}
-        measures["d_validate"] = self._judge_validation()
-        noise = self.noise(512, "calibration")
-        if self.update.average_decay:
+        columns = {"ahead": self.lead.item()} if self.recipe.r1 else {}
+        columns["d_validate"] = self._judge_validation()
+        noise = self.samples.noise(self.prior, CALIBRATION, "calibration")
+        if self.recipe.average_decay:
             self.prior.measure_statistics(noise)
-        if self.update.calibrated:
-            self.prior.calibrate(self.latents.covariance, noise)
-        return measures | self.samples.measure(self.prior, epoch)
+        if self.recipe.calibrated:
+            self.prior = self.prior.calibrated(self.latents.covariance, noise)
+        return columns | self.samples.measure(self.prior, epoch)
 
+    @torch.no_grad()
     def _judge_validation(self) -> float:
         """Mean D(x) of the validation split. Far below `d_real` where D knows the training split by heart."""
-        discriminator = self.networks["discriminator"]
-        kept = copy.deepcopy(discriminator.state_dict())  # BatchNorm's statistics change
+        discriminator = copy.deepcopy(self.discriminator)  # BatchNorm's statistics change
         # in file order a batch would be of two subjects, which BatchNorm sees
         order = torch.randperm(len(self.validate_latents), generator=seeds.generator(self.run.config.seed, "judging"))
         batches = in_batches(self.validate_latents, order, self.batch_size, desc="Judging")
-        judged = torch.cat([self.update.judged(c) for c in batches])
-        discriminator.load_state_dict(kept)
-        return judged.mean().item()
+        return torch.cat([self._logits(discriminator, c).sigmoid() for c in batches]).mean().item()
 
     def print_losses(self, row: dict) -> None:
         self.run.say(f"Discriminator loss: {row['d_loss']:.4f}")
@@ -107,11 +150,24 @@ class DCGANStage(PriorStage):
 
     def save_weights(self, row: dict) -> None:
         files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
-        files.save(files.cpu_state(self.networks["discriminator"]), self.run.folder / "discriminator.pth")
+        files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
 
     def extra_state(self) -> dict:
-        return super().extra_state() | {"update": self.update.state_dict()}
+        return super().extra_state() | {"lead": self.lead, "gain": self.prior.gain}
 
     def load_extra_state(self, state: dict) -> None:
-        super().load_extra_state(state)
-        self.update.load_state_dict(state["update"])
+        self.lead.copy_(state["lead"])
+        self.prior = DCGANPrior(self.average, self.scale, self.vqvae, self.run.phantoms, state["gain"])
+
+
+def cross_entropy(logits: Tensor, target: int) -> Tensor:
+    """Binary cross entropy of logits (B, 1) with one target for all."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def _update(network: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
+    """Update one network; only its gradients are computed."""
+    optimizer.zero_grad()
+    loss.backward(inputs=list(network.parameters()))
+    distributed.sum_gradients(network)
+    optimizer.step()

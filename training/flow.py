@@ -14,7 +14,7 @@ from support.run import Run
 from training.fit import falling_rate
 from training.prior import GUIDE_WIDTHS, FlowPrior, load_prior, prior_of
 from training.prior_stage import PriorStage
-from training.scale import DIRECTIONS, LatentScale
+from training.scale import DIRECTIONS
 
 STD = 0.7  # of what the network learns, where heads are
 AVERAGE_DECAY = 0.999
@@ -35,7 +35,7 @@ class FlowStage(PriorStage):
         run, vqvae, train_set, validate_set, n_measures: as in `PriorStage`.
     """
 
-    name, title = "flow", "Flow"
+    name, title, prefix = "flow", "Flow", "flow"
     columns, chosen_by = ("flow_loss", "guide_loss"), "validation_loss"
     average_decay = AVERAGE_DECAY
 
@@ -43,6 +43,7 @@ class FlowStage(PriorStage):
         self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, n_measures: int = 10
     ):
         super().__init__(run, vqvae, train_set, validate_set, run.config.flow_epochs, n_measures)
+        self.train_set = train_set
         config, fast_path = run.config, run.fast_path
         self.batch_size, self.lr = config.flow_batch_size, config.flow_lr
         torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
@@ -53,19 +54,14 @@ class FlowStage(PriorStage):
             network.to(run.device, memory_format=fast_path.layout)
         self.averages = copy.deepcopy(self.networks)
         self.optimizers = {name: fast_path.adam(network, self.lr) for name, network in self.networks.items()}
+        heads = self.latents.spaced()[:, :, self.scale.support.bool()]
+        factor = STD / max(heads.std().item(), 1e-6)
+        averages = self.averages["flow"], self.averages["guide"]
+        self.prior = FlowPrior(*averages, factor, self.scale, vqvae, run.phantoms, steps=config.flow_steps)
+        self.prior.autocast = fast_path.autocast
 
     def start(self) -> None:
-        words = (self.vqvae, self.train_set)
-        self.set_scale(distributed.from_first(lambda: LatentScale.fit(*words).to("cpu")))
-        heads = self.data().spaced()[:, :, self.scale.support.bool()]
-        self.set_factor(STD / max(heads.std().item(), 1e-6))
         self.samples.begin(self.prior)
-
-    def set_factor(self, factor: float) -> None:
-        """Set the factor from coefficients to what the network learns."""
-        networks = self.averages["flow"], self.averages["guide"]
-        self.prior = FlowPrior(*networks, factor, self.scale, self.vqvae, phantoms=self.run.phantoms)
-        self.prior.steps, self.prior.autocast = self.run.config.flow_steps, self.run.fast_path.autocast
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update of each network on coefficients of latents (B, K, 64, 64). Returns their losses."""
@@ -101,9 +97,10 @@ class FlowStage(PriorStage):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """The validation loss; and, when they are due, the measures of the calibrated prior."""
+        prior = self.prior
         if self.samples.are_measured(epoch) and distributed.is_first():
-            self.calibrate(self.prior)
-        return {"validation_loss": self.validation_loss()} | self.samples.measure(self.prior, epoch)
+            prior = self.calibrated(prior)
+        return {"validation_loss": self.validation_loss()} | self.samples.measure(prior, epoch)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -114,9 +111,9 @@ class FlowStage(PriorStage):
             losses.append(self.losses(self.averages["flow"].eval(), c, *drawn))
         return torch.cat(losses).mean().item()
 
-    def calibrate(self, prior: FlowPrior) -> None:
-        noise = self.noise(min(CALIBRATION, len(self.train_set)), "calibration")
-        prior.calibrate(self.data().covariance, noise)
+    def calibrated(self, prior: FlowPrior) -> FlowPrior:
+        noise = self.samples.noise(prior, min(CALIBRATION, len(self.train_set)), "calibration")
+        return prior.calibrated(self.latents.covariance, noise)
 
     def drawn_now(self, epoch: int) -> bool:
         """After the first epoch, and with each measure, for samples take long."""
@@ -131,7 +128,6 @@ class FlowStage(PriorStage):
         self.figures.losses("flow_losses.png", losses, rows, "Flow training", "flow_loss", "validation_loss")
 
     def save_weights(self, row: dict) -> None:
-        self.prior.gain = None  # `best` calibrates it
         if row is self._best_row():
             files.save(self.prior.checkpoint(), self.run.folder / "flow.pth")
 
@@ -146,15 +142,6 @@ class FlowStage(PriorStage):
     def _calibrate_best(self) -> dict:
         row, path = self._best_row(), self.run.folder / "flow.pth"
         self.run.say(f"Best epoch: {row['epoch']}, validation loss {row['validation_loss']:.4f}")
-        prior = load_prior(path, self.vqvae)  # samples as predict.py will
-        self.calibrate(prior)
-        contents = prior.checkpoint()
+        contents = self.calibrated(load_prior(path, self.vqvae)).checkpoint()  # samples as predict.py will
         files.save(contents, path)
         return contents
-
-    def extra_state(self) -> dict:
-        return super().extra_state() | {"factor": self.prior.factor}
-
-    def load_extra_state(self, state: dict) -> None:
-        super().load_extra_state(state)
-        self.set_factor(state["factor"])

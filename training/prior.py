@@ -1,5 +1,6 @@
 """The priors, which sample codes: the DCGAN's generator and the flow; and their files, generator.pth and flow.pth."""
 
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import fields
@@ -34,10 +35,17 @@ class Prior:
     `noise_shape` and `coefficients`.
     """
 
-    gain: Tensor | None = None  # (R, K, K), what calibration multiplies coefficients by at each ring of frequencies
+    kind: str  # in its file
 
-    def __init__(self, network: nn.Module, scale: LatentScale, vqvae: VQVAE, phantoms: bool = False):
-        self.network, self.scale, self.vqvae, self.phantoms = network, scale, vqvae, phantoms
+    def __init__(
+        self,
+        network: nn.Module,
+        scale: LatentScale,
+        vqvae: VQVAE,
+        phantoms: bool = False,
+        gain: Tensor | None = None,  # (R, K, K), what multiplies coefficients at each ring of frequencies
+    ):
+        self.network, self.scale, self.vqvae, self.phantoms, self.gain = network, scale, vqvae, phantoms, gain
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -76,8 +84,8 @@ class Prior:
         return torch.cat(images)
 
     @torch.no_grad()
-    def calibrate(self, real: Tensor, noise: Tensor) -> None:
-        """Give generated coefficients the covariance about 0 of real ones, at each radial frequency.
+    def calibrated(self, real: Tensor, noise: Tensor) -> "Prior":
+        """A prior whose coefficients have the covariance about 0 of real ones, at each radial frequency.
 
         A discriminator with BatchNorm hardly sees amplitudes, and a mean squared error favours small ones, so
         coefficients may be too weak.
@@ -88,11 +96,14 @@ class Prior:
         """
         device = self.scale.support.device
         generated = torch.cat([self.coefficients(move(part, device)) for part in noise.split(32)])
-        self.gain = transport(covariance_spectrum(generated), real)
+        prior = copy.copy(self)
+        prior.gain = transport(covariance_spectrum(generated), real)
+        return prior
 
     def checkpoint(self) -> dict:
         """The contents of the prior's file."""
         contents = {
+            "kind": self.kind,
             **{key: files.cpu_state(network) for key, network in self.networks.items()},
             **self.scale.to("cpu").tensors(),
             "codebook": codebook_hash(self.vqvae),
@@ -109,8 +120,10 @@ class Prior:
         raise NotImplementedError
 
 
-class GeneratorPrior(Prior):
+class DCGANPrior(Prior):
     """The DCGAN's generator. Its noise vectors are (128, 1, 1)."""
+
+    kind = "dcgan"
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -127,7 +140,7 @@ class GeneratorPrior(Prior):
         update_bn([part.to(self.scale.support.device) for part in noise.split(32)], self.network)
 
     @classmethod
-    def untrained(cls, contents: dict, *words) -> "GeneratorPrior":
+    def untrained(cls, contents: dict, *words) -> "DCGANPrior":
         scale = words[0]
         return cls(Generator(embeddings_dim=len(scale.shift)), *words)
 
@@ -143,7 +156,7 @@ class FlowPrior(Prior):
     lead away from it: they follow v + guidance (v - v_guide) (autoguidance, arXiv 2406.02507, section 4).
     """
 
-    guidance = GUIDANCE
+    kind, guidance = "flow", GUIDANCE
 
     def __init__(self, network: UNet, guide: UNet, factor: float, *words, steps: int = STEPS, **settings):
         super().__init__(network, *words, **settings)
@@ -203,6 +216,9 @@ class FlowPrior(Prior):
         return cls(UNet(channels), UNet(channels, GUIDE_WIDTHS), factor, *words)
 
 
+KINDS = {kind.kind: kind for kind in (DCGANPrior, FlowPrior)}
+
+
 def load_prior(path: str | Path, vqvae: VQVAE) -> Prior | AutoregressivePrior:
     """The prior in a generator.pth, flow.pth or autoregressive.pth, on the VQ-VAE's device.
 
@@ -224,14 +240,13 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior | AutoregressivePrior:
     if isinstance(contents, dict) and contents.get("kind") == "autoregressive":
         return autoregressive.prior_of(contents, vqvae)
     needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentScale)}
-    if not isinstance(contents, dict) or not needed <= contents.keys():
+    if not isinstance(contents, dict) or contents.get("kind") not in KINDS or not needed <= contents.keys():
         raise ValueError("it holds no prior of this version (name a generator.pth, flow.pth or autoregressive.pth)")
     if contents["codebook"] != codebook_hash(vqvae):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     weight = vqvae.vector_quantizer.embedding.weight
     scale = LatentScale.from_tensors(contents, weight.shape[1]).to(weight.device)
-    kind = FlowPrior if "factor" in contents else GeneratorPrior
-    prior = kind.untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
+    prior = KINDS[contents["kind"]].untrained(contents, scale, vqvae, bool(contents.get("phantoms", False)))
     for key, network in prior.networks.items():
         files.load_state(network, contents[key])
     if "gain" in contents:

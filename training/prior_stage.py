@@ -1,16 +1,17 @@
-"""What the stages of both priors have in common: latents, samples, measures and their figures."""
+"""What the stages of the DCGAN and of the flow have in common: latents, samples, measures and their figures."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from dataset import OasisDataset
 from modules import VQVAE
+from support import distributed
+from support.device import exact_float32
 from support.run import Run
 from training.fit import Stage
 from training.latents import Latents
-from training.prior import Prior
 from training.samples import Samples
 from training.scale import LatentScale
 
@@ -18,16 +19,22 @@ from training.scale import LatentScale
 class PriorStage(Stage):
     """Train a prior on the training split's latents; compare its samples with the validation split.
 
-    Generated latents are snapped to embeddings and decoded. A subclass sets `prior` whenever its scale is set.
+    Generated latents are snapped to embeddings and decoded. A subclass has `prior`, which draws samples with the EMA of
+    the weights.
 
     Args:
         run, vqvae, train_set, validate_set: all on the run's device.
         epochs, n_measures: of the stage, and how often in these its samples are measured.
+        fit_scale: makes the map between latents and what the prior generates, of a VQ-VAE and a data set.
+        quantized: whether the prior learns embeddings, or the encoder's output before quantization.
+
+    Attributes:
+        prefix: of the names of its figures.
     """
 
-    quantized = False  # whether it learns embeddings, or the encoder's output before quantization
-    prior: Prior  # draws samples with the EMA of the weights
+    prefix: str
 
+    @exact_float32()
     def __init__(
         self,
         run: Run,
@@ -36,33 +43,36 @@ class PriorStage(Stage):
         validate_set: OasisDataset,
         epochs: int,
         n_measures: int,
+        fit_scale: Callable[[VQVAE, OasisDataset], LatentScale] = LatentScale.fit,
+        quantized: bool = False,
     ):
         super().__init__(run)
-        self.vqvae, self.train_set, self.validate_set, self.epochs = vqvae, train_set, validate_set, epochs
+        self.vqvae, self.validate_set, self.epochs = vqvae, validate_set, epochs
         self.vqvae.eval().to(memory_format=torch.channels_last)
-        self.latents, self.stored = None, None
-        self.samples = Samples(run, self.name, vqvae, train_set, validate_set, epochs, n_measures)
+        self.samples = Samples(run, self.prefix, vqvae, train_set, validate_set, epochs, n_measures)
         self.figures = self.samples.figures
-
-    def set_scale(self, scale: LatentScale) -> None:
-        """Set the map between latents and what the prior generates."""
-        self.scale = scale.to(self.run.device)
+        stored = None
+        if self.name in run.state:
+            with run.restoring():
+                saved = run.state[self.name]["extra"]
+                self.samples.load_state_dict(saved, self.title)
+                scale, stored = LatentScale(**saved["scale"]), saved["stored"]
+        else:
+            scale = distributed.from_first(lambda: fit_scale(vqvae, train_set).to("cpu"))
+        self.scale = scale.to(run.device)
+        self.latents = Latents(vqvae, train_set, self.scale, quantized, stored)
+        kept = (
+            "kept in memory" if self.latents.stored else "too many for memory, so each batch is encoded when it is used"
+        )
+        print(f"{self.title}: {len(self.latents)} latents, {kept}", flush=True)
 
     def data(self) -> Latents:
-        if self.latents is None:
-            self.latents = Latents(self.vqvae, self.train_set, self.scale, self.quantized, self.stored)
-            self.stored = self.latents.stored
-            kept = "kept in memory" if self.stored else "too many for memory, so each batch is encoded when it is used"
-            print(f"{self.title}: {len(self.latents)} latents, {kept}", flush=True)
         return self.latents
 
     @cached_property
     def validate_latents(self) -> Latents:
-        return Latents(self.vqvae, self.validate_set, self.scale, self.quantized, self.stored)
-
-    def noise(self, n: int, stream: str) -> Tensor:
-        """The noise of n images, the same at each call."""
-        return self.samples.noise(self.prior, n, stream)
+        latents = self.latents
+        return Latents(self.vqvae, self.validate_set, self.scale, latents.quantized, latents.stored)
 
     def drawn_now(self, epoch: int) -> bool:
         """Whether samples are drawn after an epoch."""
@@ -74,7 +84,7 @@ class PriorStage(Stage):
         print(f"Epoch: {row['epoch']}")
         self.print_losses(row)
         self.draw_losses(history)
-        self.samples.report(row)
+        self.samples.report(self.run.rows_of(self.name))
 
     def print_losses(self, row: dict) -> None:
         """Print a line for each value of an epoch's row that tells how training goes."""
@@ -85,9 +95,4 @@ class PriorStage(Stage):
         raise NotImplementedError
 
     def extra_state(self) -> dict:
-        return self.samples.state_dict() | {"scale": self.scale.to("cpu").tensors(), "stored": self.stored}
-
-    def load_extra_state(self, state: dict) -> None:
-        self.samples.load_state_dict(state, self.title)
-        self.stored = state["stored"]
-        self.set_scale(LatentScale(**state["scale"]))
+        return self.samples.state_dict() | {"scale": self.scale.to("cpu").tensors(), "stored": self.latents.stored}

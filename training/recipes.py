@@ -4,6 +4,52 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
+class R1:
+    """The penalty on the discriminator's gradient at real latents (arXiv 1801.04406, eq. 9), with a weight γ.
+
+    γ is `least` while the discriminator's lead, the running mean of D(x) - D(G(z)), is at most `tolerated_lead`, and
+    grows by a factor of e for each 1 / `guard` above: a constant weight is too much early or too little late.
+
+    Attributes:
+        lead_decay: of the running mean.
+    """
+
+    least: float = 0.3
+    guard: float = 10.0
+    tolerated_lead: float = 0.4
+    lead_decay: float = 0.98
+
+
+@dataclass(frozen=True)
+class DCGANRecipe:
+    """Of the DCGAN.
+
+    Attributes:
+        quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
+        fitted: whether the map between latents and the generator's range is fitted to the data (`LatentScale.fit`), or
+            divides by the largest value of the codebook.
+        start_steps: at most so many steps, in which the generator learns real latents before it meets a discriminator;
+            half as many as follow.
+        r1: None for no penalty.
+        average_decay: of the EMA of the generator's weights, which draws the samples; 0 draws with the last weights.
+        calibrated: whether samples get the covariances of real latents.
+    """
+
+    quantized: bool
+    fitted: bool
+    start_steps: int
+    r1: R1 | None
+    average_decay: float
+    calibrated: bool
+
+
+# The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
+REPORT = DCGANRecipe(quantized=True, fitted=False, start_steps=0, r1=None, average_decay=0.0, calibrated=False)
+BALANCED = DCGANRecipe(quantized=False, fitted=True, start_steps=3000, r1=R1(), average_decay=0.999, calibrated=True)
+DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
+
+
+@dataclass(frozen=True)
 class AutoregressiveRecipe:
     """Of the prior over codes.
 
@@ -35,4 +81,8 @@ class AutoregressiveRecipe:
 
 
 AUTOREGRESSIVE = AutoregressiveRecipe()
-RECIPES = {"autoregressive": asdict(AUTOREGRESSIVE)}  # as run.json has them
+# as run.json has them
+RECIPES = {
+    "dcgan": {name: asdict(recipe) for name, recipe in DCGAN.items()},
+    "autoregressive": asdict(AUTOREGRESSIVE),
+}

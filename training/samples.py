@@ -1,5 +1,6 @@
 """A prior's samples in a run: their pictures, and their measures beside those of reconstructions."""
 
+import math
 from functools import cached_property
 
 import torch
@@ -24,7 +25,7 @@ class Samples:
 
     Args:
         run, vqvae, train_set, validate_set: on the run's device.
-        name: of the stage, in files.
+        prefix: of the names of figures.
         epochs, n_measures: of the stage, and how often in these the samples are measured.
 
     Attributes:
@@ -34,14 +35,14 @@ class Samples:
     def __init__(
         self,
         run: Run,
-        name: str,
+        prefix: str,
         vqvae: VQVAE,
         train_set: OasisDataset,
         validate_set: OasisDataset,
         epochs: int,
         n_measures: int,
     ):
-        self.run, self.name, self.epochs, self.n_measures = run, name, epochs, n_measures
+        self.run, self.prefix, self.epochs, self.n_measures = run, prefix, epochs, n_measures
         self.vqvae, self.train_set, self.validate_set = vqvae, train_set, validate_set
         self.figures, self.floor = Figures(run.folder, run.phantoms), {}
 
@@ -96,15 +97,16 @@ class Samples:
 
     def draw(self, prior, epoch: int) -> None:
         """Draw N_SHOWN samples after an epoch; 0 is before training."""
-        images = prior.sample_images(self.noise(prior, N_SHOWN, "gan samples"))  # a signal may end the program here
+        images = prior.sample_images(self.noise(prior, N_SHOWN, "dcgan samples"))  # a signal may end the program here
         when = f"after epoch {epoch}" if epoch else "before training"
         title = f"{len(images)} fixed noise vectors, decoded {when}"
-        self.figures.image_grid(f"{self.name}_epoch_{epoch}.png", images, title)
+        self.figures.image_grid(f"{self.prefix}_epoch_{epoch}.png", images, title)
 
-    def report(self, row: dict) -> None:
-        """Print an epoch's measures, if its row of metrics.csv has them, and draw those of the run so far."""
-        measured = [row for row in self.run.rows_of(self.name) if "swd" in row]
-        if measured and measured[-1] is row:
+    def report(self, rows: list[dict]) -> None:
+        """Print the measures of the last of a stage's rows, if it has them, and draw those of all."""
+        row = rows[-1]
+        measured = [each for each in rows if "swd" in each]
+        if "swd" in row:
             texts = {
                 "swd": "sliced Wasserstein distance",
                 "coherence": "coherence",
@@ -112,6 +114,7 @@ class Samples:
                 "anatomy_auc": "of anatomy",
                 "coverage": "coverage",
             }
-            shown = ", ".join(f"{text} {row[key]:.3g} ({self.floor[key]:.3g})" for key, text in texts.items())
-            self.run.say(f"Generated slices (reconstructions): {shown}")
-            self.figures.measures_by_epoch(f"{self.name}_measures.png", measured, self.floor)
+            values = {text: (row[key], self.floor[key]) for key, text in texts.items()}
+            shown = [f"{text} {a:.3g} ({b:.3g})" for text, (a, b) in values.items() if math.isfinite(a + b)]
+            self.run.say(f"Generated slices (reconstructions): {', '.join(shown)}")
+            self.figures.measures_by_epoch(f"{self.prefix}_measures.png", measured, self.floor)

@@ -86,8 +86,9 @@ class LatentScale:
         return _multiply(self.directions, c * _around(head)) + self.shift
 
     def generated(self, t: Tensor) -> Tensor:
-        """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W) float32."""
-        c = self.unmixed(t).float()
+        """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W), float32 if it is less."""
+        c = self.unmixed(t)
+        c = c.to(torch.promote_types(c.dtype, torch.float32))
         found = amplitude(c)
         return c * (found.clamp(*self.amplitudes) / found)[:, None, None, None]
 
@@ -146,7 +147,7 @@ class LatentScale:
     @classmethod
     @torch.no_grad()
     def fit(cls, vqvae: VQVAE, dataset: Dataset, n_directions: int = DIRECTIONS, emphasis: float = EMPHASIS):
-        """The map of `--gan-training balanced`: only what decodes to heads is kept, with a flatter spectrum.
+        """The map of `--dcgan-training balanced`: only what decodes to heads is kept, with a flatter spectrum.
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
           latents are 0 outside the head, also along the border of the image, where convolutions see padding.

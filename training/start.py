@@ -34,7 +34,7 @@ def start_generator(
     """
     if not n_steps:
         return files.cpu_state(generator)
-    rng, n = seeds.generator(seed, "gan start"), min(len(latents), MOST_IMAGES)
+    rng, n = seeds.generator(seed, "dcgan start"), min(len(latents), MOST_IMAGES)
     picked = torch.tensor([i * len(latents) // n for i in range(n)])
     noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
     optimizer, scale = fast_path.adam(generator, LR), latents.scale
