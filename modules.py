@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # Images whose distances to 512 embeddings are held at once, 8 MB each: about a CPU's cache; one large kernel on a GPU.
 IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
@@ -86,29 +85,6 @@ class Decoder(nn.Module):
             return self.layers[-1](hidden.to(self.layers[-1].weight.dtype))
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The last two terms of eq. 3, and z_q, from latents z_e and their embeddings e (B, D, H, W).
-
-    Both terms have one value, so loss = (1 + β) · mse(z_e, e). Its gradient is 2 (e - z_e) / n for e and -β times that
-    for z_e, to which z_q's own gradient is added unchanged. Autograd would round differently where a batch is divided
-    among processes.
-    """
-
-    @staticmethod
-    def forward(ctx, z_e: Tensor, e: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(z_e, e)
-        ctx.beta = beta
-        return (1 + beta) * F.mse_loss(e, z_e), e
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, loss_gradient: Tensor, z_q_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        z_e, e = ctx.saved_tensors
-        difference = e - z_e
-        factor = loss_gradient * (2 / difference.numel())
-        return torch.addcmul(z_q_gradient, difference, -ctx.beta * factor), difference * factor, None
-
-
 class VectorQuantizer(nn.Module):
     """Replace each latent vector by the nearest vector of a learned codebook (arXiv 1711.00937, eq. 1 and 2).
 
@@ -129,13 +105,15 @@ class VectorQuantizer(nn.Module):
 
         Returns:
             vq_loss: scalar, mse(sg[z_e], e) + β · mse(z_e, sg[e]): the last two terms of eq. 3.
-            z_q: (B, D, H, W), the embeddings chosen; its gradient passes to z_e unchanged (straight through).
+            z_q: (B, D, H, W), the embeddings chosen, but for rounding; its gradient passes to z_e unchanged.
             codes: (B, H, W) int64 in [0, n_embeddings).
         """
         with torch.autocast(z_e.device.type, enabled=False):
             z_e = z_e.float()
             codes = self.nearest(z_e)
-            vq_loss, z_q = _StraightThrough.apply(z_e, self.look_up(codes), self.beta)
+            e = self.look_up(codes)
+            vq_loss = F.mse_loss(e, z_e.detach()) + self.beta * F.mse_loss(z_e, e.detach())
+            z_q = z_e + (e - z_e).detach()  # straight through: the gradient of z_q is that of z_e
         return vq_loss, z_q, codes
 
     @torch.no_grad()

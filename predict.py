@@ -18,7 +18,7 @@ import argparse
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from dataset import SPLITS, TISSUES, DataError, OasisDataset, describe, find_data
-from evaluation import compare, of_arrays, reconstruction
+from evaluation import Images, compare, reconstruction
 from evaluation.generation import to_bytes
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
@@ -46,6 +46,8 @@ from training.prior import STEP_COUNT, STEPS, FlowPrior, Prior, load_prior, walk
 N_WALKS = 4
 N_MEASURED = 256  # samples, where a split is named to measure them against
 N_STACKS = 4  # of 32 planes, unless --samples says otherwise
+MOST_SHOWN, MOST_STACKS = 64, 8  # in the grid
+AT_ONCE = 32  # brains; the planes of an autoregressive prior come in turn among them
 THRESHOLD = 0.6  # the report counts the images at or above it
 
 
@@ -135,13 +137,12 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     planes = o.slice or []
     seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else N_MEASURED if splits else 64)
-    folder, pixels = draw_samples(prior, n, seed, o.out, planes)
-    facts, phantoms = {"Slices": len(pixels), "Seed": seed, "VQ-VAE": o.path, "Generator": o.prior}, prior.phantoms
+    folder, fake = draw_samples(prior, n, seed, o.out, planes, keep=bool(splits))
+    facts, phantoms = {"Brains": n, "Seed": seed, "VQ-VAE": o.path, "Prior": o.prior}, prior.phantoms
     if splits:
         held_out, train = splits
         phantoms = phantoms or held_out.phantoms
         facts["Measured against"] = f"reconstructions of the {o.split} split of {held_out.root}"
-        fake = of_arrays(pixels)
         comparison = compare(held_out.as_images(), fake, vqvae, train.as_images(), seed, "real")
         comparisons.write(folder, comparison, fake, train.as_images(), mark(phantoms), phantoms)
         facts |= {"Copies": comparisons.copies_line(comparison), "Sources of the measures": comparisons.SOURCES}
@@ -151,40 +152,66 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
 
 
 def draw_samples(
-    prior: Prior | AutoregressivePrior, n: int, seed: int, out: str, planes: Sequence[int]
-) -> tuple[Path, Tensor]:
-    """Decode n new brains as a grid and one file each in samples/, and walks between others.
+    prior: Prior | AutoregressivePrior, n: int, seed: int, out: str, planes: Sequence[int], keep: bool
+) -> tuple[Path, Images | None]:
+    """Decode n new brains, one file each in samples/, the first ones as a grid, and walks between others.
 
-    With planes, they are slices of these, and with several, stacks of n heads. Returns the folder, and the slices
-    (N, 1, 256, 256) uint8.
+    With planes, they are slices of these, and with several, stacks of n heads. Files are written as slices come, so
+    that memory does not grow with n. Returns the folder, and with `keep` the slices.
     """
-    started, rng, names = time.perf_counter(), seeds.generator(seed, "samples"), [f"sample_{i:03d}" for i in range(n)]
-    if len(planes) > 1:
-        codes = prior.sample_stacks(prior.noise(n * len(planes), rng).unflatten(0, (n, -1)), planes)
-        images = torch.cat([prior.decode(part) for part in codes.flatten(0, 1).to(prior.device).split(SCORE_BATCH)])
-        names = [f"{name}_slice_{plane}" for name in names for plane in planes]
-    else:
-        images = prior.sample_images(prior.noise(n, rng), *planes)
-    seconds = time.perf_counter() - started
+    started, stacked = time.perf_counter(), len(planes) > 1
     folder = new_folder(out, "_predict")
-    figures = Figures(folder, prior.phantoms)
-    if len(planes) > 1:
-        title = f"Planes {planes[0]} to {planes[-1]} of {n} generated heads, one in each row (seed {seed})"
-        figures.image_grid("stack.png", images, title, len(planes))
-    else:
-        plane = f" at plane {planes[0]}" if planes else ""
-        figures.image_grid("samples.png", images, f"{n} generated brains{plane} (seed {seed})")
-    if not isinstance(prior, AutoregressivePrior):
-        draw_walks(prior, seed, figures)
-    pixels = to_bytes(images)
+    (folder / "samples").mkdir()
     comment = PngImagePlugin.PngInfo()
     comment.add_text("Comment", f"generated, {NOTE}" if prior.phantoms else "generated")
-    (folder / "samples").mkdir()
-    for name, image in zip(names, pixels[:, 0].numpy(), strict=True):
-        with files.atomically(folder / "samples" / f"{name}.png") as temporary:
-            Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
-    print(f"Decoded {len(images)} new slices in {seconds:.1f} s.{mark(prior.phantoms)}")
-    return folder, pixels
+    n_shown = MOST_STACKS * len(planes) if stacked else MOST_SHOWN
+    shown, kept, count = [], [], 0
+    for names, images in new_slices(prior, n, seeds.generator(seed, "samples"), planes):
+        pixels = to_bytes(images)
+        for name, image in zip(names, pixels[:, 0].numpy(), strict=True):
+            with files.atomically(folder / "samples" / name) as temporary:
+                Image.fromarray(image).save(temporary, format="PNG", pnginfo=comment)
+        shown += list(images[: max(0, n_shown - count)])
+        kept += [(pixels, names)] if keep else []
+        count += len(images)
+    seconds = time.perf_counter() - started
+
+    figures, of = Figures(folder, prior.phantoms), f" of {n}" if count > len(shown) else ""
+    if stacked:
+        title = f"Planes {planes[0]} to {planes[-1]}, one generated head in each row{of} (seed {seed})"
+        figures.image_grid("stack.png", torch.stack(shown), title, len(planes))
+    else:
+        plane = f" at plane {planes[0]}" if planes else ""
+        title = f"{len(shown)}{of} generated brains{plane} (seed {seed})"
+        figures.image_grid("samples.png", torch.stack(shown), title)
+    if not isinstance(prior, AutoregressivePrior):
+        draw_walks(prior, seed, figures)
+    print(f"Decoded {count} new slices in {seconds:.1f} s.{mark(prior.phantoms)}")
+    if not keep:
+        return folder, None
+    pixels, names = zip(*kept, strict=True)
+    names = [name for part in names for name in part]
+    return folder, Images(torch.cat(pixels), names, names)
+
+
+def new_slices(
+    prior: Prior | AutoregressivePrior, n: int, rng: torch.Generator, planes: Sequence[int]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """The file names and the slices (B, 1, 256, 256) of n brains or stacks, as many at once as memory easily holds."""
+    width = max(3, len(str(n - 1)))
+    with console.progress(total=n, desc="Sampling", unit=" brains", disable=n <= AT_ONCE) as bar:
+        for start in range(0, n, AT_ONCE):
+            heads = range(start, min(n, start + AT_ONCE))
+            names = [f"sample_{i:0{width}d}" for i in heads]
+            noise = prior.noise(len(heads) * max(1, len(planes)), rng)
+            if len(planes) > 1:
+                codes = prior.sample_stacks(noise.unflatten(0, (len(heads), -1)), planes).flatten(0, 1)
+                images = torch.cat([prior.decode(part) for part in codes.to(prior.device).split(SCORE_BATCH)])
+                names = [f"{name}_slice_{plane}" for name in names for plane in planes]
+            else:
+                images = prior.sample_images(noise, *planes)
+            yield [f"{name}.png" for name in names], images
+            bar.update(len(heads))
 
 
 def draw_walks(prior: Prior, seed: int, figures: Figures) -> None:

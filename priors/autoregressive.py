@@ -101,7 +101,8 @@ class AutoregressivePrior:
         planes = self.planes if plane is None else [plane]
         planes = torch.tensor([planes[i % len(planes)] if planes else N_PLANES for i in range(len(noise))])
         images = []
-        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False) as bar:
+        few = len(noise) <= AT_ONCE
+        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False, disable=few) as bar:
             for part, numbers in zip(noise.split(AT_ONCE), planes.split(AT_ONCE), strict=True):
                 images.append(self.decode(self.sample(part, alone(numbers))))
                 bar.update(len(part))

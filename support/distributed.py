@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 GRACE = 5  # seconds before another rank reports an error: rank 0 usually has the same one and says it first
 
@@ -140,15 +139,10 @@ def copy_first(tensor: Tensor) -> None:
         dist.broadcast(tensor, 0)
 
 
-def data_parallel(network: nn.Module) -> nn.Module:
-    """`network` with gradients averaged over all processes in backward. Its parameters stay where they are."""
-    return DistributedDataParallel(network) if world_size() > 1 else network
-
-
 def sum_gradients(network: nn.Module) -> None:
     """Add up a network's gradients over all processes, in one message."""
     if world_size() > 1:
-        gradients = [p.grad for p in network.parameters()]
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
         flat = total(torch.cat([g.flatten() for g in gradients]))
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))

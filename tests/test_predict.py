@@ -15,6 +15,7 @@ from dataset import OasisDataset
 from evaluation import generation
 from modules import VQVAE
 from priors.checkpoints import load_vqvae
+from report.plots import Figures
 
 
 def test_predict_gives_what_training_printed(trained, folder):
@@ -86,6 +87,25 @@ def test_new_brains_need_no_data(trained, tmp_path):
     assert sample.mode == "L" and sample.text == {"Comment": "generated, data: phantoms (synthetic)"}
     names = {path.name for path in next((tmp_path / "a").iterdir()).iterdir()}
     assert names == {"index.html", "samples.png", "walk.png", "samples"}
+
+
+def test_many_brains_are_written_as_they_come(trained, tmp_path, monkeypatch):
+    """In batches the noise is the same, memory holds one batch, and the grid has the first brains."""
+    words = ("predict.py", trained[1] / "vqvae.pth", "--prior", trained[1] / "generator.pth", "--samples", 5)
+    assert run_program(*words, "--out", "a", cwd=tmp_path).returncode == 0
+    monkeypatch.setattr(predict, "AT_ONCE", 2)
+    monkeypatch.setattr(predict, "MOST_SHOWN", 3)
+    grids = []
+    monkeypatch.setattr(Figures, "image_grid", lambda self, name, images, *rest: grids.append((name, images, rest)))
+    assert run_program(*words, "--out", "b", cwd=tmp_path).returncode == 0
+    a, b = (
+        np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / out).glob("*/samples/*.png"))])
+        for out in "ab"
+    )
+    assert len(a) == 5 and np.abs(a.astype(int) - b).max() <= 1  # the size of a batch may change how sums are rounded
+    (name, shown, (title,)), _ = grids
+    assert name == "samples.png" and title.startswith("3 of 5 generated brains") and len(shown) == 3
+    assert np.abs((shown[:, 0] * 255).numpy() - b[:3]).max() <= 0.51
 
 
 def test_exported_codes_there_and_back(trained, data, tmp_path):

@@ -3,8 +3,6 @@
 A method acts in each step before embeddings are looked up, on the latents of the batch at hand. The loss and its
 optimizer move the embeddings as well (eq. 3 of arXiv 1711.00937), except with `ema`. What a method remembers from step
 to step is in its `state_dict`, which the run's resume file holds; none of it is in the network.
-
-Nothing here makes the host wait for a GPU. So nothing is chosen by an `if` on what a tensor holds, except on a CPU.
 """
 
 import torch
@@ -74,7 +72,7 @@ class KMeans(LossOnly):
             distributed.copy_first(self.embeddings)
         elif step % self.revive_every == 0:
             dead = distributed.total(self.usage) == 0
-            if dead.device.type != "cpu" or dead.any():
+            if dead.any():
                 self.revive(dead, distributed.gather(z_e, n), rng)
             self.usage.zero_()
 
@@ -174,43 +172,23 @@ def move_dead(
     does in the LBG algorithm (Linde, Buzo and Gray 1980); drawing the member uniformly does not favour single outliers,
     which unsettle the decoder.
     """
-    # A GPU would have to be waited for to say how many are dead. So there a draw is made for every embedding.
-    on_cpu = dead.device.type == "cpu"
-    n_draws = int(dead.sum()) if on_cpu else len(dead)
-    if n_draws == 0:
+    n_dead = int(dead.sum())  # a GPU is waited for
+    if n_dead == 0:
         return
     latents, weight = rows(z_e), quantizer.embedding.weight
     codes = quantizer.nearest(z_e).flatten() if codes is None else codes  # (B·H·W,)
     counts, errors = _count(codes, len(weight)), (latents - weight[codes]).square().sum(1)
-    costs = torch.zeros(len(weight), device=weight.device).index_add_(0, codes, errors)
-    gain = costs.sum() > 0  # else every latent lies on its embedding, or they are not finite
-    if on_cpu and not gain:
+    costs = torch.zeros(len(weight), device=weight.device).index_add_(0, codes, errors).cpu().double()
+    if not costs.sum() > 0:  # every latent lies on its embedding, or they are not finite
         return
-    cell = _draw_cells(costs, n_draws, rng)
-    rank = _uniform(n_draws, rng, costs.device) * counts[cell]
+    cell = torch.multinomial(costs, n_dead, replacement=True, generator=rng)
+    counts = counts.cpu()
+    rank = torch.rand(n_dead, generator=rng, dtype=torch.double) * counts[cell]
     place = (counts.cumsum(0) - counts)[cell] + torch.minimum(rank.long(), counts[cell] - 1)
     members = codes.argsort(stable=True)  # the positions of one code after those of another
-    drawn = latents[members[place.clamp(0, len(codes) - 1)]]  # (n_draws, D)
-    drawn = drawn[(dead.cumsum(0) - 1).clamp(min=0)]  # (n_embeddings, D): each that is dead has the next one
-    weight.copy_(torch.where((dead & gain)[:, None], drawn, weight))
-
-
-def _draw_cells(costs: Tensor, n_draws: int, rng: torch.Generator) -> Tensor:
-    """Draw n_draws cells, each with a probability proportional to its cost."""
-    if costs.device.type == "cpu":
-        return torch.multinomial(costs.double(), n_draws, replacement=True, generator=rng)
-    # On a GPU it would wait, and draw from another generator. So the distribution function is inverted here.
-    uniform = _uniform(n_draws, rng, costs.device)
-    up_to = costs.to(uniform.dtype).cumsum(0)
-    return torch.searchsorted(up_to / up_to[-1], uniform).clamp(max=len(costs) - 1)
-
-
-def _uniform(n: int, rng: torch.Generator, device: torch.device) -> Tensor:
-    """n numbers in [0, 1], drawn on the CPU, on a device; in float64 if it has that."""
-    numbers = torch.rand(n, generator=rng, dtype=torch.double)
-    return move(numbers.float() if device.type == "mps" else numbers, device)
+    weight[dead] = latents[members[move(place, members.device)]]
 
 
 def _count(codes: Tensor, n: int) -> Tensor:
-    """How often each of n codes occurs, (n,) int64. `torch.bincount` would make the host wait for a GPU."""
+    """How often each of n codes occurs, (n,) int64. On CUDA, `torch.bincount` is not deterministic, and waits."""
     return torch.zeros(n, dtype=torch.int64, device=codes.device).scatter_add_(0, codes, torch.ones_like(codes))

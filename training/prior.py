@@ -76,7 +76,8 @@ class Prior:
     def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:
         """Noise (B, *noise_shape) -> brains (B, 1, 256, 256) in [0, 1], made `size` at a time."""
         images = []
-        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False) as bar:
+        few = len(noise) <= size
+        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False, disable=few) as bar:
             for part in noise.split(size):
                 images.append(self.vqvae.decode(self.sample(part)).clamp(0, 1))
                 bar.update(len(part))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
-from modules import VQVAE, VectorQuantizer
+from modules import VQVAE
 from priors.checkpoints import load_vqvae
 from report import page
 from report.plots import Figures
@@ -65,7 +65,6 @@ class VQVAEStage(Stage):
         self.optimizers = {"vqvae": self.optimizer}
         self.fast_path.compile(self.vqvae.encoder, self.vqvae.decoder)
         self.box = picture_box(train_set.images)
-        self.parallel = distributed.data_parallel(self.vqvae)
         n_shown = min(32, len(train_set))
         self.shown = train_set.batch([i * len(train_set) // n_shown for i in range(n_shown)])
         self.figures = Figures(run.folder, run.phantoms)
@@ -84,17 +83,17 @@ class VQVAEStage(Stage):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * falling_rate(step, self.n_steps, CONSTANT_RATE, LAST_RATE)
         x = batch[..., *self.box]  # where all is black there is nothing to learn
-
-        def before_lookup(quantizer: VectorQuantizer, inputs: tuple[Tensor]) -> None:
-            with torch.autocast(self.fast_path.device, enabled=False):
-                self.codebook.before_lookup(step, inputs[0].detach().float(), n, rng)
-
-        with self.fast_path.autocast(), self.vqvae.vector_quantizer.register_forward_pre_hook(before_lookup):
-            vq_loss, x_hat, _, codes = self.parallel(x)
+        with self.fast_path.autocast():
+            z_e = self.vqvae.latents(x)
+        self.codebook.before_lookup(step, z_e.detach().float(), n, rng)
+        with self.fast_path.autocast():
+            vq_loss, z_q, codes = self.vqvae.vector_quantizer(z_e)
+            x_hat = self.vqvae.decoder(z_q)
         recon_loss = F.mse_loss(x_hat, x)
         loss = recon_loss + vq_loss
         self.optimizer.zero_grad()
-        (loss * weight * distributed.world_size()).backward()  # data_parallel averages over processes
+        (loss * weight).backward()
+        distributed.sum_gradients(self.vqvae)
         self.optimizer.step()
         if weight:
             self.codebook.after_step(codes)
