@@ -7,7 +7,7 @@ Three sources are told apart by the names in them (`find`):
   like the PNG set it has a skull, and is registered to an atlas.
 - OASIS-1's discs (oasis-brains.org): OAS1_<nnnn>_MR<k>/PROCESSED/MPRAGE/T88_111/…_t88_gfc.hdr and .img, of which the
   PNG set was made; label maps are in OAS1_<nnnn>_MR<k>/FSL_SEG.
-- Any folder of NIfTI volumes, named sub-<label>… as in BIDS, or by subject.
+- Any folder of NIfTI volumes, named as in BIDS, ADNI, OASIS-3 or IXI, or by subject.
 """
 
 import collections
@@ -38,6 +38,18 @@ LABELS = re.compile(  # not scans: by a part of the name, or by a folder
     r"(?:^|[/_.-])(?:[a-z]*masks?|d?seg\d*|aseg|aparc|probseg|labels?)(?=[/_.+-])|(?:^|/)(?:labels|masks)t[rs]/",
     re.IGNORECASE,
 )
+# How publishers name a person, wherever it stands in a path: BIDS, ADNI, OASIS-3, OASIS-1, IXI
+BIDS = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")
+PERSONS = [BIDS] + [
+    re.compile(rf"(?:^|[/_])({name})(?![0-9])")
+    for name in (r"\d{3}_S_\d{4,5}", r"OAS3\d{4}", r"OAS1_\d{4}", r"IXI\d{3}")
+]
+SESSION = re.compile(r"[/_](ses-[A-Za-z0-9]+|d\d{4}|MR\d)(?=[/_.])")
+CHOICES = re.compile(r"_(?:run|space|acq|rec|desc|res)-[A-Za-z0-9]+")  # parts of a name in BIDS, of one scan
+CONTRASTS = re.compile(  # not T1-weighted: by a part of the name, or by a folder
+    r"(?:^|[/_.-])(?:T2w?|T2star|PDw?|FLAIR|DWI|DTI|MRA|bold|asl|swi)(?=[/_.-])", re.IGNORECASE
+)
+TWO_DIMENSIONAL = re.compile(r"(?:.*/)?slice_(?:norm|orig)\.nii\.gz")  # of neurite-OASIS
 ATLAS = "OASIS-1 discs"  # whose volumes are in the atlas of the PNG set
 KINDS = {  # how they are found, and what a file is called that should have been
     "neurite-OASIS v1.0": (NEURITE, re.compile(r"(?:.*/)?(?:aligned_)?(?:orig|norm)\.nii\.gz")),
@@ -69,14 +81,20 @@ def find(source: Path) -> tuple[str, list[Volume], list[str]]:
         if volumes:
             strange = [name for match, name, *_ in found if not match and file_name.fullmatch(name)]
             return kind, sorted(volumes, key=_order), strange
+    if any(map(TWO_DIMENSIONAL.fullmatch, names)):
+        raise UserError(f"{source}: is the 2-D edition of neurite-OASIS, one slice a subject; download the 3-D edition")
     volumes = _any_nifti(files)
     if not volumes:
+        kinds = collections.Counter(Path(name).suffix.lower() for name in names)
+        seen = ", ".join(f"{n} files {kind}" for kind, n in kinds.most_common(4))
+        maps = f" ({sum(map(bool, map(LABELS.search, names)))} are label maps by their names)" if names else ""
         raise UserError(
-            f"{source}: holds no volumes; neurite-OASIS has OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have "
-            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other volumes end in .nii or .nii.gz"
+            f"{source}: holds no volumes; there are {seen or 'no files of volumes'}{maps}. neurite-OASIS has "
+            "OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., "
+            "other volumes end in .nii or .nii.gz"
         )
-    label_maps = [name for name in sorted(names) if ANY.fullmatch(name) and LABELS.search(name)]
-    return NIFTI, sorted(volumes, key=_order), label_maps
+    used = {volume.name for volume in volumes}
+    return NIFTI, sorted(volumes, key=_order), [name for name in sorted(names - used) if ANY.fullmatch(name)]
 
 
 def _order(volume: Volume) -> tuple:
@@ -142,16 +160,22 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
 
 
 def _any_nifti(files: list[tuple]) -> list[Volume]:
-    """NIfTI files by subject: BIDS's label, else the file's name. Numeric labels are the cases, others are counted."""
-    matches = [(ANY.fullmatch(name), name, *place) for name, *place in files if not LABELS.search(name)]
-    stems = collections.Counter(match["subject"] for match, *_ in matches if match)
-    found = []
-    for match, name, *place in matches:
-        if match:
-            stem = match["subject"] if stems[match["subject"]] == 1 else re.sub(r"(?i)\.nii(\.gz)?$", "", name)
-            label = re.findall(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", name)
-            session = re.findall(r"[/_](ses-[A-Za-z0-9]+)", name)
-            found.append((label[-1] if label else stem, session[-1] if session else "", name, *place))
+    """NIfTI files by subject: a publisher's name of a person, else the file's name.
+
+    Label maps and other contrasts than T1 are left out, and so are further runs of a scan, and copies of it in another
+    space. Numeric labels are the cases, others are counted.
+    """
+    scans = [file for file in files if ANY.fullmatch(file[0]) and not LABELS.search(file[0])]
+    scans = [file for file in scans if not CONTRASTS.search(file[0])] or scans
+    persons = _persons([name for name, *_ in scans])
+    chosen = {}
+    for (label, session), (name, *place) in zip(persons, scans, strict=True):
+        file = name.rpartition("/")[2]
+        alike = label, session, CHOICES.sub("", file)
+        rank = "_space-" in file, "_desc-" in file, natural(file), name  # the native space first, then the lowest run
+        if alike not in chosen or rank < chosen[alike][0]:
+            chosen[alike] = rank, name, place
+    found = [(label, session, name, *place) for (label, session, _), (_, name, place) in chosen.items()]
 
     labels = sorted({label for label, *_ in found}, key=natural)
     numbers = [int(digits[1]) if (digits := re.fullmatch(r"\D*(\d{1,6})", label)) else 0 for label in labels]
@@ -163,6 +187,35 @@ def _any_nifti(files: list[tuple]) -> list[Volume]:
         Volume(name, label, cases[label], sessions[label].index(session) + 1, *place)
         for label, session, name, *place in found
     ]
+
+
+def _persons(names: list[str]) -> list[tuple[str, str]]:
+    """The subject and the session of each file.
+
+    In BIDS, equal labels below two folders, such as siteA and siteB, are two subjects, but not below derivatives.
+    Where a publisher's names tell the person, but no session, each folder has a session of its own.
+    """
+    stems = collections.Counter(ANY.fullmatch(name)["subject"] for name in names)
+    sites = collections.defaultdict(set)
+    found = []
+    for name in names:
+        pattern = next((pattern for pattern in PERSONS if pattern.search(name)), None)
+        session = SESSION.findall(name)
+        if pattern is None:
+            stem = ANY.fullmatch(name)["subject"]
+            label = stem if stems[stem] == 1 else re.sub(r"(?i)\.nii(\.gz)?$", "", name)
+            found.append((label, session[-1] if session else "", ""))
+            continue
+        match = list(pattern.finditer(name))[-1]
+        if pattern is BIDS:
+            site = re.sub(r"(?:^|/)(?:derivatives/[^/]+|rawdata|sourcedata)(?=/|$)", "", name[: name.index(match[1])])
+            site = site.strip("/")
+            sites[match[1]].add(site)
+            found.append((match[1], session[-1] if session else "", site))
+        else:
+            folder = name.rpartition("/")[0]
+            found.append((match[1], session[-1] if session else folder, ""))
+    return [(f"{site}/{label}" if site and len(sites[label]) > 1 else label, session) for label, session, site in found]
 
 
 def without_copies(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:

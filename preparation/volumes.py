@@ -27,6 +27,7 @@ ANALYZE = np.diag([-1.0, 1.0, 1.0, 1.0])
 SIZE = 256  # of a slice, in pixels and mm
 WHITE = 0.995  # quantile
 EDGE = 0.02  # share of white: what is brighter than that counts as foreground
+DARKER = 0.02  # share of the voxels that may be darker than the background: splines undershoot in up to 0.8 %
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # axes: across slices, rows, columns
 
 MOST_VOXELS = 512**3
@@ -165,7 +166,9 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
     else:
         packed = contents[0].startswith(GZIP)  # whatever the name says
         data = _decompress(volume, contents[0]) if packed else contents[0]
-        image = _format(volume, data).from_bytes(data)
+        format = _format(volume, data)
+        data = _with_intercept(format, data)
+        image = format.from_bytes(data)
         contents = [data]
     size = _voxels(volume, image.shape) * image.get_data_dtype().itemsize
     if size > len(contents[-1]) - image.dataobj.offset:  # nibabel would ask for the memory first
@@ -174,6 +177,8 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
         notes = [] if image.header.get_zooms()[:3] == (1, 1, 1) else ["its header has other voxels than 1 mm; ignored"]
         return nib.Nifti1Image(np.asanyarray(image.dataobj), ANALYZE), notes
     codes = image.header["sform_code"], image.header["qform_code"]
+    if codes[1] and not np.linalg.det(image.header.get_sform()[:3, :3]):  # an sform of zeros
+        image = type(image)(image.dataobj, image.header.get_qform(), image.header)
     return image, [] if any(codes) else ["its header gives no orientation; LAS was assumed"]
 
 
@@ -183,6 +188,15 @@ def _format(volume: Volume, start: bytes) -> type[nib.Nifti1Image]:
         if format.header_class.may_contain_header(start):
             return format
     raise VolumeError(f"{volume.name}: is not NIfTI; download it again")
+
+
+def _with_intercept(format: type[nib.Nifti1Image], data: bytes | bytearray) -> bytes | bytearray:
+    """A file whose intercept is 0 if it was NaN, which nibabel refuses."""
+    kind, start = format.header_class.template_dtype.fields["scl_inter"][:2]
+    header = format.header_class.from_fileobj(io.BytesIO(data), check=False)
+    if not np.isnan(header["scl_inter"]):
+        return data
+    return data[:start] + bytes(kind.itemsize) + data[start + kind.itemsize :]
 
 
 def _decompress(volume: Volume, contents: bytes) -> bytearray:
@@ -239,7 +253,7 @@ def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tu
     if above.size == 0:
         raise ValueError("is empty: nothing is brighter than its border")
     white = float(np.quantile(above, WHITE))
-    if (voxels < black - EDGE * (white - black)).mean() > 0.005:
+    if (voxels < black - EDGE * (white - black)).mean() > DARKER:
         raise ValueError(
             "has many voxels that are darker than its border; shift them so that the background is darkest"
         )

@@ -234,6 +234,79 @@ def test_label_maps_and_masks_are_told_by_their_names_and_folders(scans, others,
     assert [volume.name for volume in found] == scans and strange == sorted(others)
 
 
+@pytest.mark.parametrize(
+    "names, scans",
+    [
+        (
+            [
+                "002_S_0001/MP-RAGE/2005-08-01_10_00_00.0/I11/ADNI_002_S_0001_MR_S1_I11.nii",
+                "002_S_0001/MP-RAGE/2006-08-01_10_00_00.0/I12/ADNI_002_S_0001_MR_S2_I12.nii",
+                "002_S_0012/MP-RAGE/2005-09-01_10_00_00.0/I13/ADNI_002_S_0012_MR_S3_I13.nii",
+            ],
+            [("002_S_0001", 1), ("002_S_0001", 2), ("002_S_0012", 1)],
+        ),
+        (
+            ["OAS30001_MR_d0129/anat/T1w.nii.gz", "OAS30001_MR_d0757/anat/T1w.nii.gz", "OAS30002_MR_d0000/T1w.nii.gz"],
+            [("OAS30001", 1), ("OAS30001", 2), ("OAS30002", 1)],
+        ),
+        (
+            [
+                "IXI002-Guys-0828-T1.nii.gz",
+                "IXI012-HH-1211-T1.nii.gz",
+                "IXI012-HH-1211-T2.nii.gz",
+                "IXI002-Guys-0828-PD.nii.gz",
+            ],
+            [("IXI002", 1), ("IXI012", 1)],
+        ),
+        (
+            ["sub-1/ses-1/anat/sub-1_ses-1_run-2_T1w.nii.gz", "sub-1/ses-1/anat/sub-1_ses-1_run-1_T1w.nii.gz"],
+            [("sub-1", 1)],
+        ),
+        (
+            ["sub-1/anat/sub-1_space-MNI_T1w.nii.gz", "sub-1/anat/sub-1_T1w.nii.gz", "sub-1/anat/sub-1_FLAIR.nii.gz"],
+            [("sub-1", 1)],
+        ),
+        (
+            ["siteA/sub-01/anat/sub-01_T1w.nii.gz", "siteB/sub-01/anat/sub-01_T1w.nii.gz"],
+            [("siteA/sub-01", 1), ("siteB/sub-01", 1)],
+        ),
+        (
+            ["sub-01/anat/sub-01_T1w.nii.gz", "derivatives/prep/sub-01/anat/sub-01_desc-brain_T1w.nii.gz"],
+            [("sub-01", 1)],
+        ),
+        (["a_T2w.nii", "b_T2w.nii"], [("a_T2w", 1), ("b_T2w", 1)]),
+    ],
+    ids=["adni", "oasis-3", "ixi", "runs", "spaces", "sites", "derivatives", "no T1"],
+)
+def test_one_person_is_one_subject_whoever_publishes(names, scans, tmp_path):
+    _, found, strange = sources.find(touch(tmp_path, *names))
+    assert [(volume.subject, volume.session) for volume in found] == scans
+    assert len({volume.case for volume in found}) == len({subject for subject, _ in scans})
+    assert sorted(strange + [volume.name for volume in found]) == sorted(names)
+    assert not any(part in found[0].name for part in ("run-2", "space-", "derivatives"))
+
+
+def test_no_person_is_two_subjects_in_random_layouts():
+    rng = np.random.default_rng(0)
+    styles = [
+        lambda n: f"{100 + n:03d}_S_{n:04d}/MPRAGE/{rng.integers(2000, 2020)}-01-0{rng.integers(1, 9)}/I{n}/x_I{n}.nii",
+        lambda n: f"OAS3{n:04d}_MR_d{rng.integers(0, 9999):04d}/anat{rng.integers(1, 4)}/T1w.nii.gz",
+        lambda n: f"in/IXI{n:03d}-Guys-{rng.integers(0, 9999)}-T1.nii.gz",
+        lambda n: f"sub-{n:03d}/ses-{rng.integers(1, 9)}/anat/sub-{n:03d}_run-{rng.integers(1, 5)}_T1w.nii.gz",
+        lambda n: f"derivatives/p{rng.integers(1, 3)}/sub-{n:03d}/sub-{n:03d}_space-MNI_T1w.nii.gz",
+        lambda n: f"rawdata/sub-{n:03d}/sub-{n:03d}_acq-{rng.integers(1, 4)}_T1w.nii.gz",
+    ]
+    for _ in range(1000):
+        style = rng.integers(0, 4)
+        chosen = styles[3:] if style == 3 else [styles[style]]
+        people = {chosen[rng.integers(len(chosen))](n): n for n in rng.integers(1, 9, 12).tolist()}
+        found = sources._any_nifti([(name, Path(name)) for name in people])
+        cases = {}
+        for volume in found:
+            assert cases.setdefault(people[volume.name], volume.case) == volume.case
+        assert len(set(cases.values())) == len(cases)
+
+
 def test_hidden_files_in_a_tar_are_passed_over(tmp_path):
     touch(tmp_path / "in", "sub1.nii.gz", "._sub1.nii.gz", ".git/sub2.nii")
     with tarfile.open(tmp_path / "in.tar", "w") as file:
@@ -259,6 +332,41 @@ def test_nan_outside_the_head_is_background(heads, tmp_path):
     assert not head[edge].any()
     head[edge] = np.nan
     assert np.array_equal(slices_of(write_nifti(tmp_path / "b.nii", head)), expected)
+
+
+def test_headers_are_mended_where_it_is_plain_what_was_meant(heads, tmp_path):
+    expected = slices_of(write_nifti(tmp_path / "a.nii", heads[0]))
+    contents = bytearray((tmp_path / "a.nii").read_bytes())
+    contents[116:120] = np.float32(np.nan).tobytes()  # scl_inter
+    (tmp_path / "b.nii").write_bytes(contents)
+    assert np.array_equal(slices_of(tmp_path / "b.nii"), expected)
+    image = nib.Nifti1Image(heads[0], RAS)
+    image.header.set_qform(RAS, 1)
+    image.header["sform_code"], image.header["srow_x"] = 1, 0
+    image.header["srow_y"] = image.header["srow_z"] = 0
+    contents = bytearray(image.to_bytes())
+    contents[:348] = image.header.binaryblock
+    (tmp_path / "c.nii").write_bytes(contents)
+    assert np.array_equal(slices_of(tmp_path / "c.nii"), expected)
+
+
+def test_what_a_spline_puts_below_the_background_is_cut(heads):
+    head = heads[0].astype(np.float32)
+    expected, *_ = volumes.cut(head, "axial", 2, 0.8)
+    undershot = head.copy()
+    undershot[head == 0] -= 30.0 * (np.random.default_rng(0).random((head == 0).sum()) < 0.01)
+    found, *_ = volumes.cut(undershot, "axial", 2, 0.8)
+    assert np.array_equal(found, expected)
+    undershot[:, :, ::4] = -200
+    with pytest.raises(ValueError, match="darker than its border"):
+        volumes.cut(undershot, "axial", 2, 0.8)
+
+
+def test_what_was_seen_is_said_where_nothing_can_be_used(tmp_path):
+    with pytest.raises(UserError, match="there are 2 files .gz .2 are label maps"):
+        sources.find(touch(tmp_path / "a", "labelsTr/1.nii.gz", "2_seg.nii.gz"))
+    with pytest.raises(UserError, match="2-D edition of neurite-OASIS"):
+        sources.find(touch(tmp_path / "b", "OASIS_OAS1_0001_MR1/slice_norm.nii.gz"))
 
 
 def test_a_table_of_splits_may_have_semicolons_and_capitals(tmp_path):
