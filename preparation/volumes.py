@@ -13,8 +13,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.fileholders import FileHolder
-from nibabel.processing import resample_to_output
-from nibabel.spaces import vox2out_vox
+from nibabel.processing import resample_from_to
 from scipy import ndimage
 
 from preparation.layout import LABEL_STEP
@@ -127,10 +126,12 @@ def read(volume: Volume) -> Scan:
             raise VolumeError(f"{volume.name}: has voxels of {zooms} mm; those of 0.2 to 5 mm can be used")
         image = nib.as_closest_canonical(nib.squeeze_image(image))
         if any(abs(zoom - 1) > 0.01 for zoom in zooms):
-            voxels = math.prod(vox2out_vox(image, (1, 1, 1))[0])
-            if voxels > MOST_VOXELS:
-                raise VolumeError(f"{volume.name}: would have {voxels} voxels of 1 mm; correct its header")
-            image = resample_to_output(image, (1, 1, 1), order=1)
+            along = voxel_sizes(image.affine)
+            target = tuple(math.ceil((n - 1) * zoom) + 1 for n, zoom in zip(image.shape, along, strict=True))
+            if math.prod(target) > MOST_VOXELS:
+                raise VolumeError(f"{volume.name}: would have {math.prod(target)} voxels of 1 mm; correct its header")
+            # along the axes of its own grid, as volumes of 1 mm are cut, however the grid lies in the scanner
+            image = resample_from_to(image, (target, image.affine @ np.diag([*1 / along, 1])), order=1)
         voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
     except VolumeError:
         raise

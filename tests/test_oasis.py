@@ -182,6 +182,22 @@ def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
     assert np.allclose(scan.voxels[:78, 40, 40], 100 + 5 * np.arange(78), atol=1e-3)  # linear between voxels
 
 
+@pytest.mark.parametrize("size", [1.0, 0.98, 2.0])
+def test_an_oblique_grid_is_cut_along_its_own_axes_whatever_its_voxels(heads, tmp_path, size):
+    turn = np.radians(20)
+    rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    straight, oblique = np.eye(4), np.eye(4)
+    straight[:3, :3], oblique[:3, :3] = size * np.eye(3), size * rotation
+    head = heads[0][::2, ::2, ::2].astype(np.float32)
+    straight, oblique = (
+        volumes.read(volume(write_nifti(tmp_path / f"{i}.nii", head, affine))).voxels
+        for i, affine in enumerate((straight, oblique))
+    )
+    assert straight.shape == oblique.shape
+    inside = (slice(2, -2),) * 3  # at the border, rounding decides whether a position is outside
+    np.testing.assert_allclose(straight[inside], oblique[inside], atol=0.01 * head.max())
+
+
 def touch(folder: Path, *names) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
