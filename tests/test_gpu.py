@@ -180,6 +180,7 @@ def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     assert gpu.waited(lambda: update(stage, anew.batch([3, 0, 1]), 3)) == []
     for found in (latents, anew):
         torch.testing.assert_close(found.batch([2]).cpu(), beside.batch([2]).cpu(), atol=2e-3, rtol=0)
+    monkeypatch.undo()
     new = partial(new_stage, new_gan, few, tmp_path=tmp_path, dcgan_training=method)
     assert_a_run_can_move(stage, new, tmp_path, latents.batch([1, 2]))
     if gpu.name == "cuda" and "cuda" in REAL and torch.cuda.get_device_capability() >= (8, 0):
