@@ -353,9 +353,9 @@ def list_pngs(folder: Path) -> list[Path]:
     if not files:
         kinds = sorted({printable(path.suffix) for path in names if path.suffix})[:6]
         found = f" but {', '.join(kinds)}" if kinds else ""
-        raise DataError(
-            f"{printable(folder)}: holds no .png files{found}; put the split's scans there, as 256x256 grey PNGs"
-        )
+        below = sorted(printable(path.name) for path in names if path.is_dir())
+        advice = f"name one of its folders, such as {below[0]}" if below else "put the split's scans there"
+        raise DataError(f"{printable(folder)}: holds no .png files{found}; {advice}, as 256x256 grey PNGs")
     return sorted(files, key=lambda path: (natural(path.name), path.name))
 
 

@@ -144,7 +144,7 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         phantoms = phantoms or held_out.phantoms
         facts["Measured against"] = f"reconstructions of the {o.split} split of {held_out.root}"
         comparison = compare(held_out.as_images(), fake, vqvae, train.as_images(), seed, "real")
-        comparisons.write(folder, comparison, fake, train.as_images(), mark(phantoms), phantoms)
+        comparisons.write(folder, comparison, train.as_images(), mark(phantoms), phantoms)
         facts |= {"Copies": comparisons.copies_line(comparison), "Sources of the measures": comparisons.SOURCES}
         if isinstance(prior, AutoregressivePrior):
             write_likelihood(folder, prior, held_out, mark(phantoms))

@@ -47,15 +47,16 @@ def main(argv: list[str] | None = None) -> None:
         folders[side] = ImageFolder(Path(folder), skip_bad=options.skip_bad, place=side)
         folders[side].print_skipped()
         refuse_colour(folders[side])
-    refuse_equal_sides(folders["REAL"], folders["FAKE"])
+    refuse_equal_images(folders["REAL"], folders["FAKE"], "FAKE")
     images = {side: folder.as_images() for side, folder in folders.items()}
     real, fake, train = images["REAL"], images["FAKE"], images.get("--train")
     if train is not None:
+        refuse_equal_images(folders["REAL"], folders["--train"], "--train")
         refuse_shared_subjects(folders["REAL"], folders["--train"])
     comparison = compare(real, fake, vqvae, train, options.seed, options.reconstruct)
 
     folder = new_folder(options.out, "_evaluation")
-    comparisons.write(folder, comparison, fake, train, "", phantoms=False)
+    comparisons.write(folder, comparison, train, "", phantoms=False)
     figures = Figures(folder)
     for name, side, text in (("fake.png", fake, options.fake), ("real.png", real, options.real)):
         shown = side.spaced(N_SHOWN)
@@ -81,13 +82,15 @@ def refuse_colour(folder: ImageFolder) -> None:
                 raise DataError(f"{printable(path)}: is in colour; convert it to grey (preparation.images does)")
 
 
-def refuse_equal_sides(real: ImageFolder, fake: ImageFolder) -> None:
-    """Raise DataError if an image is on both sides."""
+def refuse_equal_images(real: ImageFolder, other: ImageFolder, side: str) -> None:
+    """Raise DataError if an image is in both folders."""
+    if real.files == other.files:
+        raise DataError(f"{printable(real.files[0].parent)}: is REAL and {side}; name two folders")
     place = {digest: i for i, digest in enumerate(real.digests)}
-    for i, digest in enumerate(fake.digests):
+    for i, digest in enumerate(other.digests):
         if digest in place:
-            first, second = printable(fake.files[i]), printable(real.files[place[digest]])
-            raise DataError(f"{first}: has the pixels of {second}; REAL must be images that FAKE has none of")
+            first, second = printable(other.files[i]), printable(real.files[place[digest]])
+            raise DataError(f"{first}: has the pixels of {second}; REAL must be images that {side} has none of")
 
 
 def refuse_shared_subjects(real: ImageFolder, train: ImageFolder) -> None:

@@ -83,12 +83,14 @@ class Comparison(NamedTuple):
     Attributes:
         rows: the measures.
         missing: why some of them are missing, in one line each.
-        copies: which fake images are copies of training images; None without any.
+        copies: which fake images are near training images; None without any.
+        fake: the fake images as they were compared.
     """
 
     rows: list[Row]
     missing: list[str]
     copies: Copies | None
+    fake: Images
 
 
 def of_arrays(pixels: np.ndarray | Tensor, subjects: Sequence[Hashable] | None = None) -> Images:
@@ -172,13 +174,13 @@ def compare(
     images as of `fake`, drawn from the seed. Without `train`, one half of the subjects is compared with the other.
     """
 
-    def processed(images: Images, side: str) -> Images:
-        return reconstructed(vqvae, images) if reconstruct in ("both", side) else images
-
+    if reconstruct not in ("none", "real", "both"):
+        raise ValueError(f"reconstruct must be none, real or both, not {reconstruct}")
     others, beside = _other_subjects(real, len(fake), train, seed)
-    shown = processed(real, "real")
+    fake = reconstructed(vqvae, fake) if reconstruct == "both" else fake
+    shown = real if reconstruct == "none" else reconstructed(vqvae, real)
     reference = Reference(vqvae, shown, seed)
-    measured = reference.measure(processed(fake, "fake"))
+    measured = reference.measure(fake)
 
     originals = reference if shown is beside else Reference(vqvae, beside, seed)
     decoded_others = reconstructed(vqvae, others)
@@ -188,15 +190,14 @@ def compare(
     else:
         same = reference if beside is real else Reference(vqvae, reconstructed(vqvae, beside), seed)
         floor = same.measure(decoded_others)
-    floor |= reference.indices()
     rows = [Row(text, measured[name], floor[name], decoded[name]) for name, text in MEASURES.items()]
 
     copies = None
     if train is not None:
-        copies = memorisation.find_copies(processed(fake, "fake"), shown, train, seeds.generator(seed, "resampling"))
+        copies = memorisation.find_copies(fake, shown, train, seeds.generator(seed, "resampling"))
         quantiles = (_fifth_percentile(part.distance) for part in (copies.fake, copies.real))
         rows.append(Row(NEAREST, *quantiles, Interval(math.nan)))
-    return Comparison(rows, _missing(rows, real, fake, train), copies)
+    return Comparison(rows, _missing(rows, beside, real, fake, train), copies, fake)
 
 
 def _fifth_percentile(distance: Tensor) -> Interval:
@@ -212,10 +213,10 @@ def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tu
     if not half.any():  # one subject: its measures are NaN
         return real, real
     first, second = (real[(half == part).nonzero().flatten().tolist()] for part in (0, 1))
-    return second, first
+    return second.spaced(n), first
 
 
-def _missing(rows: list[Row], real: Images, fake: Images, train: Images | None) -> list[str]:
+def _missing(rows: list[Row], beside: Images, real: Images, fake: Images, train: Images | None) -> list[str]:
     """Why measures are missing."""
     reasons = []
     n = min(len(real), len(fake))
@@ -223,10 +224,14 @@ def _missing(rows: list[Row], real: Images, fake: Images, train: Images | None) 
         reasons.append(f"AUC, kernel distance and coverage need {FEWEST_COMPARED} images a side; here are {n}")
     if len(set(real.subjects)) == 1:
         reasons.append("real images are of one subject: nothing can be compared over subjects")
+    if FEWEST_COMPARED > len(beside) and not reasons:
+        reasons.append(f"without the training images, halves of the real ones are compared: of {len(beside)} images")
     if not reasons and any(math.isnan(side.value) for row in rows[: len(MEASURES)] for side in row[1:]):
         reasons.append("images without detail have no texture, and a side with one subject has no folds")
     if train is None:
         reasons.append("copies are not looked for without the training images")
+    elif len(real) < 1 / memorisation.CHANCE:
+        reasons.append(f"{len(real)} real images are few: the nearest of them decides which fake images are near")
     return reasons
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,12 +43,12 @@ class Nearest(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Which fake images are copies of training images.
+    """Which fake images are near training images.
 
     Attributes:
         fake, real: the nearest training image of each fake image, and of each held-out one.
         threshold: the distance that CHANCE of the held-out images are below.
-        near: (N,) bool, whether a fake image is nearer than that.
+        near: (N,) bool, whether a fake image is as near as that.
         share: of the fake images.
     """
 
@@ -62,13 +63,17 @@ def find_copies(fake, real, train, rng: torch.Generator) -> Copies:
     """Compare the distances from fake images to training images with those from held-out images to them.
 
     Each is an `evaluation.generation.Images`; `real` has other subjects than `train`. The interval is over samples of
-    as many subjects on both sides.
+    as many subjects on both sides, and at least that of a binomial distribution (Clopper and Pearson 1934).
     """
     sides = [nearest(images.pixels, train.pixels) for images in (fake, real)]
     weights = [resample(numbered(images.subjects), rng) for images in (fake, real)]
     thresholds = _quantile(sides[1].distance, weights[1])
-    near = sides[0].distance < thresholds[:, None]
+    near = sides[0].distance <= thresholds[:, None]
     share = interval((near * weights[0]).sum(1) / weights[0].sum(1))
+    # samples of none, or of all, are of none or all: at least as wide as for images drawn one by one
+    exact = scipy.stats.binomtest(int(near[0].sum()), len(near[0])).proportion_ci()
+    if share.low is not None:
+        share = Interval(share.value, min(share.low, exact.low), max(share.high, exact.high))
     return Copies(*sides, thresholds[0].item(), near[0], share)
 
 

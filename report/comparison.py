@@ -17,10 +17,10 @@ SOURCES = (
 )
 
 
-def write(folder: Path, comparison: Comparison, fake: Images, train: Images | None, end: str, phantoms: bool) -> None:
+def write(folder: Path, comparison: Comparison, train: Images | None, end: str, phantoms: bool) -> None:
     """Print a line for each measure, with `end` after it; write measures.csv, nearest.csv and two figures.
 
-    nearest.csv has a row for each image, of both sides, that was compared with training images.
+    nearest.csv has a row for each image that is scored.
     """
     rows, figures = comparison.rows, Figures(folder, phantoms)
     columns = ["measure", *(side + limit for side in SIDES for limit in ("", ", low", ", high"))]
@@ -32,18 +32,16 @@ def write(folder: Path, comparison: Comparison, fake: Images, train: Images | No
     for reason in comparison.missing:
         print(f"–: {reason}")
     if comparison.copies is not None:
-        _write_copies(folder, comparison, fake, train, figures, end)
+        _write_copies(folder, comparison, train, figures, end)
 
 
-def _write_copies(
-    folder: Path, comparison: Comparison, fake: Images, train: Images, figures: Figures, end: str
-) -> None:
-    copies, near, nearest = comparison.copies, comparison.copies.near, comparison.copies.fake
+def _write_copies(folder: Path, comparison: Comparison, train: Images, figures: Figures, end: str) -> None:
+    fake, copies, nearest = comparison.fake, comparison.copies, comparison.copies.fake
     columns = ["image", "training image", "distance", "rows", "columns", "brightness", "near"]
     table = []
     for i, name in enumerate(fake.names):
         index, *values = (each[i].item() for each in nearest)
-        table.append([name, train.names[index], *values, int(near[i])])
+        table.append([name, train.names[index], *values, int(copies.near[i])])
     files.write_csv(folder / "nearest.csv", columns, table)
     pairs = []
     for i in nearest.distance.argsort()[:SHOWN].tolist():
@@ -61,7 +59,7 @@ def copies_line(comparison: Comparison) -> str:
     limits = "" if share.low is None else f" [{share.low:.2%}, {share.high:.2%}]"
     return (
         f"Near a training image: {int(near.sum())} of {len(near)} images, {share.value:.2%}{limits}; of held-out "
-        f"images {CHANCE:.0%} are as near by definition, so a larger share means copies"
+        f"images {CHANCE:.0%} are as near by definition. If it is more, look at nearest.png"
     )
 
 

@@ -129,7 +129,9 @@ def test_what_stands_beside_is_of_other_subjects_and_of_reconstructions(data, fe
     assert row.real.value == swd(first, second)
     assert row.reconstructions.value == swd(first, generation.reconstructed(vqvae, second))
     coherence = generation.compare(real, fake, vqvae).rows[1]
-    assert coherence.real == generation.Reference(vqvae, real, 0).indices()["coherence"]
+    assert coherence.real.value == generation.Reference(vqvae, second, 0).indices()["coherence"].value
+    with pytest.raises(ValueError, match="reconstruct must be"):
+        generation.compare(real, fake, vqvae, reconstruct="fake")
 
 
 def test_too_few_images_and_one_subject_leave_measures_out_and_say_why(data):

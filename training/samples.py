@@ -68,8 +68,7 @@ class Samples:
             rng = seeds.generator(self.run.config.seed, "measured images")
             picked = torch.randperm(len(self.train_set), generator=rng)[: self.n_measured].tolist()
             others = reconstructed(self.vqvae, self.train_set.as_images()[picked])
-            floor = self.reference.measure(others) | self.reference.indices()
-            self.floor = {name: measure.value for name, measure in floor.items()}
+            self.floor = {name: measure.value for name, measure in self.reference.measure(others).items()}
 
     def state_dict(self) -> dict:
         """What resuming needs."""
