@@ -2,8 +2,8 @@
 PYTHON ?= python3
 
 brains: .venv/installed
-	for prior in generator flow; do \
-	.venv/bin/python predict.py resources/pretrained/vqvae.pth --prior resources/pretrained/$$prior.pth || exit 1; done
+	.venv/bin/python predict.py resources/pretrained/vqvae.pth --prior resources/pretrained/autoregressive.pth
+	.venv/bin/python predict.py resources/pretrained/vqvae.pth --prior resources/pretrained/autoregressive.pth --slice 0-31
 
 demo: .venv/installed
 	.venv/bin/python train.py --demo --out gen_imgs/demo

@@ -191,7 +191,7 @@ def test_the_table_of_measures_compares_halves_of_different_subjects(data, monke
     first, second = (set(half.subjects) for half in measures.halves(train))
     assert first | second == set(train.subjects) and not first & second
     monkeypatch.setattr(generation, "FEWEST_COMPARED", 5)
-    words = [PRETRAINED / "vqvae.pth", "--data", data, "--priors", PRETRAINED / "generator.pth"]
+    words = [PRETRAINED / "vqvae.pth", "--data", data, "--priors", PRETRAINED / "autoregressive.pth"]
     out, _ = run_main(measures, words, monkeypatch, capfd)
     table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(generation.MEASURES) and {len(line) for line in table} == {6}
