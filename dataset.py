@@ -267,11 +267,15 @@ def refuse_shared_cases(root: Path) -> None:
         )
 
 
+def equal_images(one: ImageFolder, other: ImageFolder) -> list[tuple[int, int]]:
+    """The numbers of images of two folders that have the same pixels."""
+    place = {digest: i for i, digest in enumerate(one.digests)}
+    return [(place[digest], i) for i, digest in enumerate(other.digests) if digest in place]
+
+
 def refuse_equal_images(train_set: OasisDataset, other: OasisDataset) -> None:
     """Raise DataError if an image, other than a black one, is in both splits, under whatever name."""
-    place = {digest: i for i, digest in enumerate(train_set.digests)}
-    equal = [(place[digest], i) for i, digest in enumerate(other.digests) if digest in place]
-    equal = [(i, j) for i, j in equal if other.images[j].any()]
+    equal = [(i, j) for i, j in equal_images(train_set, other) if other.images[j].any()]
     if equal:
         (i, j), more = equal[0], f" (and {len(equal) - 1} more images are)" if len(equal) > 1 else ""
         raise DataError(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dataset import SPLITS, TISSUES, DataError, OasisDataset, describe, find_data
 from evaluation import Images, compare, reconstruction
-from evaluation.generation import to_bytes
+from evaluation.generation import MOST_MEASURED, to_bytes
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
 from priors.autoregressive import AutoregressivePrior, alone, likelihoods
@@ -44,7 +44,6 @@ from support.run import environment, mark, new_folder, read_record
 from training.prior import STEP_COUNT, STEPS, FlowPrior, Prior, load_prior, walk
 
 N_WALKS = 4
-N_MEASURED = 256  # samples, where a split is named to measure them against
 N_STACKS = 4  # of 32 planes, unless --samples says otherwise
 MOST_SHOWN, MOST_STACKS = 64, 8  # in the grid
 AT_ONCE = 32  # brains; the planes of an autoregressive prior come in turn among them
@@ -136,7 +135,7 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     planes = o.slice or []
-    seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else N_MEASURED if splits else 64)
+    seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else MOST_MEASURED if splits else 64)
     folder, fake = draw_samples(prior, n, seed, o.out, planes, keep=bool(splits))
     facts, phantoms = {"Brains": n, "Seed": seed, "VQ-VAE": o.path, "Prior": o.prior}, prior.phantoms
     if splits:
@@ -312,7 +311,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--prior", metavar="PATH", help="generator.pth, flow.pth or autoregressive.pth trained with this vqvae.pth"
     )
-    group.add_argument("--samples", metavar="N", type=count, help=f"how many (default: 64; with --data {N_MEASURED})")
+    group.add_argument(
+        "--samples", metavar="N", type=count, help=f"how many (default: 64; with --data {MOST_MEASURED})"
+    )
     group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
     text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
     group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)

@@ -25,7 +25,7 @@ from evaluation.generation import (  # noqa: E402
     reconstructed,
     to_bytes,
 )
-from evaluation.two_sample import Interval, numbered  # noqa: E402
+from evaluation.two_sample import Interval  # noqa: E402
 from modules import VQVAE  # noqa: E402
 from priors.checkpoints import load_vqvae  # noqa: E402
 from support import console, seeds  # noqa: E402
@@ -47,25 +47,19 @@ def main() -> None:
     train, validate = (OasisDataset(o.data, split).as_images() for split in ("train", "validate"))
     n = min(MOST_MEASURED, len(train), len(validate))
     real = Reference(vqvae, reconstructed(vqvae, validate.spaced(n)), o.seed)
-    picked = torch.randperm(len(train), generator=seeds.generator(o.seed, "measured images"))[:n].tolist()
-    sides = {"other subjects": reconstructed(vqvae, train[picked])}
+    picked = train.drawn(n, o.seed)
+    sides = {"other subjects": reconstructed(vqvae, picked)}
     for path in o.priors:
         prior = load_prior(path, vqvae)
         noise = prior.noise(n, seeds.generator(o.seed, "measures"))
         sides[path] = of_arrays(to_bytes(prior.sample_images(noise)))
     rng = seeds.generator(o.seed, "independent codes")
-    sides["independent codes"] = of_arrays(decode_independent_codes(vqvae, train[picked], rng))
+    sides["independent codes"] = of_arrays(decode_independent_codes(vqvae, picked, rng))
     measured = {name: real.measure(images) for name, images in sides.items()}
 
-    first, second = (reconstructed(vqvae, half.spaced(n)) for half in halves(train))
+    first, second = (reconstructed(vqvae, half.spaced(n)) for half in train.halves())
     beside = Reference(vqvae, first, o.seed)
     print_table(measured, beside.measure(second), beside.indices())
-
-
-def halves(images: Images) -> list[Images]:
-    """The images of every other subject, and of the others."""
-    half = numbered(images.subjects) % 2
-    return [images[(half == side).nonzero()[:, 0].tolist()] for side in (0, 1)]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import DataError, ImageFolder, case_and_slice, printable
+from dataset import DataError, ImageFolder, case_and_slice, equal_images, printable
 from evaluation.generation import compare
 from priors.checkpoints import load_vqvae
 from report import comparison as comparisons
@@ -86,11 +86,9 @@ def refuse_equal_images(real: ImageFolder, other: ImageFolder, side: str) -> Non
     """Raise DataError if an image is in both folders."""
     if real.files == other.files:
         raise DataError(f"{printable(real.files[0].parent)}: is REAL and {side}; name two folders")
-    place = {digest: i for i, digest in enumerate(real.digests)}
-    for i, digest in enumerate(other.digests):
-        if digest in place:
-            first, second = printable(other.files[i]), printable(real.files[place[digest]])
-            raise DataError(f"{first}: has the pixels of {second}; REAL must be images that {side} has none of")
+    for i, j in equal_images(real, other)[:1]:
+        first, second = printable(other.files[j]), printable(real.files[i])
+        raise DataError(f"{first}: has the pixels of {second}; REAL must be images that {side} has none of")
 
 
 def refuse_shared_subjects(real: ImageFolder, train: ImageFolder) -> None:

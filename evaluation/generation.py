@@ -67,6 +67,16 @@ class Images:
         n = min(n, len(self))
         return self[[i * len(self) // n for i in range(n)]]
 
+    def drawn(self, n: int, seed: int) -> "Images":
+        """At most n of the images, drawn from the seed of a run."""
+        order = torch.randperm(len(self), generator=seeds.generator(seed, "measured images"))
+        return self[order[:n].tolist()]
+
+    def halves(self) -> list["Images"]:
+        """The images of every other subject, and of the others."""
+        half = numbered(self.subjects) % 2
+        return [self[(half == side).nonzero().flatten().tolist()] for side in (0, 1)]
+
 
 class Row(NamedTuple):
     """A measure of fake images, and what it is for real images of other subjects and for reconstructions."""
@@ -141,15 +151,19 @@ class Reference:
         return mean_indices(self.features, seeds.generator(self.seed, "resampling"))
 
     def measure(self, images: Images) -> dict[str, Interval]:
-        """MEASURES of images by name. Those that need FEWEST_COMPARED images a side are NaN where there are fewer."""
-        side, rng = features(self.vqvae, images.pixels, images.subjects), seeds.generator(self.seed, "resampling")
-        measures = mean_indices(side, rng)
-        n = min(len(images), len(self.images))
+        """`compared` of images."""
+        return self.compared(Reference(self.vqvae, images, self.seed))
+
+    def compared(self, other: "Reference") -> dict[str, Interval]:
+        """MEASURES of other images by name. Those that need FEWEST_COMPARED a side are NaN where there are fewer."""
+        rng = seeds.generator(self.seed, "resampling")
+        measures = mean_indices(other.features, rng)
+        n = min(len(other.images), len(self.images))
         if n >= FEWEST_COMPARED:
-            measures |= two_sample_measures(self.features, side, rng)
+            measures |= two_sample_measures(self.features, other.features, rng)
         rng = torch.Generator().manual_seed(seeds.derived_seed(self.seed, "measures"))
         n = min(n, MOST_PROJECTED)
-        real, fake = (each.spaced(n).pixels.float() / 255 for each in (self.images, images))
+        real, fake = (each.spaced(n).pixels.float() / 255 for each in (self.images, other.images))
         measures["swd"] = Interval(sliced_wasserstein(real.cpu(), fake.cpu(), rng).mean().item())
         return {name: measures.get(name, Interval(math.nan)) for name in MEASURES}
 
@@ -173,7 +187,6 @@ def compare(
     what the VQ-VAE alone costs, that of their reconstructions beside originals. Other subjects are `train`'s, as many
     images as of `fake`, drawn from the seed. Without `train`, one half of the subjects is compared with the other.
     """
-
     if reconstruct not in ("none", "real", "both"):
         raise ValueError(f"reconstruct must be none, real or both, not {reconstruct}")
     others, beside = _other_subjects(real, len(fake), train, seed)
@@ -183,13 +196,13 @@ def compare(
     measured = reference.measure(fake)
 
     originals = reference if shown is beside else Reference(vqvae, beside, seed)
-    decoded_others = reconstructed(vqvae, others)
-    decoded = originals.measure(decoded_others)
+    decoded_others = Reference(vqvae, reconstructed(vqvae, others), seed)
+    decoded = originals.compared(decoded_others)
     if reconstruct == "none":
         floor = originals.measure(others)
     else:
         same = reference if beside is real else Reference(vqvae, reconstructed(vqvae, beside), seed)
-        floor = same.measure(decoded_others)
+        floor = same.compared(decoded_others)
     rows = [Row(text, measured[name], floor[name], decoded[name]) for name, text in MEASURES.items()]
 
     copies = None
@@ -207,12 +220,10 @@ def _fifth_percentile(distance: Tensor) -> Interval:
 def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tuple[Images, Images]:
     """Up to n real images of other subjects, and those that they are compared with."""
     if train is not None:
-        picked = torch.randperm(len(train), generator=seeds.generator(seed, "measured images"))
-        return train[picked[:n].tolist()], real
-    half = numbered(real.subjects) % 2
-    if not half.any():  # one subject: its measures are NaN
+        return train.drawn(n, seed), real
+    if len(set(real.subjects)) == 1:  # its measures are NaN
         return real, real
-    first, second = (real[(half == part).nonzero().flatten().tolist()] for part in (0, 1))
+    first, second = real.halves()
     return second.spaced(n), first
 
 

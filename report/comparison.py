@@ -54,7 +54,7 @@ def _write_copies(folder: Path, comparison: Comparison, train: Images, figures: 
 
 
 def copies_line(comparison: Comparison) -> str:
-    """How many images are copies, in one sentence."""
+    """How many images are near training images, in two sentences."""
     near, share = comparison.copies.near, comparison.copies.share
     limits = "" if share.low is None else f" [{share.low:.2%}, {share.high:.2%}]"
     return (

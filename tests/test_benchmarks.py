@@ -188,7 +188,7 @@ def test_measures_are_admitted_where_intervals_are_apart_and_halves_equal():
 
 def test_the_table_of_measures_compares_halves_of_different_subjects(data, monkeypatch, capfd):
     train = OasisDataset(data, "train").as_images()
-    first, second = (set(half.subjects) for half in measures.halves(train))
+    first, second = (set(half.subjects) for half in train.halves())
     assert first | second == set(train.subjects) and not first & second
     monkeypatch.setattr(generation, "FEWEST_COMPARED", 5)
     words = [PRETRAINED / "vqvae.pth", "--data", data, "--priors", PRETRAINED / "autoregressive.pth"]

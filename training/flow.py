@@ -43,7 +43,6 @@ class FlowStage(PriorStage):
         self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, n_measures: int = 10
     ):
         super().__init__(run, vqvae, train_set, validate_set, run.config.flow_epochs, n_measures)
-        self.train_set = train_set
         config, fast_path = run.config, run.fast_path
         self.batch_size, self.lr = config.flow_batch_size, config.flow_lr
         torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
@@ -54,8 +53,12 @@ class FlowStage(PriorStage):
             network.to(run.device, memory_format=fast_path.layout)
         self.averages = copy.deepcopy(self.networks)
         self.optimizers = {name: fast_path.adam(network, self.lr) for name, network in self.networks.items()}
-        heads = self.latents.spaced()[:, :, self.scale.support.bool()]
-        factor = STD / max(heads.std().item(), 1e-6)
+        if self.name in run.state:
+            with run.restoring():
+                factor = run.state[self.name]["extra"]["factor"]
+        else:
+            heads = self.latents.spaced()[:, :, self.scale.support.bool()]
+            factor = STD / max(heads.std().item(), 1e-6)
         averages = self.averages["flow"], self.averages["guide"]
         self.prior = FlowPrior(*averages, factor, self.scale, vqvae, run.phantoms, steps=config.flow_steps)
         self.prior.autocast = fast_path.autocast
@@ -112,7 +115,7 @@ class FlowStage(PriorStage):
         return torch.cat(losses).mean().item()
 
     def calibrated(self, prior: FlowPrior) -> FlowPrior:
-        noise = self.samples.noise(prior, min(CALIBRATION, len(self.train_set)), "calibration")
+        noise = self.samples.noise(prior, min(CALIBRATION, len(self.latents)), "calibration")
         return prior.calibrated(self.latents.covariance, noise)
 
     def drawn_now(self, epoch: int) -> bool:
@@ -133,6 +136,9 @@ class FlowStage(PriorStage):
 
     def _best_row(self) -> dict:
         return min(self.run.rows_of(self.name), key=lambda row: row[self.chosen_by])  # the earliest of equal ones
+
+    def extra_state(self) -> dict:
+        return super().extra_state() | {"factor": self.prior.factor}
 
     @exact_float32()
     def best(self) -> FlowPrior:

@@ -3,11 +3,10 @@
 import math
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from dataset import OasisDataset
-from evaluation.generation import MOST_MEASURED, Images, Reference, reconstructed, to_bytes
+from evaluation.generation import MOST_MEASURED, Reference, of_arrays, reconstructed, to_bytes
 from modules import VQVAE
 from priors.checkpoints import codebook_hash
 from report.plots import Figures
@@ -65,9 +64,8 @@ class Samples:
         """Draw samples of the untrained prior, and take the measures of reconstructions; on rank 0."""
         if distributed.is_first():
             self.draw(prior, 0)
-            rng = seeds.generator(self.run.config.seed, "measured images")
-            picked = torch.randperm(len(self.train_set), generator=rng)[: self.n_measured].tolist()
-            others = reconstructed(self.vqvae, self.train_set.as_images()[picked])
+            others = self.train_set.as_images().drawn(self.n_measured, self.run.config.seed)
+            others = reconstructed(self.vqvae, others)
             self.floor = {name: measure.value for name, measure in self.reference.measure(others).items()}
 
     def state_dict(self) -> dict:
@@ -91,8 +89,7 @@ class Samples:
         if not self.are_measured(epoch) or not distributed.is_first():
             return {}
         pixels = to_bytes(prior.sample_images(self.noise(prior, self.n_measured, "measures")))
-        names = [str(i) for i in range(len(pixels))]  # each is a subject of its own
-        return {name: measure.value for name, measure in self.reference.measure(Images(pixels, names, names)).items()}
+        return {name: measure.value for name, measure in self.reference.measure(of_arrays(pixels)).items()}
 
     def draw(self, prior, epoch: int) -> None:
         """Draw N_SHOWN samples after an epoch; 0 is before training."""
