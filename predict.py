@@ -32,8 +32,10 @@ from evaluation.generation import MOST_MEASURED, to_bytes
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
 from priors.autoregressive import AutoregressivePrior, alone, likelihoods
-from priors.checkpoints import load_vqvae
+from priors.checkpoints import load_prior, load_vqvae
 from priors.code_cache import CodeCache
+from priors.flow import STEP_COUNT, STEPS, FlowPrior
+from priors.prior import Prior, walk
 from report import comparison as comparisons
 from report import page
 from report.plots import NOTE, Figures
@@ -41,7 +43,6 @@ from support import console, files, seeds
 from support.console import SEED, Number, UserError, in_batches
 from support.device import choose_device, exact_float32, keep_freed_memory
 from support.run import environment, mark, new_folder, read_record
-from training.prior import STEP_COUNT, STEPS, FlowPrior, Prior, load_prior, walk
 
 N_WALKS = 4
 N_STACKS = 4  # of 32 planes, unless --samples says otherwise

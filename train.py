@@ -21,6 +21,7 @@ from pathlib import Path
 from dataset import SPLITS, OasisDataset, describe, list_scans, picture_box, refuse_equal_images, refuse_shared_cases
 from modules import VQVAE
 from priors.autoregressive import AutoregressivePrior
+from priors.prior import Prior
 from support import console, distributed, files
 from support.device import choose_device
 from support.run import Run
@@ -29,7 +30,6 @@ from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.fit import fit
 from training.flow import FlowStage
-from training.prior import Prior
 from training.recipes import RECIPES
 from training.vqvae import VQVAEStage, load_vqvae
 

@@ -25,11 +25,10 @@ from PIL import Image
 from dataset import OasisDataset, describe
 from evaluation import reconstruction
 from priors.autoregressive import likelihoods
-from priors.checkpoints import load_vqvae
+from priors.checkpoints import load_autoregressive, load_vqvae
 from priors.code_cache import CodeCache
 from report.plots import Figures
 from support import console
-from training.prior import load_autoregressive
 
 TARGETS = (0.95, 0.97, 0.975, 0.98)
 CODECS = {

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from dataset import OasisDataset, describe
 from priors.autoregressive import alone
-from priors.checkpoints import load_vqvae
+from priors.checkpoints import load_autoregressive, load_vqvae
 from priors.code_cache import CodeCache
 from support import console
-from training.prior import load_autoregressive
 
 RIM = 2.0  # pixels in which a disc is blended
 CONTRAST = (0.15, 0.35)  # grey values

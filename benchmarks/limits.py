@@ -4,7 +4,7 @@
 
 SSIM is scikit-image's map of 7x7 windows, averaged over the windows around the brain's pixels (by the label maps beside
 the scans, which must be there), around other pixels of the plane that are above 0 (skull, scalp, noise), around pixels
-that are 0 inside the plane, and around those of the frame outside it. What the DCGAN keeps is what `LatentScale` maps
+that are 0 inside the plane, and around those of the frame outside it. What the DCGAN keeps is what `LatentSpace` maps
 there and back. The second table says in how many directions of latent space the images are: latents are cut to the
 first k directions of greatest mean square, as seen from the background's embedding, then quantized and decoded.
 """
@@ -23,9 +23,9 @@ from evaluation import reconstruction
 from evaluation.reconstruction import BORDER
 from modules import VQVAE, rows
 from priors.checkpoints import load_vqvae
+from priors.latent_space import LatentSpace
 from support import console
 from support.console import UserError
-from training.scale import LatentScale
 
 REGIONS = ("the image", "the brain", "skull, scalp and noise", "black in the plane", "the frame")
 
@@ -41,7 +41,7 @@ def main() -> None:
     labels = dataset.labels
     if labels is None:
         raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
-    scale = LatentScale.fit(vqvae, train_set)
+    space = LatentSpace.fit(vqvae, train_set)
     frame = torch.ones(256, 256, dtype=torch.bool)
     frame[picture_box(dataset.images, margin=0)] = False
     ways = ("codes", "the encoder's output, not quantized", "codes of what the DCGAN keeps")
@@ -53,7 +53,7 @@ def main() -> None:
         masks = masks[:, BORDER:-BORDER, BORDER:-BORDER]
         shares.append(masks.double().mean((1, 2)))
         z_e = vqvae.latents(x)
-        through = scale.latents(scale.clipped(scale.coefficients(z_e)))
+        through = space.decode(space.clipped(space.encode(z_e)))
         codes, kept = (vqvae.vector_quantizer.nearest(z) for z in (z_e, through))
         for row, x_hat in zip(
             measured.values(), (vqvae.decode(codes), vqvae.decoder(z_e), vqvae.decode(kept)), strict=True

@@ -27,10 +27,12 @@ from evaluation.generation import (  # noqa: E402
 )
 from evaluation.two_sample import Interval  # noqa: E402
 from modules import VQVAE  # noqa: E402
-from priors.checkpoints import load_vqvae  # noqa: E402
+from priors.checkpoints import (
+    load_prior,  # noqa: E402
+    load_vqvae,  # noqa: E402
+)
 from support import console, seeds  # noqa: E402
 from support.device import exact_float32  # noqa: E402
-from training.prior import load_prior  # noqa: E402
 
 EQUAL = {"kernel_distance": 0, "coverage": 1 - 0.5**5, "texture_auc": 0.5, "anatomy_auc": 0.5}  # of one distribution
 

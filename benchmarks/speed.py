@@ -38,14 +38,14 @@ from dataset import OasisDataset, make_loader
 from evaluation import reconstruction
 from modules import VQVAE
 from preparation import phantoms
+from priors.latent_cache import LatentCache
+from priors.latent_space import LatentSpace
 from support.device import choose_device, keep_freed_memory
 from support.run import Run, environment
 from training.codebook import KMeans
 from training.config import Config, choose_run_fast_path
 from training.dcgan import DCGANStage
 from training.fit import update_average
-from training.latents import Latents
-from training.scale import LatentScale
 from training.vqvae import VQVAEStage
 
 BATCH = 32
@@ -198,7 +198,7 @@ def few_images(device, folder: Path) -> tuple[VQVAE, OasisDataset]:
     return vqvae, train_set
 
 
-def real_batches(kept: Latents) -> Callable[[], torch.Tensor]:
+def real_batches(kept: LatentCache) -> Callable[[], torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     return lambda: kept.batch(torch.randint(len(kept), (BATCH,), generator=rng).tolist())
 
@@ -208,7 +208,7 @@ def our_dcgan(stored: bool, device, folder: Path, **fast_path) -> Work:
     run.fast_path.set_up()
     vqvae, train_set = few_images(device, folder)
     stage = DCGANStage(run, vqvae, train_set, train_set)
-    real_batch, rng = real_batches(Latents(vqvae, train_set, stage.scale, stored=stored)), torch.Generator()
+    real_batch, rng = real_batches(LatentCache(vqvae, train_set, stage.space, stored=stored)), torch.Generator()
 
     def once() -> None:
         stage.step(real_batch(), BATCH, 100, rng)
@@ -219,9 +219,9 @@ def our_dcgan(stored: bool, device, folder: Path, **fast_path) -> Work:
 
 def plain_dcgan(stored: bool, device, folder: Path) -> Work:
     vqvae, train_set = few_images(device, folder)
-    latents = Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set), stored=stored)
+    latents = LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set), stored=stored)
     batch = real_batches(latents)
-    return Work(peers.dcgan_step(lambda: latents.scale.mixed(batch()), device), BATCH)
+    return Work(peers.dcgan_step(lambda: latents.space.mixed(batch()), device), BATCH)
 
 
 DCGAN = {

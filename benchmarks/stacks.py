@@ -20,10 +20,9 @@ from torch import Tensor
 from dataset import OasisDataset, describe
 from evaluation.reconstruction import reconstruct
 from modules import N_PLANES
-from priors.checkpoints import load_vqvae
+from priors.checkpoints import load_autoregressive, load_vqvae
 from support import console, seeds
 from support.console import in_batches
-from training.prior import load_autoregressive
 
 RIDGE = 1e-2  # of the mean square of a feature
 DISTANCES = (1, 2, 4, 8)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
-from priors.checkpoints import codebook_hash
 from priors.code_cache import CodeCache
 from support import console, files
 from support.device import move
@@ -154,14 +153,14 @@ class AutoregressivePrior:
             "settings": self.network.settings,
             "frame": self.frame._replace(codes=self.frame.codes.cpu())._asdict(),
             "planes": list(self.planes),
-            "codebook": codebook_hash(self.vqvae),
+            "codebook": files.digest(self.vqvae.vector_quantizer.embedding.weight),
             "phantoms": self.phantoms,
         }
 
 
 def prior_of(contents: dict, vqvae: VQVAE) -> AutoregressivePrior:
     """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if the contents are not one's."""
-    if contents["codebook"] != codebook_hash(vqvae):
+    if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     codebook = vqvae.vector_quantizer.embedding.weight.detach()
     frame, state = checked_frame(contents["frame"], len(codebook)), contents["state_dict"]

@@ -1,18 +1,21 @@
-"""vqvae.pth, and what ties a prior's file to the VQ-VAE that it belongs to."""
+"""vqvae.pth and the files of priors, loaded with care."""
 
-import hashlib
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from modules import VQVAE
+from priors import autoregressive
+from priors.autoregressive import AutoregressivePrior
+from priors.flow import FlowPrior
+from priors.latent_space import LatentSpace, checked
+from priors.prior import DCGANPrior, Prior
+from priors.spectrum import N_RINGS
 from support import files
-
-
-def codebook_hash(vqvae: VQVAE) -> str:
-    """SHA-256 of the codebook's float32 values."""
-    values = vqvae.vector_quantizer.embedding.weight.detach().cpu().float().contiguous()
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+from support.console import UserError
 
 
 def load_vqvae(path: str | Path) -> VQVAE:
@@ -31,6 +34,47 @@ def load_vqvae(path: str | Path) -> VQVAE:
         return vqvae.eval()
 
     return files.load(path, build)
+
+
+KINDS = {kind.kind: kind for kind in (DCGANPrior, FlowPrior)}
+
+
+def load_prior(path: str | Path, vqvae: VQVAE) -> Prior | AutoregressivePrior:
+    """The prior in a generator.pth, flow.pth or autoregressive.pth, on the VQ-VAE's device.
+
+    Raises UserError if the file holds none, or not one for this VQ-VAE.
+    """
+    return files.load(path, partial(prior_of, vqvae=vqvae))
+
+
+def load_autoregressive(path: str | Path, vqvae: VQVAE) -> AutoregressivePrior:
+    """As `load_prior`, of an autoregressive.pth. Raises UserError if the file holds another prior, too."""
+    prior = load_prior(path, vqvae)
+    if not isinstance(prior, AutoregressivePrior):
+        raise UserError(f"{path}: is no autoregressive prior")
+    return prior
+
+
+def prior_of(contents: dict, vqvae: VQVAE) -> Prior | AutoregressivePrior:
+    """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if it is none, or not this VQ-VAE's."""
+    if isinstance(contents, dict) and contents.get("kind") == "autoregressive":
+        return autoregressive.prior_of(contents, vqvae)
+    needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentSpace)}
+    if not isinstance(contents, dict) or contents.get("kind") not in KINDS or not needed <= contents.keys():
+        raise ValueError("it holds no prior of this version (name a generator.pth, flow.pth or autoregressive.pth)")
+    if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
+        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+    weight = vqvae.vector_quantizer.embedding.weight
+    space = LatentSpace.from_tensors(contents, weight.shape[1]).to(weight.device)
+    prior = KINDS[contents["kind"]].untrained(contents, space, vqvae, bool(contents.get("phantoms", False)))
+    for key, network in prior.networks.items():
+        files.load_state(network, contents[key])
+    if "gain" in contents:
+        n = space.rank
+        prior.gain = checked(contents["gain"], "gain", (N_RINGS, n, n)).to(weight.device)
+    for network in (*prior.networks.values(), vqvae):  # as in training, for the same digits
+        network.to(weight.device, memory_format=torch.channels_last).eval()
+    return prior
 
 
 def _what_is_there(state: object) -> str:

@@ -18,11 +18,10 @@ sys.path.insert(0, str(HERE.parent))
 
 from dataset import OasisDataset  # noqa: E402
 from priors.autoregressive import alone  # noqa: E402
-from priors.checkpoints import load_vqvae  # noqa: E402
+from priors.checkpoints import load_autoregressive, load_vqvae  # noqa: E402
 from report.plots import Figures  # noqa: E402
 from support import seeds  # noqa: E402
 from support.run import read_record  # noqa: E402
-from training.prior import load_autoregressive  # noqa: E402
 
 OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_PHANTOMS_PREDICTED = ("best_recon_before", "best_recon", "worst_recon_before", "worst_recon")

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -169,6 +170,11 @@ def load_state(network: nn.Module, state: dict[str, Tensor]) -> None:
         if not state[key].to(expected[key].dtype).isfinite().all():  # a float64 may be too large for float32
             raise ValueError(f"its '{key}' holds values that are not finite")
     network.load_state_dict(state)
+
+
+def digest(values: Tensor) -> str:
+    """SHA-256 of float32 values."""
+    return hashlib.sha256(values.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
 
 
 def write_json(path: Path, contents: dict) -> None:

@@ -28,10 +28,10 @@ from dataset import OasisDataset
 from modules import VQVAE
 from preparation import images as any_images
 from preparation import oasis, phantoms
+from priors.latent_cache import LatentCache
+from priors.latent_space import LatentSpace
 from support import console, files
 from training import codebook
-from training.latents import Latents
-from training.scale import LatentScale
 
 PROJECT = Path(__file__).parent.parent
 PRETRAINED = PROJECT / "resources" / "pretrained"
@@ -73,9 +73,9 @@ def vqvae(train_set) -> VQVAE:
 
 
 @pytest.fixture(scope="session")
-def latents(vqvae, train_set) -> Latents:
+def latents(vqvae, train_set) -> LatentCache:
     """The training split's latents, as the balanced DCGAN learns them."""
-    return Latents(vqvae, train_set, LatentScale.fit(vqvae, train_set))
+    return LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set))
 
 
 @pytest.fixture

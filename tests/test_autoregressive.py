@@ -17,9 +17,9 @@ from priors.autoregressive import (
     halving_distances,
     prior_of,
 )
+from priors.checkpoints import load_prior
 from priors.code_cache import CodeCache
 from support.console import UserError
-from training.prior import load_prior
 
 
 def random_network(n_codes: int, size: tuple[int, int], std: float = 0.5) -> Autoregressive:

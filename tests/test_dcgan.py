@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from dataset import OasisDataset
 from modules import Discriminator
+from priors.latent_cache import LatentCache
 from support import seeds
 from support.device import FastPath
 from support.run import Run
 from training import dcgan
 from training.config import Config
-from training.latents import Latents
 from training.recipes import BALANCED, DCGAN, R1, REPORT
 
 PLAIN_MAP = replace(BALANCED, fitted=False)  # coefficients are latents over the largest value of the codebook
@@ -77,7 +77,7 @@ def test_each_network_moves_by_its_own_loss(new_stage):
     generator, discriminator = copy.deepcopy(stage.generator), copy.deepcopy(stage.discriminator)
     noise = noise_of(stage, 3).double()
     stage.prior.noise = lambda n, rng: noise
-    stage.scale = replace(stage.scale, support=stage.scale.support.double())
+    stage.space = replace(stage.space, support=stage.space.support.double())
     step(stage, real)
     d_real, d_fake = discriminator(real), discriminator(copy.deepcopy(generator)(noise))
     loss = -(d_real.log().mean() + (1 - d_fake).log().mean())
@@ -179,11 +179,11 @@ def test_the_generator_and_its_average_start_from_the_same_weights(new_stage, mo
 
 def test_the_validation_split_is_judged_as_in_training_and_leaves_no_trace(new_stage, vqvae, data):
     stage = new_stage()
-    before, scale = copy.deepcopy(stage.discriminator.state_dict()), stage.scale
+    before, space = copy.deepcopy(stage.discriminator.state_dict()), stage.space
     found = stage._judge_validation()
     assert all(torch.equal(value, before[key]) for key, value in stage.discriminator.state_dict().items())
-    latents, judged = Latents(vqvae, OasisDataset(data, "validate"), scale), []
+    latents, judged = LatentCache(vqvae, OasisDataset(data, "validate"), space), []
     for part in torch.randperm(10, generator=seeds.generator(0, "judging")).split(4):
-        c = scale.seen(latents.batch(part))
-        judged += stage.discriminator(torch.einsum("dk,bkhw->bdhw", scale.basis, c)).flatten().tolist()
+        c = space.with_position(latents.batch(part))
+        judged += stage.discriminator(torch.einsum("dk,bkhw->bdhw", space.basis, c)).flatten().tolist()
     assert found == pytest.approx(sum(judged) / 10, abs=1e-4)

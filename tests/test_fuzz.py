@@ -21,12 +21,13 @@ from PIL import Image
 
 from dataset import DataError, OasisDataset, read_png
 from modules import VQVAE, Generator, UNet
-from priors.checkpoints import load_vqvae
+from priors.checkpoints import load_prior, load_vqvae
+from priors.flow import GUIDE_WIDTHS, FlowPrior
+from priors.prior import DCGANPrior
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run
 from training.config import Config
-from training.prior import GUIDE_WIDTHS, DCGANPrior, FlowPrior, load_prior
 from training.vqvae import VQVAEStage
 
 
@@ -213,9 +214,9 @@ def test_a_strange_state_of_a_stage_trains_or_does_not_fit(stage, choices):
 def prior(request, latents, vqvae):
     torch.manual_seed(0)
     if request.param == "generator":
-        found = DCGANPrior(Generator(embeddings_dim=8), latents.scale, vqvae)
+        found = DCGANPrior(Generator(embeddings_dim=8), latents.space, vqvae)
     else:
-        found = FlowPrior(UNet(), UNet(24, GUIDE_WIDTHS), 0.8, latents.scale, vqvae)
+        found = FlowPrior(UNet(), UNet(24, GUIDE_WIDTHS), 0.8, latents.space, vqvae)
     found.gain = torch.eye(6).repeat(45, 1, 1)
     return found
 

@@ -15,6 +15,8 @@ from dataset import OasisDataset
 from evaluation import generation, reconstruction
 from modules import VQVAE
 from preparation import phantoms
+from priors.latent_cache import LatentCache
+from priors.latent_space import LatentSpace
 from report.plots import Figures
 from support import files
 from support.device import FastPath, exact_float32
@@ -22,9 +24,7 @@ from support.run import Run
 from training import codebook, dcgan
 from training.config import Config
 from training.fit import update_average
-from training.latents import Latents
 from training.recipes import DCGAN
-from training.scale import LatentScale
 from training.vqvae import VQVAEStage
 
 try:
@@ -168,13 +168,13 @@ def test_the_vqvae_waits_only_to_revive_codes_and_has_the_losses_of_the_cpu(gpu,
 def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     stage = new_stage(new_gan, few, gpu.name, tmp_path, dcgan_training=method)
     latents = stage.data()
-    assert latents.kept.device.type == gpu.name and stage.scale.shift.device.type == gpu.name
+    assert latents.kept.device.type == gpu.name and stage.space.shift.device.type == gpu.name
     update(stage, latents.batch([0, 1, 2]), 0)
     assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 1)) == []
-    monkeypatch.setattr("training.latents.fits", lambda n_bytes, device: device.type == "cpu")
-    beside = Latents(stage.vqvae, latents.dataset, stage.scale, latents.quantized)
-    monkeypatch.setattr("training.latents.fits", lambda n_bytes, device: False)
-    anew = Latents(stage.vqvae, latents.dataset, stage.scale, latents.quantized)
+    monkeypatch.setattr("priors.latent_cache.fits", lambda n_bytes, device: device.type == "cpu")
+    beside = LatentCache(stage.vqvae, latents.dataset, stage.space, latents.quantized)
+    monkeypatch.setattr("priors.latent_cache.fits", lambda n_bytes, device: False)
+    anew = LatentCache(stage.vqvae, latents.dataset, stage.space, latents.quantized)
     assert beside.kept.device.type == "cpu" and not anew.stored
     assert gpu.waited(lambda: update(stage, beside.batch([3, 0, 1]), 2)) == []
     assert gpu.waited(lambda: update(stage, anew.batch([3, 0, 1]), 3)) == []
@@ -201,8 +201,8 @@ def test_measures_are_those_of_the_cpu(gpu, few):
         fake = generation.of_arrays(generation.to_bytes(x.flip(3)))
         compared = generation.compare(held_out.as_images(), fake, model, train.as_images())
         results.append(torch.tensor([(row.fake.value, row.real.value) for row in compared.rows]))
-        scale = LatentScale.fit(model, train)
-        results.append(scale.shift)
+        space = LatentSpace.fit(model, train)
+        results.append(space.shift)
     for one, other in zip(found, expected, strict=True):
         assert one.device.type in ("cpu", gpu.name)
         torch.testing.assert_close(one.cpu().double(), other.double(), rtol=1e-2, atol=1e-4, equal_nan=True)

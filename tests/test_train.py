@@ -32,13 +32,13 @@ from PIL import Image
 
 from dataset import OasisDataset
 from modules import VQVAE
-from priors.checkpoints import load_vqvae
+from priors.checkpoints import load_prior, load_vqvae
+from priors.latent_cache import LatentCache
+from priors.latent_space import LatentSpace
+from priors.spectrum import LARGEST_FACTOR, covariance_spectrum, transport
 from support import seeds
 from support.device import has_fast_bfloat16
 from training.config import FIELDS, flag
-from training.latents import Latents
-from training.prior import LARGEST_FACTOR, load_prior, transport
-from training.scale import LatentScale, covariance_spectrum
 
 
 def test_the_runs_folder(trained):
@@ -117,7 +117,7 @@ def test_generator_pth_loads_as_weights_only(trained):
     assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
     assert contents["gain"].shape == (45, 6, 6) and (contents["gain"] - torch.eye(6)).abs().max() > 0.1
     state = resume_file(run)["state"]["dcgan"]
-    assert torch.equal(contents["scale"], state["extra"]["scale"]["scale"])
+    assert torch.equal(contents["scale"], state["extra"]["space"]["scale"])
     for key, value in contents["state_dict"].items():  # samples are drawn with the average
         assert torch.equal(value, state["averages"]["generator"][key])
     trained_weight = state["networks"]["generator"]["net.4.weight"]
@@ -315,9 +315,9 @@ def test_the_flow_is_calibrated_in_the_end(flowed, data):
     run = flowed[1]
     vqvae = load_vqvae(run / "vqvae.pth")
     prior = load_prior(run / "flow.pth", vqvae)
-    fitted = LatentScale(**resume_file(run)["state"]["flow"]["extra"]["scale"])
+    fitted = LatentSpace(**resume_file(run)["state"]["flow"]["extra"]["space"])
     generated = prior.coefficients(prior.noise(15, seeds.generator(5, "calibration")))
-    real = Latents(vqvae, OasisDataset(data, "train"), fitted).batch(range(15))
+    real = LatentCache(vqvae, OasisDataset(data, "train"), fitted).batch(range(15))
     expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
     values = torch.linalg.eigvalsh(expected)
     assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).double().mean() > 0.2

@@ -15,12 +15,12 @@ from typing import Any
 from dataset import SPLITS, find_data, list_scans, refuse_shared_cases
 from preparation import phantoms
 from priors.checkpoints import load_vqvae
+from priors.flow import STEP_COUNT, STEPS
 from support import distributed, files
 from support.console import SEED, Number, UserError
 from support.device import FastPath, choose_device, choose_fast_path, has_fast_bfloat16
 from support.run import RESUME_FILE, Run, open_run
 from training import codebook
-from training.prior import STEP_COUNT, STEPS
 from training.recipes import DCGAN
 from training.vqvae import first_loss
 

@@ -9,14 +9,14 @@ from torch.optim import Optimizer
 
 from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
+from priors.latent_space import LatentSpace
+from priors.prior import DCGANPrior
 from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import move
 from support.run import Run
-from training.prior import DCGANPrior
 from training.prior_stage import PriorStage
 from training.recipes import DCGAN, DCGANRecipe
-from training.scale import LatentScale
 from training.start import start_generator
 
 CALIBRATION = 512  # samples
@@ -44,9 +44,9 @@ class DCGANStage(PriorStage):
     ):
         config, fast_path = run.config, run.fast_path
         self.recipe = recipe or DCGAN[config.dcgan_training]
-        fit_scale = LatentScale.fit if self.recipe.fitted else LatentScale.of_codebook
+        fit_space = LatentSpace.fit if self.recipe.fitted else LatentSpace.of_codebook
         epochs, quantized = config.dcgan_epochs, self.recipe.quantized
-        super().__init__(run, vqvae, train_set, validate_set, epochs, n_measures, fit_scale, quantized)
+        super().__init__(run, vqvae, train_set, validate_set, epochs, n_measures, fit_space, quantized)
         self.batch_size, self.average_decay = config.dcgan_batch_size, self.recipe.average_decay
         self.autocast = fast_path.autocast
         torch.manual_seed(seeds.derived_seed(config.seed, "dcgan weights"))
@@ -61,7 +61,7 @@ class DCGANStage(PriorStage):
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, config.dcgan_lr, config.dcgan_betas)
         self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
-        self.prior = DCGANPrior(self.average, self.scale, vqvae, run.phantoms)
+        self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms)
 
     def start(self) -> None:
         """Fit the generator to real latents."""
@@ -87,7 +87,7 @@ class DCGANStage(PriorStage):
 
         # (1) Update D: minimise -log D(x) - log(1 - D(G(z))) + γ/2 |∇D(x)|²
         with self.autocast():
-            fake = self.scale.generated(self.generator(noise))
+            fake = self.space.from_generator(self.generator(noise))
         d_real = self._logits(self.discriminator, real)
         d_fake = self._logits(self.discriminator, fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
@@ -116,7 +116,7 @@ class DCGANStage(PriorStage):
     def _logits(self, discriminator: Discriminator, c: Tensor) -> Tensor:
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
         with self.autocast():  # anew for each call: it keeps a copy of the weights until it ends
-            logits = discriminator.logits(self.scale.seen(c), self.scale.basis)
+            logits = discriminator.logits(self.space.with_position(c), self.space.basis)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
@@ -157,7 +157,7 @@ class DCGANStage(PriorStage):
 
     def load_extra_state(self, state: dict) -> None:
         self.lead.copy_(state["lead"])
-        self.prior = DCGANPrior(self.average, self.scale, self.vqvae, self.run.phantoms, state["gain"])
+        self.prior = DCGANPrior(self.average, self.space, self.vqvae, self.run.phantoms, state["gain"])
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from dataset import OasisDataset
 from modules import VQVAE, UNet
+from priors.checkpoints import load_prior, prior_of
+from priors.flow import GUIDE_WIDTHS, FlowPrior
+from priors.latent_space import DIRECTIONS
 from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
 from support.run import Run
 from training.fit import falling_rate
-from training.prior import GUIDE_WIDTHS, FlowPrior, load_prior, prior_of
 from training.prior_stage import PriorStage
-from training.scale import DIRECTIONS
 
 STD = 0.7  # of what the network learns, where heads are
 AVERAGE_DECAY = 0.999
@@ -57,10 +58,10 @@ class FlowStage(PriorStage):
             with run.restoring():
                 factor = run.state[self.name]["extra"]["factor"]
         else:
-            heads = self.latents.spaced()[:, :, self.scale.support.bool()]
+            heads = self.latents.spaced()[:, :, self.space.support.bool()]
             factor = STD / max(heads.std().item(), 1e-6)
         averages = self.averages["flow"], self.averages["guide"]
-        self.prior = FlowPrior(*averages, factor, self.scale, vqvae, run.phantoms, steps=config.flow_steps)
+        self.prior = FlowPrior(*averages, factor, self.space, vqvae, run.phantoms, steps=config.flow_steps)
         self.prior.autocast = fast_path.autocast
 
     def start(self) -> None:

@@ -7,13 +7,13 @@ import torch
 
 from dataset import OasisDataset
 from modules import VQVAE
+from priors.latent_cache import LatentCache
+from priors.latent_space import LatentSpace
 from support import distributed
 from support.device import exact_float32
 from support.run import Run
 from training.fit import Stage
-from training.latents import Latents
 from training.samples import Samples
-from training.scale import LatentScale
 
 
 class PriorStage(Stage):
@@ -25,7 +25,7 @@ class PriorStage(Stage):
     Args:
         run, vqvae, train_set, validate_set: all on the run's device.
         epochs, n_measures: of the stage, and how often in these its samples are measured.
-        fit_scale: makes the map between latents and what the prior generates, of a VQ-VAE and a data set.
+        fit_space: makes the map between latents and what the prior generates, of a VQ-VAE and a data set.
         quantized: whether the prior learns embeddings, or the encoder's output before quantization.
 
     Attributes:
@@ -43,7 +43,7 @@ class PriorStage(Stage):
         validate_set: OasisDataset,
         epochs: int,
         n_measures: int,
-        fit_scale: Callable[[VQVAE, OasisDataset], LatentScale] = LatentScale.fit,
+        fit_space: Callable[[VQVAE, OasisDataset], LatentSpace] = LatentSpace.fit,
         quantized: bool = False,
     ):
         super().__init__(run)
@@ -56,23 +56,23 @@ class PriorStage(Stage):
             with run.restoring():
                 saved = run.state[self.name]["extra"]
                 self.samples.load_state_dict(saved, self.title)
-                scale, stored = LatentScale(**saved["scale"]), saved["stored"]
+                space, stored = LatentSpace(**saved["space"]), saved["stored"]
         else:
-            scale = distributed.from_first(lambda: fit_scale(vqvae, train_set).to("cpu"))
-        self.scale = scale.to(run.device)
-        self.latents = Latents(vqvae, train_set, self.scale, quantized, stored)
+            space = distributed.from_first(lambda: fit_space(vqvae, train_set).to("cpu"))
+        self.space = space.to(run.device)
+        self.latents = LatentCache(vqvae, train_set, self.space, quantized, stored)
         kept = (
             "kept in memory" if self.latents.stored else "too many for memory, so each batch is encoded when it is used"
         )
         print(f"{self.title}: {len(self.latents)} latents, {kept}", flush=True)
 
-    def data(self) -> Latents:
+    def data(self) -> LatentCache:
         return self.latents
 
     @cached_property
-    def validate_latents(self) -> Latents:
+    def validate_latents(self) -> LatentCache:
         latents = self.latents
-        return Latents(self.vqvae, self.validate_set, self.scale, latents.quantized, latents.stored)
+        return LatentCache(self.vqvae, self.validate_set, self.space, latents.quantized, latents.stored)
 
     def drawn_now(self, epoch: int) -> bool:
         """Whether samples are drawn after an epoch."""
@@ -95,4 +95,4 @@ class PriorStage(Stage):
         raise NotImplementedError
 
     def extra_state(self) -> dict:
-        return self.samples.state_dict() | {"scale": self.scale.to("cpu").tensors(), "stored": self.latents.stored}
+        return self.samples.state_dict() | {"space": self.space.to("cpu").tensors(), "stored": self.latents.stored}

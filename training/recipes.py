@@ -26,7 +26,7 @@ class DCGANRecipe:
 
     Attributes:
         quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
-        fitted: whether the map between latents and the generator's range is fitted to the data (`LatentScale.fit`), or
+        fitted: whether the map between latents and the generator's range is fitted to the data (`LatentSpace.fit`), or
             divides by the largest value of the codebook.
         start_steps: at most so many steps, in which the generator learns real latents before it meets a discriminator;
             half as many as follow.

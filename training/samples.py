@@ -8,9 +8,8 @@ from torch import Tensor
 from dataset import OasisDataset
 from evaluation.generation import MOST_MEASURED, Reference, of_arrays, reconstructed, to_bytes
 from modules import VQVAE
-from priors.checkpoints import codebook_hash
 from report.plots import Figures
-from support import distributed, seeds
+from support import distributed, files, seeds
 from support.console import UserError
 from support.run import Run
 
@@ -70,11 +69,11 @@ class Samples:
 
     def state_dict(self) -> dict:
         """What resuming needs."""
-        return {"floor": self.floor, "codebook": codebook_hash(self.vqvae)}
+        return {"floor": self.floor, "codebook": files.digest(self.vqvae.vector_quantizer.embedding.weight)}
 
     def load_state_dict(self, state: dict, title: str) -> None:
         """Restore what `state_dict` returned. Raises UserError if the stage, `title`, began with another VQ-VAE."""
-        if state["codebook"] != codebook_hash(self.vqvae):
+        if state["codebook"] != files.digest(self.vqvae.vector_quantizer.embedding.weight):
             path = self.run.folder / "vqvae.pth"
             raise UserError(f"{path}: has changed since the {title} began; start a new run with it")
         self.floor = state["floor"]

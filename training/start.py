@@ -5,16 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules import Generator
+from priors.latent_cache import LatentCache
 from support import console, files, seeds
 from support.device import FastPath, move
-from training.latents import Latents
 
 LR = 1e-3
 MOST_IMAGES = 10_000  # whose components are computed
 
 
 def start_generator(
-    generator: Generator, latents: Latents, n_steps: int, batch_size: int, fast_path: FastPath, seed: int
+    generator: Generator, latents: LatentCache, n_steps: int, batch_size: int, fast_path: FastPath, seed: int
 ) -> dict[str, Tensor]:
     """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
 
@@ -37,13 +37,13 @@ def start_generator(
     rng, n = seeds.generator(seed, "dcgan start"), min(len(latents), MOST_IMAGES)
     picked = torch.tensor([i * len(latents) // n for i in range(n)])
     noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
-    optimizer, scale = fast_path.adam(generator, LR), latents.scale
+    optimizer, space = fast_path.adam(generator, LR), latents.space
     generator.train()
     order = torch.randint(n, (n_steps, min(batch_size, n)), generator=rng)
     with console.progress(total=n_steps, desc="Start of the generator", unit=" steps", leave=False) as bar:
         for indices in order:
             with fast_path.autocast():
-                made = scale.unmixed(generator(move(noise[indices], scale.support.device)[:, :, None, None]))
+                made = space.unmixed(generator(move(noise[indices], space.support.device)[:, :, None, None]))
             optimizer.zero_grad()
             F.mse_loss(made.float(), latents.batch(picked[indices])).backward()
             optimizer.step()
@@ -52,7 +52,7 @@ def start_generator(
     return files.cpu_state(generator)
 
 
-def principal_scores(latents: Latents, picked: Tensor, n: int, rng: torch.Generator) -> Tensor:
+def principal_scores(latents: LatentCache, picked: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """Scores of N picked images on their n leading principal components, with a variance of 1: (N, n), on the CPU.
 
     The components are those of coefficients averaged over 2x2 positions. Where there are fewer, noise takes their

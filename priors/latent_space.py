@@ -1,6 +1,6 @@
 """The map between latents and the generator's range, and what a discriminator sees of them.
 
-The generator ends in tanh, so its range is [-1, 1]. `LatentScale` is fitted on the training split and stored in
+The generator ends in tanh, so its range is [-1, 1]. `LatentSpace` is fitted on the training split and stored in
 generator.pth.
 """
 
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import gaussian_blur
 
-from evaluation.texture import blur
 from modules import VQVAE
+from priors.spectrum import power_spectrum
 from support.console import in_batches
 
 FIT_IMAGES = 128  # that a scale is fitted on, spaced evenly over the split
@@ -22,13 +23,12 @@ EMPHASIS = 0.5  # exponent of the amplitude spectrum that latents are divided by
 AMPLITUDES_CUT = 0.02  # share of real images below, and above, the range of generated amplitudes
 CLIPPED = 0.005  # share of the head's values that tanh's range cuts off
 POSITIONS = 3  # channels that tell a discriminator where it is
-N_RINGS = 45  # of the frequencies of 64 x 64 positions, one cycle wide
 OUTLINE = 0.6  # length of latents that belong to a head, as a share of the root mean square length in heads
 MARGIN = 2  # positions around heads
 
 
 @dataclass(frozen=True, eq=False)
-class LatentScale:
+class LatentSpace:
     """Latents z (B, D, H, W) <-> coefficients c (B, K, H, W) <- the generator's output t (B, D, H, W) in [-1, 1].
 
     c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
@@ -53,16 +53,25 @@ class LatentScale:
     outline: Tensor
     amplitudes: Tensor
 
-    def to(self, device: torch.device | str) -> "LatentScale":
+    def to(self, device: torch.device | str) -> "LatentSpace":
         """The same map on another device."""
-        return LatentScale(**{name: value.to(device) for name, value in self.tensors().items()})
+        return LatentSpace(**{name: value.to(device) for name, value in self.tensors().items()})
+
+    @property
+    def rank(self) -> int:
+        """K, the number of coefficients at a position."""
+        return len(self.scale)
+
+    @property
+    def device(self) -> torch.device:
+        return self.support.device
 
     def tensors(self) -> dict[str, Tensor]:
         """The attributes by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], dim: int) -> "LatentScale":
+    def from_tensors(cls, tensors: dict[str, Tensor], dim: int) -> "LatentSpace":
         """The map with such attributes for latents of `dim` channels. Raises ValueError if they are not a map's."""
         scale = tensors["scale"]
         n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
@@ -75,17 +84,17 @@ class LatentScale:
             raise ValueError("its 'amplitudes' are not in order")
         return cls(**found)
 
-    def coefficients(self, z: Tensor) -> Tensor:
+    def encode(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, K, H, W)."""
         return _filter(_multiply(self.directions.T, z - self.shift), self.scale) * self.support
 
-    def latents(self, c: Tensor) -> Tensor:
+    def decode(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W) -> latents (B, D, H, W)."""
         c = _filter(c, 1 / self.scale) * self.support
-        head = blur(c.square().sum(1, keepdim=True), 1) >= self.outline.square()
+        head = gaussian_blur(c.square().sum(1, keepdim=True), 7, 1.0) >= self.outline.square()
         return _multiply(self.directions, c * _around(head)) + self.shift
 
-    def generated(self, t: Tensor) -> Tensor:
+    def from_generator(self, t: Tensor) -> Tensor:
         """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W), float32 if it is less."""
         c = self.unmixed(t)
         c = c.to(torch.promote_types(c.dtype, torch.float32))
@@ -104,7 +113,7 @@ class LatentScale:
         """Coefficients (B, K, H, W), their mixture cut to tanh's range as the generator's output is."""
         return self.unmixed(self.mixed(c).clamp(-1, 1))
 
-    def seen(self, c: Tensor) -> Tensor:
+    def with_position(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W) -> (B, K + POSITIONS, H, W): those, and the position.
 
         A discriminator sees `basis` times these. A convolution does not know where it is, and with BatchNorm a
@@ -135,7 +144,7 @@ class LatentScale:
         return torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
 
     @classmethod
-    def of_codebook(cls, vqvae: VQVAE, dataset: Dataset | None = None) -> "LatentScale":
+    def of_codebook(cls, vqvae: VQVAE, dataset: Dataset | None = None) -> "LatentSpace":
         """All embeddings in [-1, 1], by one factor. The data set is not used."""
         weight = vqvae.vector_quantizer.embedding.weight.detach()
         size, identity = weight.shape[1], torch.eye(weight.shape[1]).to(weight)
@@ -182,13 +191,13 @@ class LatentScale:
             outline=OUTLINE * size,
             amplitudes=torch.ones(2),
         )
-        power = power_spectrum(found.coefficients(z)).clamp(min=1e-5 * size**2)
+        power = power_spectrum(found.encode(z)).clamp(min=1e-5 * size**2)
         found = replace(found, scale=power ** (-emphasis / 2))
-        values = found.mixed(found.coefficients(z)).permute(0, 2, 3, 1)[head].abs().flatten()
+        values = found.mixed(found.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
         found = replace(found, scale=found.scale / largest)
         ends = torch.tensor([AMPLITUDES_CUT, 1 - AMPLITUDES_CUT])
-        found = replace(found, amplitudes=amplitude(found.coefficients(z)).quantile(ends))
+        found = replace(found, amplitudes=amplitude(found.encode(z)).quantile(ends))
         return found.to(vqvae.vector_quantizer.embedding.weight.device)
 
 
@@ -242,40 +251,3 @@ def _around(head: Tensor) -> Tensor:
 def _filter(c: Tensor, gain: Tensor) -> Tensor:
     """Multiply the Fourier transform of c (B, K, H, W) by gain (K, H, W // 2 + 1)."""
     return torch.fft.irfft2(torch.fft.rfft2(c) * gain, s=c.shape[-2:])
-
-
-def power_spectrum(c: Tensor) -> Tensor:
-    """Mean power of coefficients c (B, K, H, W) by radial frequency, at each frequency of rfft2: (K, H, W // 2 + 1).
-
-    The diagonals of `covariance_spectrum`; their logarithms are averaged over three rings.
-    """
-    mean = covariance_spectrum(c).diagonal(dim1=1, dim2=2).T.clamp(min=1e-12).log()
-    smooth = F.avg_pool1d(F.pad(mean[None], (1, 1), mode="replicate"), 3, 1)[0].exp()
-    return smooth[:, _rings(c)[:, : c.shape[-1] // 2 + 1]].contiguous()
-
-
-def covariance_spectrum(c: Tensor) -> Tensor:
-    """Covariance about 0 of the coefficients c (B, K, H, W) at each radial frequency: (R, K, K) for R rings.
-
-    No mean is subtracted. Rings are one cycle per image wide, the constant part belongs to the first.
-    """
-    ring = _rings(c).flatten()
-    total = c.new_zeros(int(ring.max()) + 1, c.shape[1], c.shape[1])
-    for part in c.split(32):
-        f = torch.view_as_real(torch.fft.fft2(part, norm="ortho").flatten(2))
-        total.index_add_(0, ring, torch.einsum("bkpc,blpc->pkl", f, f))
-    return total / (len(c) * torch.bincount(ring))[:, None, None]
-
-
-def multiply_spectrum(c: Tensor, matrices: Tensor) -> Tensor:
-    """Multiply the Fourier transform of c (B, K, H, W), at each frequency, by its ring's matrix, of (R, K, K)."""
-    gain = matrices[_rings(c)[:, : c.shape[-1] // 2 + 1]]
-    f = torch.einsum("hwkl,blhwc->bkhwc", gain, torch.view_as_real(torch.fft.rfft2(c)))
-    return torch.fft.irfft2(torch.view_as_complex(f.contiguous()), s=c.shape[-2:])
-
-
-def _rings(c: Tensor) -> Tensor:
-    """The ring of each frequency of the Fourier transform of c (B, K, H, H), from 0: (H, H)."""
-    size = c.shape[-1]
-    frequency = torch.fft.fftfreq(size, device=c.device)
-    return (torch.hypot(frequency[:, None], frequency) * size).round().long().clamp(min=1) - 1

@@ -1,4 +1,4 @@
-"""What a prior learns: a split's latents."""
+"""A split, encoded once: what a prior over coefficients learns."""
 
 import math
 from collections.abc import Sequence
@@ -9,29 +9,30 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modules import VQVAE
+from priors.latent_space import LatentSpace
+from priors.spectrum import covariance_spectrum
 from support.console import in_batches
 from support.device import fits, move
-from training.scale import LatentScale, covariance_spectrum
 
 
-class Latents(Dataset):
+class LatentCache(Dataset):
     """The coefficients of a split's latents, which a prior learns to generate.
 
     Their mixtures are cut to tanh's range. They are kept in half precision (8·K kB an image) if that takes at most
     half of the free memory, on the device or else on the host. Otherwise each batch is encoded when it is asked for.
 
     Args:
-        vqvae, dataset, scale: the trained network, a `dataset.OasisDataset` and the map, on one device.
+        vqvae, dataset, space: the trained network, a `dataset.OasisDataset` and the map, on one device.
         quantized: whether latents are the embeddings of an image's codes, or the encoder's output z_e.
         stored: whether the latents are kept; decided by the free memory if None. Also an attribute.
     """
 
-    def __init__(self, vqvae: VQVAE, dataset: Dataset, scale: LatentScale, quantized: bool = False, stored=None):
+    def __init__(self, vqvae: VQVAE, dataset: Dataset, space: LatentSpace, quantized: bool = False, stored=None):
         self.vqvae, self.dataset = vqvae.eval().to(memory_format=torch.channels_last), dataset
-        self.scale, self.quantized = scale, quantized
-        size = (len(dataset), *scale.support.shape, scale.mix.shape[1])
+        self.space, self.quantized = space, quantized
+        size = (len(dataset), *space.support.shape, space.rank)
         n_bytes = 2 * math.prod(size)
-        device, host = scale.support.device, torch.device("cpu")
+        device, host = space.device, torch.device("cpu")
         self.stored = fits(n_bytes, device) or fits(n_bytes, host) if stored is None else stored
         if not self.stored:
             return
@@ -47,17 +48,17 @@ class Latents(Dataset):
         z = self.vqvae.latents(x)
         if self.quantized:
             z = self.vqvae.vector_quantizer.look_up(self.vqvae.vector_quantizer.nearest(z))
-        return self.scale.clipped(self.scale.coefficients(z)).half()
+        return self.space.clipped(self.space.encode(z)).half()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """(B, K, 64, 64) float32, on the scale's device."""
+        """(B, K, 64, 64) float32, on the space's device."""
         if not self.stored:
             return self._encode(self.dataset.batch(indices)).float()
         kept = self.kept[move(torch.as_tensor(indices), self.kept.device)]
-        return move(kept, self.scale.support.device).permute(0, 3, 1, 2).float()
+        return move(kept, self.space.device).permute(0, 3, 1, 2).float()
 
     __getitems__ = batch  # what DataLoader calls
 

@@ -1,0 +1,179 @@
+"""The map between latents and the generator's range: against NumPy, SciPy and maps whose answer is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.ndimage
+import torch
+from conftest import PRETRAINED
+
+from evaluation.reconstruction import ssim
+from modules import VQVAE
+from priors.checkpoints import load_vqvae
+from priors.latent_cache import LatentCache
+from priors.latent_space import CLIPPED, LatentSpace, amplitude
+from priors.spectrum import power_spectrum
+
+
+@pytest.fixture(scope="module")
+def space(vqvae, train_set):
+    return LatentSpace.fit(vqvae, train_set)
+
+
+@pytest.fixture(scope="module")
+def encoded(vqvae, train_set):
+    """Latents and codes of the training split, which has fewer images than a space is fitted on."""
+    with torch.no_grad():
+        return vqvae.latents(train_set.batch(range(15))), vqvae.encode(train_set.batch(range(15)))
+
+
+def free(space: LatentSpace) -> LatentSpace:
+    """The same map with no limits to amplitudes, and without its cut around heads."""
+    return replace(space, outline=torch.zeros(()), amplitudes=torch.tensor([0.0, 1e9]))
+
+
+def test_a_space_maps_there_and_back(space):
+    space = free(space)
+    c = 0.1 * torch.randn(3, 6, 64, 64, generator=torch.Generator().manual_seed(0)) * space.support
+    t = torch.einsum("dk,bkhw->bdhw", space.mix, c)
+    torch.testing.assert_close(space.from_generator(t), c, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(space.clipped(c), c, rtol=1e-4, atol=1e-6)
+    clipped = torch.einsum("dk,bdhw->bkhw", space.mix, (100 * t).clamp(-1, 1))  # to what tanh can give
+    torch.testing.assert_close(space.clipped(100 * c), clipped, rtol=1e-4, atol=1e-5)
+    z, outside = space.decode(c), space.support == 0
+    assert outside.any() and torch.equal(z[:, :, outside], space.shift[:, outside].expand(3, -1, -1))
+    difference = z - space.shift  # only along the directions
+    along = torch.einsum("dk,ek,behw->bdhw", space.directions, space.directions, difference)
+    torch.testing.assert_close(along, difference, rtol=1e-3, atol=1e-4)
+
+
+def test_the_discriminator_sees_a_rotation_of_coefficients_and_its_position(space):
+    c = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain, seen = space.mixed(c), torch.einsum("dk,bkhw->bdhw", space.basis, space.with_position(c))
+    torch.testing.assert_close(plain, torch.einsum("dk,bkhw->bdhw", space.mix, c), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.einsum("dk,bdhw->bkhw", space.mix, seen), c, rtol=1e-4, atol=1e-4)
+    # two channels are left of eight: one for the column, one for the row, of what is inside the support
+    left = scipy.linalg.null_space(space.mix.T.double().numpy())
+    maps = np.einsum("dk,dhw->khw", left, (seen - plain)[1].double().numpy()).reshape(2, -1)
+    row, column = np.meshgrid(np.linspace(-0.5, 0.5, 64), np.linspace(-0.5, 0.5, 64), indexing="ij")
+    wanted = np.stack([each * space.support.numpy() for each in (column, row)]).reshape(2, -1)
+    np.testing.assert_allclose(maps.T @ maps, wanted.T @ wanted, atol=1e-5)  # equal but for a rotation
+
+
+def test_a_constant_inside_the_support_is_the_third_channel_of_the_position(train_set):
+    torch.manual_seed(0)
+    wide = LatentSpace.fit(VQVAE(32, 12), train_set)
+    left = scipy.linalg.null_space(wide.mix.T.double().numpy()).T @ wide.basis.double().numpy()
+    maps = np.tensordot(left, wide.with_position(torch.zeros(1, 6, 64, 64))[0].double().numpy(), 1).reshape(6, -1)
+    row, column = np.meshgrid(np.linspace(-0.5, 0.5, 64), np.linspace(-0.5, 0.5, 64), indexing="ij")
+    wanted = np.stack([each * wide.support.numpy() for each in (column, row, 0.5 + 0 * row)]).reshape(3, -1)
+    np.testing.assert_allclose(maps.T @ maps, wanted.T @ wanted, atol=1e-5)
+
+
+def test_generated_amplitudes_are_brought_into_the_range_of_real_ones(space, encoded):
+    real = space.encode(encoded[0])
+    length = real.double().norm(dim=1).flatten(1)
+    expected = (length**2).sum(1) / length.sum(1)
+    np.testing.assert_allclose(amplitude(real).numpy(), expected.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(space.amplitudes.numpy(), np.quantile(expected.numpy(), [0.02, 0.98]), rtol=1e-4)
+    t = torch.einsum("dk,bkhw->bdhw", space.mix, real)
+    found = space.from_generator(t * torch.tensor([0.1, 1.0, 3.0] * 5)[:, None, None, None])
+    low, high = space.amplitudes
+    torch.testing.assert_close(amplitude(found[::3]), low.expand(5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(amplitude(found[2::3]), high.expand(5), rtol=1e-4, atol=0)
+    for one, other in zip(found, real, strict=True):  # nothing but a factor changes
+        cosine = (one * other).sum() / one.norm() / other.norm()
+        assert cosine.item() == pytest.approx(1, abs=1e-4)
+
+
+def test_coefficients_are_numpys(space, encoded):
+    z = encoded[0][:2]
+    found = space.encode(z)
+    difference = (z - space.shift).double().numpy()
+    gain = np.concatenate([space.scale.numpy(), np.zeros((6, 64, 31))], 2)
+    for i in range(2):
+        for k in range(6):
+            projected = np.tensordot(space.directions[:, k].double().numpy(), difference[i], 1)
+            full = gain[k].copy()  # the other half of the frequencies has the same gains
+            full[:, 33:] = full[-np.arange(64)][:, 31:0:-1]
+            expected = np.fft.ifft2(np.fft.fft2(projected) * full).real * space.support.numpy()
+            np.testing.assert_allclose(found[i, k].numpy(), expected, atol=1e-4)
+
+
+def test_what_is_constant_is_subtracted(space, encoded, vqvae):
+    z, codes = encoded
+    weight = vqvae.vector_quantizer.embedding.weight.detach()
+    background = codes.flatten().mode().values
+    for row, column in ((0, 5), (63, 63), (10, 3), (32, 32), (30, 25)):
+        counts = np.bincount(codes[:, row, column].numpy(), minlength=64)
+        usual = counts.argmax() if counts.max() > 7.5 else background
+        assert torch.equal(space.shift[:, row, column], weight[usual])
+
+
+def test_directions_are_scipys_principal_ones(space, encoded, vqvae):
+    z, codes = encoded
+    usual = (
+        torch.cdist(space.shift.flatten(1).T, vqvae.vector_quantizer.embedding.weight.detach()).argmin(1).view(64, 64)
+    )
+    head = (z - space.shift).permute(0, 2, 3, 1)[codes != usual].double().numpy()
+    expected = scipy.linalg.svd(head, full_matrices=False)[2][:6]
+    overlap = np.abs(np.einsum("kd,dk->k", expected, space.directions.double().numpy()))
+    np.testing.assert_allclose(overlap, 1, atol=1e-3)
+    t = torch.einsum("dk,bkhw->bhwd", space.mix, space.encode(z))[codes != usual].abs()
+    assert (t >= 1).double().mean().item() == pytest.approx(CLIPPED, rel=0.1)
+
+
+def test_far_from_the_head_latents_are_the_backgrounds(space):
+    c = torch.zeros(2, 6, 64, 64)
+    c[:, 0, 20:44, 24:40] = 2.0  # a head, speckle near it, and speckle far from it
+    c[0, 1, 32, 42], c[0, 1, 32, 50], c[1, 2, 10, 30] = 0.1, 0.1, 0.1
+    plain = replace(space, support=torch.ones(64, 64), scale=torch.ones(6, 64, 33), outline=torch.zeros(()))
+    cut = replace(plain, outline=torch.tensor(0.4))
+    everywhere = plain.decode(c)
+    torch.testing.assert_close(plain.encode(everywhere), c, atol=1e-4, rtol=1e-4)
+    square = (everywhere - space.shift).double().square().sum(1).numpy()
+    around = np.stack([scipy.ndimage.gaussian_filter(each, 1, mode="mirror", truncate=3) for each in square]) >= 0.16
+    expected = space.shift.expand(2, -1, -1, -1).clone()
+    for i, row, column in np.argwhere(around):
+        rows, columns = (slice(max(0, at - 2), at + 3) for at in (row, column))
+        expected[i, :, rows, columns] = everywhere[i, :, rows, columns]
+    found = cut.decode(c)
+    torch.testing.assert_close(found, expected)
+    gone = (found - everywhere).norm(dim=1) > 0.05
+    assert gone.nonzero().tolist() == [[0, 32, 50], [1, 10, 30]]
+
+
+@pytest.mark.parametrize("emphasis", [0.0, 0.5, 1.0])
+def test_emphasis_is_the_exponent_of_the_spectrum_that_is_divided_by(vqvae, train_set, encoded, emphasis):
+    space = LatentSpace.fit(vqvae, train_set, emphasis=emphasis)
+    plain = LatentSpace.fit(vqvae, train_set, emphasis=0.0)
+    before, after = (power_spectrum(each.encode(encoded[0])).double().log() for each in (plain, space))
+    for k in range(2):  # the leading ones
+        slope = np.polyfit(before[k].flatten().numpy(), after[k].flatten().numpy(), 1)[0]
+        assert slope == pytest.approx(1 - emphasis, abs=0.05)
+
+
+def test_the_space_of_the_codebook_fits_it_into_tanhs_range(vqvae):
+    space = LatentSpace.of_codebook(vqvae)
+    embeddings = vqvae.vector_quantizer.embedding.weight.detach()
+    z = embeddings[:, :, None, None].expand(-1, -1, 64, 64)
+    c = space.clipped(space.encode(z))
+    torch.testing.assert_close(c, z / embeddings.abs().max(), rtol=1e-4, atol=1e-6)
+    assert c.abs().max() == pytest.approx(1)
+    torch.testing.assert_close(space.decode(c), z, rtol=1e-4, atol=1e-5)
+    assert torch.equal(space.with_position(c), c) and torch.equal(space.from_generator(c), c) and space.basis is None
+
+
+def test_a_codebook_of_one_used_code_has_a_space(train_set):
+    space = LatentSpace.fit(VQVAE(1, 4), train_set)
+    assert all(value.isfinite().all() for value in space.tensors().values()) and (space.scale > 0).all()
+
+
+def test_images_decode_from_what_is_kept_as_from_all(train_set):
+    vqvae = load_vqvae(PRETRAINED / "vqvae.pth")
+    space, x = LatentSpace.fit(vqvae, train_set), train_set.batch(range(8))
+    through = space.decode(LatentCache(vqvae, train_set, space).batch(range(8)))
+    found = vqvae.decode(vqvae.vector_quantizer.nearest(through))
+    assert ssim(x, found).mean() > ssim(x, vqvae.decode(vqvae.encode(x))).mean() - 0.01
