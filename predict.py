@@ -32,7 +32,7 @@ from evaluation.generation import MOST_MEASURED, to_bytes
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
 from priors.autoregressive import AutoregressivePrior, alone, likelihoods
-from priors.checkpoints import load_prior, load_vqvae
+from priors.checkpoints import PRIOR_NAMES, load_prior, load_vqvae
 from priors.code_cache import CodeCache
 from priors.flow import STEP_COUNT, STEPS, FlowPrior
 from priors.prior import Prior, walk
@@ -52,8 +52,8 @@ THRESHOLD = 0.6  # the report counts the images at or above it
 
 
 @exact_float32()
-def main(words: list[str] | None = None) -> None:
-    o = parse(words)
+def main(argv: list[str] | None = None) -> None:
+    o = parse(argv)
     device = choose_device(o.device)
     keep_freed_memory()
     o.path = files.find(o.path)
@@ -296,7 +296,7 @@ def write_page(folder: Path, title: str, facts: dict[str, object], vqvae: VQVAE,
     print(f"Look at {folder / 'index.html'}")
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options, where they go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="vqvae.pth of a run, as given or under gen_imgs/")
@@ -309,9 +309,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     group.add_argument("--export-codes", metavar="FILE", help="write the split's codes to this .npz file; no scores")
     count = Number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
     group = parser.add_argument_group("new brains, instead of scores")
-    group.add_argument(
-        "--prior", metavar="PATH", help="generator.pth, flow.pth or autoregressive.pth trained with this vqvae.pth"
-    )
+    group.add_argument("--prior", metavar="PATH", help=f"{PRIOR_NAMES} trained with this vqvae.pth")
     group.add_argument(
         "--samples", metavar="N", type=count, help=f"how many (default: 64; with --data {MOST_MEASURED})"
     )
@@ -319,7 +317,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
     group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)
     group.add_argument("--steps", metavar="N", type=STEP_COUNT, help=f"of a flow's solver (default: {STEPS})")
-    o = parser.parse_args(words)
+    o = parser.parse_args(argv)
     if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
     if o.export_codes and o.prior:

@@ -16,80 +16,46 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without") from None
 import sys
-from pathlib import Path
 
-from dataset import SPLITS, OasisDataset, describe, list_scans, picture_box, refuse_equal_images, refuse_shared_cases
+from dataset import OasisDataset
 from modules import VQVAE
 from priors.autoregressive import AutoregressivePrior
 from priors.prior import Prior
 from support import console, distributed, files
-from support.device import choose_device
 from support.run import Run
-from training import config
+from training import begin, options
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.fit import fit
 from training.flow import FlowStage
-from training.recipes import RECIPES
 from training.vqvae import VQVAEStage, load_vqvae
 
 
-def main(words: list[str] | None = None) -> None:
-    given = config.parse(words, __doc__)
-    if given.pop("dry_run", False):
-        config.print_plan(given)
+def main(argv: list[str] | None = None) -> None:
+    args = options.parse(argv, __doc__)
+    if args.pop("dry_run", False):
+        begin.print_plan(args)
         return
     console.install_signal_handlers()
     distributed.start()
-    run = distributed.from_first(lambda: config.make_run(given))
+    saved, run = distributed.from_first(lambda: begin.prepare(args)), None
     try:
-        train_set, validate_set = begin_run(run)
-        if run.config.vqvae:
+        run, train_set, validate_set = begin.begin(saved)
+        if run.options.vqvae:
             vqvae = copy_vqvae(run)
         else:
             vqvae = train_vqvae(run, train_set, validate_set)
-        if run.config.only != "vqvae":
+        if run.options.only != "vqvae":
             train_prior = {"dcgan": train_gan, "flow": train_flow, "autoregressive": train_autoregressive}
-            train_prior[run.config.prior](run, vqvae, train_set, validate_set)
+            train_prior[run.options.prior](run, vqvae, train_set, validate_set)
     except console.Stopped:
-        print(config.how_to_resume(run), file=sys.stderr)
+        print(begin.how_to_resume(run or saved), file=sys.stderr)
         raise
     finally:
-        run.release()
+        if run:
+            run.release()
     print(f"Done. Look at {run.folder}")
     distributed.stop()
-
-
-def begin_run(run: Run) -> tuple[OasisDataset, OasisDataset]:
-    """Read the training and validation splits, choose the fast path, and make (or, on resuming, lock) the folder."""
-    options, data = run.config, Path(run.config.data)
-    run.device = choose_device(options.device)
-    counts = {split: len(list_scans(data, split)) for split in SPLITS}
-    if not options.allow_shared_cases:
-        refuse_shared_cases(data)
-    train_set = OasisDataset(data, "train", run.device, options.skip_bad)
-    validate_set = OasisDataset(
-        data, "validate", run.device, options.skip_bad, with_labels=options.only in (None, "vqvae")
-    )
-    for dataset in (train_set, validate_set):
-        dataset.print_skipped()
-        counts[dataset.split] = len(dataset)
-    if not options.allow_shared_cases:
-        refuse_equal_images(train_set, validate_set)
-    run.phantoms = train_set.phantoms
-    size = train_set.images[(..., *picture_box(train_set.images))].shape[2:]
-    run.fast_path = config.choose_run_fast_path(run, len(train_set), size)
-    run.fast_path.set_up()
-    content = describe(train_set, validate_set)
-    if distributed.is_first():
-        digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
-        record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
-        run.begin(record | {"images": counts, "digests": digests}, RECIPES)
-    print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
-    print(f"Device: {run.device}. Folder: {run.folder}. To resume it: {config.resume_command(run)}")
-    processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
-    print(f"Fast path: {processes}{run.fast_path}", flush=True)
-    return train_set, validate_set
 
 
 def train_vqvae(run: Run, train_set: OasisDataset, validate_set: OasisDataset) -> VQVAE:
@@ -132,7 +98,7 @@ def train_autoregressive(
 
 def copy_vqvae(run: Run) -> VQVAE:
     """Load the VQ-VAE of `--vqvae` and copy it into the run's folder, so that the folder is self-contained."""
-    vqvae = distributed.from_first(lambda: load_vqvae(run.config.vqvae))
+    vqvae = distributed.from_first(lambda: load_vqvae(run.options.vqvae))
     if distributed.is_first():
         files.save(files.cpu_state(vqvae), run.folder / "vqvae.pth")
     return vqvae.to(run.device)

@@ -12,6 +12,7 @@ import argparse
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +21,8 @@ HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
 
 
-import train  # noqa: E402
-from dataset import OasisDataset  # noqa: E402
 from support import console, files  # noqa: E402
-from support.run import Run  # noqa: E402
-from training import codebook, config  # noqa: E402
+from training import begin, codebook, options  # noqa: E402
 from training.fit import fit  # noqa: E402
 from training.vqvae import AVERAGE_DECAY, VQVAEStage  # noqa: E402
 
@@ -76,18 +74,12 @@ def train_missing(script: Path, o: argparse.Namespace, words: list[str], epochs:
 
 def train_row(row: Row, o: argparse.Namespace) -> None:
     words = ["--data", o.data, "--out", o.out, "--only", "vqvae", "--epochs", str(o.epochs), "--seed", str(o.seeds[0])]
-    run, train_set, validate_set = begin(words, codebook=o.train)
+    saved = begin.prepare(options.parse(words))
+    saved = replace(saved, options=replace(saved.options, codebook=o.train))  # so that the run names its row
+    run, train_set, validate_set = begin.begin(saved)
     stage = VQVAEStage(run, train_set, validate_set, row.method, row.average_decay)
     fit(stage, run)
     stage.best()
-
-
-def begin(words: list[str], **row: str) -> tuple[Run, OasisDataset, OasisDataset]:
-    """A new run of train.py with these options, and its training and validation splits. It records the row's name."""
-    run = config.make_run(config.parse(words))
-    for name, value in row.items():
-        setattr(run.config, name, value)
-    return run, *train.begin_run(run)
 
 
 def run_folder(out: str, name: str, seed: int) -> Path:

@@ -41,11 +41,12 @@ from preparation import phantoms
 from priors.latent_cache import LatentCache
 from priors.latent_space import LatentSpace
 from support.device import choose_device, keep_freed_memory
-from support.run import Run, environment
+from support.run import Run, Saved, environment
+from training.begin import choose_run_fast_path
 from training.codebook import KMeans
-from training.config import Config, choose_run_fast_path
 from training.dcgan import DCGANStage
 from training.fit import update_average
+from training.options import Options
 from training.vqvae import VQVAEStage
 
 BATCH = 32
@@ -87,8 +88,8 @@ def start_codebook(vqvae: VQVAE, x: torch.Tensor) -> None:
 
 def new_run(device, **fast_path) -> Run:
     """A run with default options whose folder is never made."""
-    run = Run(Config(), Path(), device=device)
-    run.fast_path = choose_run_fast_path(run, 9664)._replace(**fast_path)
+    chosen = choose_run_fast_path(Saved(Options()), device, 9664)._replace(**fast_path)
+    run = Run(Options(), Path(), fast_path=chosen, device=device)
     if device.type == "cuda":  # whether compiling works was tried, which is not to be measured
         torch.compiler.reset()
         torch.cuda.empty_cache()

@@ -32,9 +32,10 @@ from report.plots import Figures
 from support import console, files, seeds
 from support.console import UserError
 from support.device import exact_float32
-from support.run import Run
-from training.config import Config, choose_run_fast_path
+from support.run import Run, Saved
+from training.begin import choose_run_fast_path
 from training.fit import update_average
+from training.options import Options
 from training.vqvae import VQVAEStage
 
 LEVELS = {"the report, 12 epochs": 0.8407, "0.90": 0.90, "0.95": 0.95}
@@ -47,13 +48,14 @@ def batches(train_set: OasisDataset) -> Iterator[Tensor]:
     epoch = 0
     while True:
         epoch += 1
-        yield from make_loader(train_set, Config.batch_size, seeds.generator(0, "vqvae", epoch))
+        yield from make_loader(train_set, Options.batch_size, seeds.generator(0, "vqvae", epoch))
 
 
 def ours(train_set: OasisDataset, validate_set: OasisDataset) -> tuple[Callable[[Tensor], None], nn.Module]:
     """A step of train.py on a batch, and the averaged network that it scores."""
-    run = Run(Config(), Path())
-    run.fast_path = choose_run_fast_path(run, len(train_set))
+    options, device = Options(), torch.device("cpu")
+    fast_path = choose_run_fast_path(Saved(options), device, len(train_set))
+    run = Run(options, Path(), fast_path=fast_path, device=device)
     run.fast_path.set_up()
     stage, rng, n_steps = VQVAEStage(run, train_set, validate_set), seeds.generator(0, "vqvae", 1), 0
 

@@ -3,6 +3,7 @@
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,29 @@ from priors.prior import DCGANPrior, Prior
 from priors.spectrum import N_RINGS
 from support import files
 from support.console import UserError
+
+
+class PriorFiles(NamedTuple):
+    """What a prior is called, and the files of a run that belong to it.
+
+    Attributes:
+        title: on the console.
+        weights: the prior's file first.
+        prefix: of the names of figures.
+    """
+
+    title: str
+    weights: tuple[str, ...]
+    prefix: str
+
+
+# by the values of --prior and the kind that a prior's file names
+PRIORS = {
+    "dcgan": PriorFiles("DCGAN", ("generator.pth", "discriminator.pth"), "gan"),
+    "flow": PriorFiles("Flow", ("flow.pth",), "flow"),
+    "autoregressive": PriorFiles("Autoregressive prior", ("autoregressive.pth",), "autoregressive"),
+}
+PRIOR_NAMES = " or ".join(prior.weights[0] for prior in PRIORS.values())
 
 
 def load_vqvae(path: str | Path) -> VQVAE:
@@ -40,7 +64,7 @@ KINDS = {kind.kind: kind for kind in (DCGANPrior, FlowPrior)}
 
 
 def load_prior(path: str | Path, vqvae: VQVAE) -> Prior | AutoregressivePrior:
-    """The prior in a generator.pth, flow.pth or autoregressive.pth, on the VQ-VAE's device.
+    """The prior in a file that `PRIORS` names, on the VQ-VAE's device.
 
     Raises UserError if the file holds none, or not one for this VQ-VAE.
     """
@@ -61,7 +85,7 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior | AutoregressivePrior:
         return autoregressive.prior_of(contents, vqvae)
     needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentSpace)}
     if not isinstance(contents, dict) or contents.get("kind") not in KINDS or not needed <= contents.keys():
-        raise ValueError("it holds no prior of this version (name a generator.pth, flow.pth or autoregressive.pth)")
+        raise ValueError(f"it holds no prior of this version (name a {PRIOR_NAMES})")
     if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     weight = vqvae.vector_quantizer.embedding.weight

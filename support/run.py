@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,43 +22,68 @@ RESUME_FILE = "resume.pth"
 
 
 @dataclasses.dataclass
-class Run:
-    """One run of train.py and its folder.
+class Saved:
+    """What a run can be resumed from. Of a run that has not begun, its options.
 
     Attributes:
-        config, folder: the options, a dataclass; where everything is written, None until a new run begins.
+        options: a dataclass.
+        folder: where everything is written; None for one that is to be made.
         state: what resuming needs besides the options, by stage: `epoch`, `history` and the stage's own keys.
         rows: the rows of metrics.csv so far.
-        outdated: files that no longer belong to the run; `begin` removes them.
-        device, fast_path: where and how the networks are trained; set before `begin`.
-        phantoms: whether the data are phantoms. Every figure and every printed number says so.
+        fast_path: how the networks are trained; None if that is to be chosen.
     """
 
-    config: Any
+    options: Any
     folder: Path | None = None
     state: dict[str, dict] = dataclasses.field(default_factory=dict)
     rows: list[dict] = dataclasses.field(default_factory=list)
-    outdated: list[Path] = dataclasses.field(default_factory=list)
-    device: torch.device = torch.device("cpu")
     fast_path: FastPath | None = None
+
+    def rows_of(self, stage: str) -> list[dict]:
+        """The rows of one stage, "vqvae" or "dcgan"."""
+        return [row for row in self.rows if row["stage"] == stage]
+
+    def epochs_of(self, stage: str) -> int:
+        """The number of complete epochs of a stage."""
+        return self.state[stage]["epoch"] if stage in self.state else 0
+
+
+@dataclasses.dataclass
+class Run(Saved):
+    """One run of train.py and its folder.
+
+    Attributes:
+        device: where the networks are trained.
+        phantoms: whether the data are phantoms. Every figure and every printed number says so.
+    """
+
+    device: torch.device = torch.device("cpu")
     phantoms: bool = False
     _handle: int | None = None  # of the lock
 
-    def begin(self, data: dict, recipes: dict) -> None:
-        """Make the folder of a new run and write run.json. A resumed run keeps its first environment.
+    def begin(self, data: dict, recipes: dict, outdated: Iterable[Path] = ()) -> None:
+        """Lock the folder and write run.json. A resumed run keeps its first environment.
 
-        `data` is the folder, whether it holds phantoms, what it holds in words, the number of images in each split, and
-        `OasisDataset.digest` of those that were read; `recipes` is what decides a training besides the options. Raises
-        UserError if the folder cannot be made, or if a resumed run began with other images.
+        Args:
+            data: the folder, whether it holds phantoms, what it holds in words, the number of images in each split, and
+                `OasisDataset.digest` of those that were read.
+            recipes: what decides a training besides the options.
+            outdated: files that are removed, as temporary ones are.
+
+        Raises UserError if another process has locked the folder, or if a resumed run began with other images.
         """
+        self._lock()
+        try:
+            self._record(data, recipes, outdated)
+        except BaseException:
+            self.release()
+            raise
+
+    def _record(self, data: dict, recipes: dict, outdated: Iterable[Path]) -> None:
         here = environment(self.device)
-        if self.folder is None:
-            self.folder = new_folder(self.config.out)
-            self._lock()
-            record = here | {"resumed": []}
-        else:
-            self._lock()
-            record = here | {"resumed": []} | read_record(self.folder)
+        record = here | {"resumed": []}
+        if (self.folder / RESUME_FILE).exists():
+            record |= read_record(self.folder)
             began = data | record.get("data", {})
             if began["images"] != data["images"]:
                 raise UserError(f"{data['folder']}: has {data['images']} images, the run began with {began['images']}")
@@ -70,9 +95,9 @@ class Run:
                 )
             record["resumed"] = [*record["resumed"], here]
             self.save()  # so that raised numbers of epochs outlast an interruption
-            for path in (*self.outdated, *self.folder.glob(".*.tmp")):  # temporary files of a killed process
+            for path in (*outdated, *self.folder.glob(".*.tmp")):  # temporary files of a killed process
                 path.unlink(missing_ok=True)
-        options = dataclasses.asdict(self.config)
+        options = dataclasses.asdict(self.options)
         record |= {"options": options, "seed": options["seed"], "data": data, "fast_path": self.fast_path._asdict()}
         record["recipes"] = recipes
         files.write_json(self.folder / "run.json", record)
@@ -86,14 +111,6 @@ class Run:
             os.close(self._handle)
             self._handle = None
 
-    def rows_of(self, stage: str) -> list[dict]:
-        """The rows of one stage, "vqvae" or "dcgan"."""
-        return [row for row in self.rows if row["stage"] == stage]
-
-    def epochs_of(self, stage: str) -> int:
-        """The number of complete epochs of a stage."""
-        return self.state[stage]["epoch"] if stage in self.state else 0
-
     def save(self) -> None:
         """Write metrics.csv, if there is an epoch, then resume.pth, which completes an epoch or a stage's start."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -103,36 +120,39 @@ class Run:
             files.write_csv(path, columns, rows)
         else:
             path.unlink(missing_ok=True)  # of a process that was killed before it wrote resume.pth
-        contents = {"options": dataclasses.asdict(self.config), "state": self.state, "rows": self.rows}
-        fast_path = self.fast_path._asdict() if self.fast_path else None
-        files.save(contents | {"fast_path": fast_path}, self.folder / RESUME_FILE)
+        contents = {"options": dataclasses.asdict(self.options), "state": self.state, "rows": self.rows}
+        files.save(contents | {"fast_path": self.fast_path._asdict()}, self.folder / RESUME_FILE)
 
     def say(self, line: str) -> None:
         """Print a line with a number."""
         print(line + mark(self.phantoms), flush=True)
 
-    @contextlib.contextmanager
-    def restoring(self) -> Iterator[None]:
-        """A context for reading a resumed run's state, which raises UserError where it does not fit.
+    def restoring(self) -> contextlib.AbstractContextManager[None]:
+        """`restoring` from this run's resume.pth."""
+        return restoring(self.folder)
 
-        resume.pth may have been edited, or damaged in ways that loading does not show.
-        """
-        try:
-            yield
-        except UserError:
+
+@contextlib.contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """A context for reading a run's resume.pth, which raises UserError where it does not fit.
+
+    It may have been edited, or damaged in ways that loading does not show.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
             raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            path = self.folder / RESUME_FILE
-            raise UserError(f"{path}: does not fit this run ({reason}); start a new run") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{folder / RESUME_FILE}: does not fit this run ({reason}); start a new run") from None
 
 
-def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
+def open_run(path: str | Path, options: type, stages: Collection[str]) -> Saved:
     """The run in a folder or of a resume.pth (as given, or under gen_imgs/), as `Run.save` left it last.
 
-    `config` is the dataclass of its options, `stages` are the names that a stage may have.
+    `options` is the dataclass of its options, `stages` are the names that a stage may have.
 
     Raises UserError if the folder holds no run to resume.
     """
@@ -140,11 +160,9 @@ def open_run(path: str | Path, config: type, stages: Collection[str]) -> Run:
     folder = folder.parent if folder.name == RESUME_FILE and folder.is_file() else folder
     if not (folder / RESUME_FILE).is_file():
         raise UserError(f"{folder}: holds no {RESUME_FILE}, so there is nothing to resume; start a new run")
-    run = Run(None, folder)
-    with run.restoring():
+    with restoring(folder):
         saved = files.load(folder / RESUME_FILE)
-        run.config, run.state, run.rows = config(**saved["options"]), saved["state"], saved["rows"]
-        run.fast_path = FastPath(**saved["fast_path"])
+        run = Saved(options(**saved["options"]), folder, saved["state"], saved["rows"], FastPath(**saved["fast_path"]))
         if not isinstance(run.rows, list):
             raise ValueError("it was not written by train.py")
         for stage, part in run.state.items():

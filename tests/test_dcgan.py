@@ -16,7 +16,7 @@ from support import seeds
 from support.device import FastPath
 from support.run import Run
 from training import dcgan
-from training.config import Config
+from training.options import Options
 from training.recipes import BALANCED, DCGAN, R1, REPORT
 
 PLAIN_MAP = replace(BALANCED, fitted=False)  # coefficients are latents over the largest value of the codebook
@@ -28,8 +28,8 @@ def new_stage(data, vqvae, tmp_path):
     splits = [OasisDataset(data, split) for split in ("train", "validate")]
 
     def new(recipe=None, lr=0.0, **options):
-        config = Config(embeddings_dim=8, dcgan_batch_size=4, **options)
-        stage = dcgan.DCGANStage(Run(config, tmp_path, fast_path=FastPath("cpu")), vqvae, *splits, recipe)
+        chosen = Options(embeddings_dim=8, dcgan_batch_size=4, **options)
+        stage = dcgan.DCGANStage(Run(chosen, tmp_path, fast_path=FastPath("cpu")), vqvae, *splits, recipe)
         set_rate(stage, lr)
         return stage
 

@@ -181,8 +181,9 @@ def test_without_a_compiler_nothing_is_compiled(tmp_path):
     code = """
         import functools, torch
         from support import device
-        from training import config, vqvae
-        loss = functools.partial(vqvae.first_loss, config.Config(batch_size=1), torch.device("cpu"), (256, 256))
+        from training import vqvae
+        from training.options import Options
+        loss = functools.partial(vqvae.first_loss, Options(batch_size=1), torch.device("cpu"), (256, 256))
         path = device.FastPath("cpu", compiled=True)
         print(device.can_train(path._replace(compiled=False), loss), device.can_train(path, loss))
     """

@@ -23,7 +23,7 @@ from support import distributed
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run
-from training import codebook, config
+from training import begin, codebook, options
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.flow import FlowStage
@@ -184,7 +184,7 @@ def _dcgan(run: Run) -> DCGANStage:
 
 def _dcgan_step(rank):
     """One update of each network by plain gradient descent, in float64, on a batch of 5; and one in bfloat16."""
-    stage = _dcgan(Run(config.Config(embeddings_dim=8), fast_path=FastPath("cpu")))
+    stage = _dcgan(Run(options.Options(embeddings_dim=8), fast_path=FastPath("cpu")))
     found = {}
     for dtype, rate in ((torch.double, 0.1), (torch.float, 0.0)):
         for name, network in stage.networks.items():
@@ -224,7 +224,7 @@ def _flow(folder: Path | None = None) -> FlowStage:
     """A stage without data, its weights random and the same in each process."""
     torch.manual_seed(0)
     vqvae = VQVAE(16, 6)
-    run = Run(config.Config(embeddings_dim=6, flow_epochs=10**6), folder, fast_path=FastPath("cpu"))
+    run = Run(options.Options(embeddings_dim=6, flow_epochs=10**6), folder, fast_path=FastPath("cpu"))
     stage = FlowStage(run, vqvae, Images(torch.rand(2, 1, 256, 256)), None)
     for network in (*stage.networks.values(), *stage.averages.values()):
         for parameter in network.parameters():  # some begin as 0
@@ -325,10 +325,10 @@ def test_shares_make_up_the_whole(n, monkeypatch):
 )
 def test_what_several_processes_cannot_do_is_refused_by_name(words, data, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    given = config.parse(["--data", str(data), *words])
+    given = options.parse(["--data", str(data), *words])
     given |= {"vqvae": str(PRETRAINED / "vqvae.pth")} if "dcgan" in words else {}
     with pytest.raises(UserError, match=f"^{words[-2]} {words[-1]}: "):
-        config.make_run(given)
+        begin.prepare(given)
 
 
 def test_a_process_that_waits_for_others_says_so_and_stops_when_it_is_told(tmp_path):
@@ -362,7 +362,7 @@ def _autoregressive(folder: Path | None = None) -> AutoregressiveStage:
     """A stage on five slices, its weights random and the same in each process."""
     torch.manual_seed(0)
     vqvae, slices = VQVAE(16, 6), Slices(torch.rand(5, 1, 256, 256))
-    run = Run(config.Config(embeddings_dim=6, autoregressive_epochs=10**6), folder, fast_path=FastPath("cpu"))
+    run = Run(options.Options(embeddings_dim=6, autoregressive_epochs=10**6), folder, fast_path=FastPath("cpu"))
     stage = AutoregressiveStage(run, vqvae, slices, slices)
     for parameter in stage.network.parameters():  # some begin as 0
         torch.nn.init.normal_(parameter, std=0.1)

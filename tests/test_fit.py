@@ -18,16 +18,16 @@ from support.device import FastPath
 from support.run import Run, open_run
 from training import fit
 from training.autoregressive import AutoregressiveStage
-from training.config import Config
 from training.dcgan import DCGANStage
 from training.flow import FlowStage
+from training.options import Options
 from training.samples import Samples
 from training.vqvae import VQVAEStage
 
 
 def new_run(folder: Path, compiled: bool = False, **options) -> Run:
     folder.mkdir(exist_ok=True)
-    return Run(Config(**options), folder, fast_path=FastPath("cpu", compiled=compiled))
+    return Run(Options(**options), folder, fast_path=FastPath("cpu", compiled=compiled))
 
 
 def test_average_follows_the_weights_and_batchnorm_statistics():
@@ -130,7 +130,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqv
     with pytest.raises(ZeroDivisionError):
         fit.fit(stopped, runs[1])
     assert not (tmp_path / "stopped" / "metrics.csv").exists()  # there is no epoch
-    again = open_run(tmp_path / "stopped", Config, [kind.name])
+    again = Run(**vars(open_run(tmp_path / "stopped", Options, [kind.name])))
     stage = kind(again, copy.deepcopy(vqvae), *sets, n_measures=1)
     monkeypatch.setattr(stage, "start", lambda: 1 / 0)
     fit.fit(stage, again)
@@ -185,7 +185,7 @@ def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
     assert [row["loss"] for row in run.rows] == pytest.approx([4.5] * 3)  # each of 0 to 9 once an epoch
     total = sum(run.state["dcgan"]["history"]["loss"])
     assert stage.network.weight.item() == pytest.approx(total) and len(run.state["dcgan"]["history"]["loss"]) == 9
-    resumed = Run(run.config, tmp_path, run.state, run.rows, fast_path=run.fast_path)
+    resumed = Run(run.options, tmp_path, run.state, run.rows, fast_path=run.fast_path)
     again = OneWeight(resumed)
     again.epochs = 4
     fit.fit(again, resumed)

@@ -27,7 +27,7 @@ from priors.prior import DCGANPrior
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run
-from training.config import Config
+from training.options import Options
 from training.vqvae import VQVAEStage
 
 
@@ -190,7 +190,7 @@ def test_a_strange_checkpoint_is_read_or_refused(path, model, checkpoint, choice
 @pytest.fixture(scope="module")
 def stage(data, tmp_path_factory) -> VQVAEStage:
     """Of a small VQ-VAE, after a step."""
-    run = Run(Config(n_embeddings=8, embeddings_dim=4), tmp_path_factory.mktemp("stage"), fast_path=FastPath("cpu"))
+    run = Run(Options(n_embeddings=8, embeddings_dim=4), tmp_path_factory.mktemp("stage"), fast_path=FastPath("cpu"))
     stage = VQVAEStage(run, *(OasisDataset(data, split) for split in ("train", "validate")))
     stage.step(stage.train_set.batch([0, 1]), 2, 0, torch.Generator().manual_seed(0))
     return stage
@@ -237,7 +237,7 @@ def saved_run(data, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("run")
     row = {"stage": "vqvae", "epoch": 1, "updates": 4, "seconds": 1.0, "ssim_mean": 0.5}
     state = {"epoch": 1, "history": {"training_loss": [0.1]}, "networks": {}, "extra": {}}
-    run = Run(Config(data=str(data)), folder, {"vqvae": state}, [row], fast_path=FastPath("cpu"))
+    run = Run(Options(data=str(data)), folder, {"vqvae": state}, [row], fast_path=FastPath("cpu"))
     run.save()
     return folder, torch.load(folder / "resume.pth", weights_only=True)
 

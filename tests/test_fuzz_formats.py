@@ -19,8 +19,8 @@ from preparation import sources, volumes
 from report import page
 from support.console import UserError
 from support.device import FastPath
-from support.run import Run
-from training.config import Config
+from support.run import Run, new_folder
+from training.options import Options
 
 SPLITS = ["train", "validate", "test"]
 ROW = {"stage": "vqvae", "epoch": 1, "updates": 4, "seconds": 1.0, "ssim_mean": 0.5}
@@ -54,7 +54,7 @@ IMAGES = {
 def run_folder(data, tmp_path_factory) -> Path:
     """The folder of a run after an epoch, with its record and table."""
     out = tmp_path_factory.mktemp("record")
-    run = Run(Config(data=str(data), out=str(out)), None, {}, [ROW], fast_path=FastPath("cpu"))
+    run = Run(Options(data=str(data), out=str(out)), new_folder(out), {}, [ROW], FastPath("cpu"))
     run.begin(IMAGES | {"folder": str(data), "phantoms": True}, {})
     run.save()
     run.release()
@@ -70,7 +70,7 @@ def test_a_strange_run_json_is_used_or_refused(run_folder, choices, capsys, monk
     try:
         path.write_bytes(json_text(choices, json.loads(original)))
         page.write_run(run_folder)
-        run = Run(Config(data="data"), run_folder, {}, [ROW], fast_path=FastPath("cpu"))
+        run = Run(Options(data="data"), run_folder, {}, [ROW], FastPath("cpu"))
         with one_line_at_most():
             run.begin(IMAGES | {"folder": "data", "phantoms": True}, {})
     finally:

@@ -22,8 +22,8 @@ from support import files
 from support.device import FastPath, exact_float32
 from support.run import Run
 from training import codebook, dcgan
-from training.config import Config
 from training.fit import update_average
+from training.options import Options
 from training.recipes import DCGAN
 from training.vqvae import VQVAEStage
 
@@ -74,9 +74,9 @@ def gpu(request):
 
 def new_stage(make, data, name: str, tmp_path, **options):
     """A stage on a device, with small networks, and its training images."""
-    config = Config(n_embeddings=16, embeddings_dim=8, batch_size=4, dcgan_batch_size=4, **options)
+    chosen = Options(n_embeddings=16, embeddings_dim=8, batch_size=4, dcgan_batch_size=4, **options)
     device = torch.device(name)
-    run = Run(config, tmp_path, device=device, fast_path=FastPath(device.type))
+    run = Run(chosen, tmp_path, device=device, fast_path=FastPath(device.type))
     train_set, validate_set = (OasisDataset(data, split, device) for split in ("train", "validate"))
     return make(run, train_set, validate_set)
 

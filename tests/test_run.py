@@ -93,7 +93,7 @@ def test_run_there_and_back(tmp_path):
     run.fast_path = FastPath("cpu")
     run.save()
     again = open_run(tmp_path, Options, STAGES)
-    assert again.config == run.config and again.rows == rows
+    assert again.options == run.options and again.rows == rows
     assert torch.equal(again.state["vqvae"]["model"]["w"], torch.arange(3))
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines == ["stage,epoch,ssim_mean,d_loss", f"vqvae,1,{rows[0]['ssim_mean']!r},", "dcgan,1,,2.5"]

@@ -38,7 +38,7 @@ from priors.latent_space import LatentSpace
 from priors.spectrum import LARGEST_FACTOR, covariance_spectrum, transport
 from support import seeds
 from support.device import has_fast_bfloat16
-from training.config import FIELDS, flag
+from training.options import FIELDS, flag
 
 
 def test_the_runs_folder(trained):

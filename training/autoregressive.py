@@ -44,11 +44,11 @@ class AutoregressiveStage(Stage):
         n_measures: int = 10,
     ):
         super().__init__(run)
-        config, fast_path, self.recipe, self.average_decay = run.config, run.fast_path, recipe, recipe.average_decay
-        self.epochs, self.batch_size = config.autoregressive_epochs, config.autoregressive_batch_size
-        self.lr, self.vqvae = config.autoregressive_lr, vqvae.eval().to(memory_format=torch.channels_last)
+        options, fast_path, self.recipe, self.average_decay = run.options, run.fast_path, recipe, recipe.average_decay
+        self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
+        self.lr, self.vqvae = options.autoregressive_lr, vqvae.eval().to(memory_format=torch.channels_last)
         self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
-        torch.manual_seed(seeds.derived_seed(config.seed, "autoregressive weights"))
+        torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
         with run.restoring():
             if self.name in run.state:
@@ -128,7 +128,7 @@ class AutoregressiveStage(Stage):
     @torch.no_grad()
     def validation_bits(self) -> float:
         """The mean bits of validation slices by the averaged weights."""
-        rng, bits = seeds.generator(self.run.config.seed, "autoregressive validation"), []
+        rng, bits = seeds.generator(self.run.options.seed, "autoregressive validation"), []
         network = self.averages["autoregressive"].eval()
         for indices in torch.arange(len(self.validate_codes)).split(VALIDATION_BATCH):
             bits.append(self.bits(network, self.validate_codes, indices, *self.draw_conditions(len(indices), rng)))

@@ -42,14 +42,14 @@ class DCGANStage(PriorStage):
         recipe: DCGANRecipe | None = None,
         n_measures: int = 10,
     ):
-        config, fast_path = run.config, run.fast_path
-        self.recipe = recipe or DCGAN[config.dcgan_training]
+        options, fast_path = run.options, run.fast_path
+        self.recipe = recipe or DCGAN[options.dcgan_training]
         fit_space = LatentSpace.fit if self.recipe.fitted else LatentSpace.of_codebook
-        epochs, quantized = config.dcgan_epochs, self.recipe.quantized
+        epochs, quantized = options.dcgan_epochs, self.recipe.quantized
         super().__init__(run, vqvae, train_set, validate_set, epochs, n_measures, fit_space, quantized)
-        self.batch_size, self.average_decay = config.dcgan_batch_size, self.recipe.average_decay
+        self.batch_size, self.average_decay = options.dcgan_batch_size, self.recipe.average_decay
         self.autocast = fast_path.autocast
-        torch.manual_seed(seeds.derived_seed(config.seed, "dcgan weights"))
+        torch.manual_seed(seeds.derived_seed(options.seed, "dcgan weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         self.generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
         self.discriminator = Discriminator(embeddings_dim).apply(dcgan_init)
@@ -59,14 +59,14 @@ class DCGANStage(PriorStage):
         self.optimizers = {}
         for name, network in self.networks.items():
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
-            self.optimizers[name] = fast_path.adam(network, config.dcgan_lr, config.dcgan_betas)
+            self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
         self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms)
 
     def start(self) -> None:
         """Fit the generator to real latents."""
         n_steps = min(self.recipe.start_steps, self.n_steps // 2)
-        settings = (self.latents, n_steps, self.batch_size, self.run.fast_path, self.run.config.seed)
+        settings = (self.latents, n_steps, self.batch_size, self.run.fast_path, self.run.options.seed)
         weights = distributed.from_first(lambda: start_generator(self.average, *settings))  # whose BatchNorm is local
         for generator in (self.average, self.generator):
             generator.load_state_dict(weights)
@@ -135,7 +135,7 @@ class DCGANStage(PriorStage):
         """Mean D(x) of the validation split. Far below `d_real` where D knows the training split by heart."""
         discriminator = copy.deepcopy(self.discriminator)  # BatchNorm's statistics change
         # in file order a batch would be of two subjects, which BatchNorm sees
-        order = torch.randperm(len(self.validate_latents), generator=seeds.generator(self.run.config.seed, "judging"))
+        order = torch.randperm(len(self.validate_latents), generator=seeds.generator(self.run.options.seed, "judging"))
         batches = in_batches(self.validate_latents, order, self.batch_size, desc="Judging")
         return torch.cat([self._logits(discriminator, c).sigmoid() for c in batches]).mean().item()
 

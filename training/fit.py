@@ -123,7 +123,7 @@ def fit(stage: Stage, run: Run) -> None:
     for epoch in range(done + 1, stage.epochs + 1):
         # Train.
         started = time.perf_counter()
-        losses = train_epoch(stage, data, epoch, run.config.seed)
+        losses = train_epoch(stage, data, epoch, run.options.seed)
         seconds = time.perf_counter() - started
 
         # Evaluate.

@@ -43,10 +43,10 @@ class FlowStage(PriorStage):
     def __init__(
         self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset, n_measures: int = 10
     ):
-        super().__init__(run, vqvae, train_set, validate_set, run.config.flow_epochs, n_measures)
-        config, fast_path = run.config, run.fast_path
-        self.batch_size, self.lr = config.flow_batch_size, config.flow_lr
-        torch.manual_seed(seeds.derived_seed(config.seed, "flow weights"))
+        super().__init__(run, vqvae, train_set, validate_set, run.options.flow_epochs, n_measures)
+        options, fast_path = run.options, run.fast_path
+        self.batch_size, self.lr = options.flow_batch_size, options.flow_lr
+        torch.manual_seed(seeds.derived_seed(options.seed, "flow weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         channels = 4 * min(DIRECTIONS, embeddings_dim)
         self.networks = {"flow": UNet(channels), "guide": UNet(channels, GUIDE_WIDTHS)}
@@ -61,7 +61,7 @@ class FlowStage(PriorStage):
             heads = self.latents.spaced()[:, :, self.space.support.bool()]
             factor = STD / max(heads.std().item(), 1e-6)
         averages = self.averages["flow"], self.averages["guide"]
-        self.prior = FlowPrior(*averages, factor, self.space, vqvae, run.phantoms, steps=config.flow_steps)
+        self.prior = FlowPrior(*averages, factor, self.space, vqvae, run.phantoms, steps=options.flow_steps)
         self.prior.autocast = fast_path.autocast
 
     def start(self) -> None:
@@ -109,7 +109,7 @@ class FlowStage(PriorStage):
     @torch.no_grad()
     def validation_loss(self) -> float:
         """The mean loss of the flow's averaged weights on the validation split, each time with the same noise."""
-        rng, losses = seeds.generator(self.run.config.seed, "flow validation"), []
+        rng, losses = seeds.generator(self.run.options.seed, "flow validation"), []
         for c in in_batches(self.validate_latents, desc="Validating"):
             drawn = (move(each, c.device) for each in self.drawn(len(c), rng))
             losses.append(self.losses(self.averages["flow"].eval(), c, *drawn))

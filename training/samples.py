@@ -48,7 +48,7 @@ class Samples:
     def reference(self) -> Reference:
         """What samples are measured against; computed when it is first needed, which takes long."""
         images = self.validate_set.as_images().spaced(self.n_measured)
-        return Reference(self.vqvae, reconstructed(self.vqvae, images), self.run.config.seed)
+        return Reference(self.vqvae, reconstructed(self.vqvae, images), self.run.options.seed)
 
     @property
     def n_measured(self) -> int:
@@ -57,13 +57,13 @@ class Samples:
 
     def noise(self, prior, n: int, stream: str) -> Tensor:
         """The noise of n images from one of the run's streams of random numbers."""
-        return prior.noise(n, seeds.generator(self.run.config.seed, stream))
+        return prior.noise(n, seeds.generator(self.run.options.seed, stream))
 
     def begin(self, prior) -> None:
         """Draw samples of the untrained prior, and take the measures of reconstructions; on rank 0."""
         if distributed.is_first():
             self.draw(prior, 0)
-            others = self.train_set.as_images().drawn(self.n_measured, self.run.config.seed)
+            others = self.train_set.as_images().drawn(self.n_measured, self.run.options.seed)
             others = reconstructed(self.vqvae, others)
             self.floor = {name: measure.value for name, measure in self.reference.measure(others).items()}
 

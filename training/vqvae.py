@@ -35,7 +35,7 @@ class VQVAEStage(Stage):
 
     Args:
         run, train_set, validate_set: all on the run's device.
-        method: the codebook method; by default the one that the config names.
+        method: the codebook method; by default the one that the options names.
         average_decay: of the EMA of the weights.
     """
 
@@ -51,16 +51,16 @@ class VQVAEStage(Stage):
         average_decay: float = AVERAGE_DECAY,
     ):
         super().__init__(run)
-        config, self.fast_path = run.config, run.fast_path
+        options, self.fast_path = run.options, run.fast_path
         self.train_set, self.validate_set, self.labels = train_set, validate_set, validate_set.labels
-        self.epochs, self.batch_size, self.lr = config.epochs, config.batch_size, config.lr
+        self.epochs, self.batch_size, self.lr = options.epochs, options.batch_size, options.lr
         self.average_decay = average_decay
-        torch.manual_seed(seeds.derived_seed(config.seed, "vqvae weights"))
-        self.vqvae = VQVAE(config.n_embeddings, config.embeddings_dim, config.beta)
+        torch.manual_seed(seeds.derived_seed(options.seed, "vqvae weights"))
+        self.vqvae = VQVAE(options.n_embeddings, options.embeddings_dim, options.beta)
         self.vqvae.to(run.device, memory_format=self.fast_path.layout)
         self.average = copy.deepcopy(self.vqvae)
-        self.optimizer = self.fast_path.adam(self.vqvae, config.lr)
-        self.codebook = (method or codebook.METHODS[config.codebook])(self.vqvae.vector_quantizer, self.optimizer)
+        self.optimizer = self.fast_path.adam(self.vqvae, options.lr)
+        self.codebook = (method or codebook.METHODS[options.codebook])(self.vqvae.vector_quantizer, self.optimizer)
         self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
         self.optimizers = {"vqvae": self.optimizer}
         self.fast_path.compile(self.vqvae.encoder, self.vqvae.decoder)
@@ -144,7 +144,7 @@ class VQVAEStage(Stage):
         self.run.say(f"Max SSIM loss: {row['ssim_max']}")
         self.run.say(f"Min SSIM loss: {row['ssim_min']}")
         self.run.say(
-            f"Codebook usage: {row['codes_used']} of {self.run.config.n_embeddings} codes, "
+            f"Codebook usage: {row['codes_used']} of {self.run.options.n_embeddings} codes, "
             f"perplexity {row['perplexity']:.1f}, in the foreground {row['foreground_perplexity']:.1f}; "
             f"PSNR {row['psnr_mean']:.2f} dB"
             + (f"; SSIM in the brain {row['ssim_brain']:.4f}" if "ssim_brain" in row else "")
@@ -181,12 +181,12 @@ class VQVAEStage(Stage):
         self.figures.single_image("decoded.png", decoded, "First validation image, decoded from its codes")
 
 
-def first_loss(config, device: torch.device, size: tuple[int, int], fast_path: FastPath) -> Tensor:
+def first_loss(options, device: torch.device, size: tuple[int, int], fast_path: FastPath) -> Tensor:
     """The loss of a new VQ-VAE on a batch of black images of a size: shows whether a fast path works in training."""
-    vqvae = VQVAE(config.n_embeddings, config.embeddings_dim, config.beta)
+    vqvae = VQVAE(options.n_embeddings, options.embeddings_dim, options.beta)
     vqvae.to(device, memory_format=fast_path.layout)
     fast_path.compile(vqvae.encoder, vqvae.decoder)
-    x = torch.zeros(max(1, config.batch_size // distributed.world_size()), 1, *size, device=device)
+    x = torch.zeros(max(1, options.batch_size // distributed.world_size()), 1, *size, device=device)
     with fast_path.autocast():
         vq_loss, x_hat, _, _ = vqvae(x)
     return F.mse_loss(x_hat, x) + vq_loss

@@ -7,8 +7,8 @@ from support import device
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run, open_run
-from training import config
-from training.config import Config
+from training import begin, options
+from training.options import Options
 
 
 def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_device(tmp_path, monkeypatch):
@@ -16,14 +16,12 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     monkeypatch.setattr(device, "can_train", lambda fast_path, compute_loss: works["compiled"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
-    def chosen(run, where, n_images):
-        run.device = where
-        return config.choose_run_fast_path(run, n_images)
+    chosen = begin.choose_run_fast_path
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    run = Run(Config(precision="bfloat16"), tmp_path, fast_path=FastPath("cpu", bfloat16=True))
+    run = Run(Options(precision="bfloat16"), tmp_path, fast_path=FastPath("cpu", bfloat16=True))
     assert chosen(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
-    run.config.precision = "auto"
+    run.options.precision = "auto"
     assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
     assert chosen(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 steps do not repay it
     best = FastPath("cuda", bfloat16=True, compiled=True)
@@ -35,7 +33,7 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
     assert chosen(run, cuda, 9664) == best._replace(compiled=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True)  # its precision stays
-    run.fast_path, run.config.only = None, "dcgan"
+    run.fast_path, run.options.only = None, "dcgan"
     assert chosen(run, cuda, 9664) == FastPath("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     works["compiled"] = True
@@ -66,7 +64,7 @@ def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_d
 )
 def test_numbers_out_of_range_are_refused_by_name(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        config.parse(list(words))
+        options.parse(list(words))
     said = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and words[0] in said[-1] and "error: " in said[-1]
 
@@ -84,11 +82,11 @@ def test_numbers_out_of_range_are_refused_by_name(words, capsys):
 )
 def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
     state = {stage: {"epoch": n} for stage, n in (("vqvae", vqvae), ("dcgan", gan)) if n is not None}
-    run = Run(Config(epochs=2, dcgan_epochs=3, only=only), tmp_path / "a b", state)
-    assert "nothing to resume" in config.how_to_resume(run)
+    run = Run(Options(epochs=2, dcgan_epochs=3, only=only), tmp_path / "a b", state, [], FastPath("cpu"))
+    assert "nothing to resume" in begin.how_to_resume(run)
     run.folder.mkdir()
     run.save()
-    assert config.how_to_resume(run).startswith(f"Stopped. {said}: python train.py --resume '")
+    assert begin.how_to_resume(run).startswith(f"Stopped. {said}: python train.py --resume '")
 
 
 @pytest.mark.parametrize(
@@ -108,19 +106,19 @@ def test_where_a_stopped_run_resumes(tmp_path, only, vqvae, gan, said):
 )
 def test_values_that_no_option_has_are_refused(spoilt):
     good = {"data": "there", "dcgan_betas": [0.5, 0.999]}
-    assert Config(**good).dcgan_betas == (0.5, 0.999)
+    assert Options(**good).dcgan_betas == (0.5, 0.999)
     with pytest.raises((ValueError, TypeError)):
-        Config(**good | spoilt)
+        Options(**good | spoilt)
 
 
 def test_a_run_without_data_is_not_resumed(tmp_path):
-    Run(Config(), tmp_path, {"vqvae": {"epoch": 0}}, fast_path=FastPath("cpu")).save()
+    Run(Options(), tmp_path, {"vqvae": {"epoch": 0}}, fast_path=FastPath("cpu")).save()
     with pytest.raises(UserError, match="resume.pth: names no data"):
-        config.make_run({"resume": str(tmp_path)})
+        begin.prepare({"resume": str(tmp_path)})
 
 
 def test_what_a_run_saves_is_what_it_is_resumed_with(tmp_path):
-    run = Run(Config(data="there", lr=2e-3, demo=True), tmp_path, fast_path=FastPath("cpu", plain=True))
+    run = Run(Options(data="there", lr=2e-3, demo=True), tmp_path, fast_path=FastPath("cpu", plain=True))
     run.save()
-    again = open_run(tmp_path, Config, config.STAGES)
-    assert again.config == run.config and again.fast_path == run.fast_path
+    again = open_run(tmp_path, Options, options.STAGES)
+    assert again.options == run.options and again.fast_path == run.fast_path
