@@ -1,8 +1,7 @@
 """The networks: a VQ-VAE that turns a 256x256 slice into 64x64 codes and back, and what priors of these codes learn.
 
 Sources: van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv 1711.00937 (VQ-VAE);
-Radford et al. 2015, "Unsupervised Representation Learning with Deep Convolutional GANs", arXiv 1511.06434 (DCGAN);
-Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239 (U-Net).
+Radford et al. 2015, "Unsupervised Representation Learning with Deep Convolutional GANs", arXiv 1511.06434 (DCGAN).
 B is the batch size throughout.
 """
 
@@ -213,7 +212,6 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 _down = partial(nn.Conv2d, kernel_size=(4, 4), stride=(2, 2), padding=(1, 1), bias=False)  # half the resolution
 _up = partial(nn.ConvTranspose2d, kernel_size=(4, 4), stride=(2, 2), padding=(1, 1), bias=False)  # twice the resolution
-_same = partial(nn.Conv2d, kernel_size=(3, 3), padding=(1, 1))
 
 
 def _block(convolution: nn.Module) -> nn.Sequential:
@@ -274,85 +272,6 @@ def dcgan_init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
-
-
-class SelfAttention(nn.Module):
-    """x + attention of each position to all of them, in four heads (arXiv 1706.03762): (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, n: int):
-        super().__init__()
-        self.qkv = nn.Sequential(nn.GroupNorm(8, n), nn.Conv2d(n, 3 * n, (1, 1)))
-        self.out = _zeroed(nn.Conv2d(n, n, (1, 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, 4, -1)).transpose(3, 4).unbind(1)
-        found = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H·W, C / heads)
-        return x + self.out(found.transpose(2, 3).reshape(x.shape))
-
-
-class UNetBlock(nn.Module):
-    """x + conv(conv(x)), each after GroupNorm and SiLU, then attention or none: (B, n_in, H, W) -> (B, n_out, H, W).
-
-    What the second GroupNorm gives is scaled and shifted by the embedded time (B, n_time) (arXiv 2105.05233, eq. 3).
-    """
-
-    def __init__(self, n_in: int, n_out: int, n_time: int, attention: bool):
-        super().__init__()
-        self.before = nn.Sequential(nn.GroupNorm(8, n_in), nn.SiLU(), _same(n_in, n_out))
-        self.time = nn.Linear(n_time, 2 * n_out)
-        self.norm = nn.GroupNorm(8, n_out)
-        self.after = nn.Sequential(nn.SiLU(), _zeroed(_same(n_out, n_out)))
-        self.shortcut = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, (1, 1))
-        self.attention = SelfAttention(n_out) if attention else nn.Identity()
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
-        h = torch.addcmul(shift, self.norm(self.before(x)), 1 + scale)
-        return self.attention(self.shortcut(x) + self.after(h))
-
-
-class UNet(nn.Module):
-    """The velocity of flow matching: x_t (B, channels, H, W) at times t (B,) in [0, 1] -> (B, channels, H, W).
-
-    A U-Net as diffusion models have it (arXiv 2006.11239, appendix B). The first of `widths` is the number of channels
-    at H x W, the next at half of that, and so on, with attention at the two coarsest. Two further inputs are a
-    position's row and column.
-    """
-
-    def __init__(self, channels: int = 24, widths: tuple[int, ...] = (64, 96, 128, 128)):
-        super().__init__()
-        n_time, attended = 4 * widths[0], len(widths) - 2
-
-        def blocks(level: int, n_in: int) -> list[nn.Module]:
-            sizes = (n_in, widths[level]), (widths[level], widths[level])
-            return [UNetBlock(*size, n_time, level >= attended) for size in sizes]
-
-        self.time = nn.Sequential(nn.Linear(widths[0], n_time), nn.SiLU(), nn.Linear(n_time, n_time), nn.SiLU())
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, width in enumerate(widths):
-            enter = _down(widths[level - 1], width) if level else _same(channels + 2, width)
-            self.down.append(nn.ModuleList([enter, *blocks(level, width)]))
-        for level in reversed(range(len(widths) - 1)):
-            width = widths[level]
-            self.up.append(nn.ModuleList([_up(widths[level + 1], width), *blocks(level, 2 * width)]))
-        self.last = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), _zeroed(_same(widths[0], channels)))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        angles = 100 * t[:, None] * torch.logspace(0, -3, self.time[0].in_features // 2, device=x.device)
-        time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        column = torch.linspace(-1, 1, x.shape[-1], device=x.device).expand(len(x), 1, *x.shape[2:])
-        h, skips = torch.cat([x, column, column.mT], 1), []
-        for enter, *blocks in self.down:
-            h = enter(h)
-            for block in blocks:
-                h = block(h, time)
-            skips.append(h)
-        h = skips.pop()
-        for enter, *blocks in self.up:
-            h = torch.cat([enter(h), skips.pop()], 1)
-            for block in blocks:
-                h = block(h, time)
-        return self.last(h)
 
 
 def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:

@@ -32,10 +32,9 @@ from evaluation.generation import MOST_MEASURED, to_bytes
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
 from priors.autoregressive import AutoregressivePrior, alone, likelihoods
-from priors.checkpoints import PRIOR_NAMES, load_prior, load_vqvae
+from priors.checkpoints import PRIOR_NAMES, Prior, load_prior, load_vqvae
 from priors.code_cache import CodeCache
-from priors.flow import STEP_COUNT, STEPS, FlowPrior
-from priors.prior import Prior, walk
+from priors.dcgan import DCGANPrior, walk
 from report import comparison as comparisons
 from report import page
 from report.plots import NOTE, Figures
@@ -125,10 +124,6 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Decode new brains and walks between others. With --data, measure them against a split."""
     prior, splits = load_prior(files.find(o.prior), vqvae), []
-    if o.steps is not None:
-        if not isinstance(prior, FlowPrior):
-            raise UserError(f"--steps is for a flow, and {o.prior} is none; leave it out")
-        prior.steps = o.steps
     if o.slice and not isinstance(prior, AutoregressivePrior):
         raise UserError(f"--slice is for a prior that knows planes, and {o.prior} is none; leave it out")
     if o.slice and (unknown := sorted(set(o.slice) - set(prior.planes))):
@@ -152,7 +147,7 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
 
 
 def draw_samples(
-    prior: Prior | AutoregressivePrior, n: int, seed: int, out: str, planes: Sequence[int], keep: bool
+    prior: Prior, n: int, seed: int, out: str, planes: Sequence[int], keep: bool
 ) -> tuple[Path, Images | None]:
     """Decode n new brains, one file each in samples/, the first ones as a grid, and walks between others.
 
@@ -184,7 +179,7 @@ def draw_samples(
         plane = f" at plane {planes[0]}" if planes else ""
         title = f"{len(shown)}{of} generated brains{plane} (seed {seed})"
         figures.image_grid("samples.png", torch.stack(shown), title)
-    if not isinstance(prior, AutoregressivePrior):
+    if isinstance(prior, DCGANPrior):
         draw_walks(prior, seed, figures)
     print(f"Decoded {count} new slices in {seconds:.1f} s.{mark(prior.phantoms)}")
     if not keep:
@@ -194,9 +189,7 @@ def draw_samples(
     return folder, Images(torch.cat(pixels), names, names)
 
 
-def new_slices(
-    prior: Prior | AutoregressivePrior, n: int, rng: torch.Generator, planes: Sequence[int]
-) -> Iterator[tuple[list[str], Tensor]]:
+def new_slices(prior: Prior, n: int, rng: torch.Generator, planes: Sequence[int]) -> Iterator[tuple[list[str], Tensor]]:
     """The file names and the slices (B, 1, 256, 256) of n brains or stacks, as many at once as memory easily holds."""
     width = max(3, len(str(n - 1)))
     with console.progress(total=n, desc="Sampling", unit=" brains", disable=n <= AT_ONCE) as bar:
@@ -214,7 +207,7 @@ def new_slices(
             bar.update(len(heads))
 
 
-def draw_walks(prior: Prior, seed: int, figures: Figures) -> None:
+def draw_walks(prior: DCGANPrior, seed: int, figures: Figures) -> None:
     """Draw what a prior makes on walks from one noise vector to another."""
     ends = prior.noise(2 * N_WALKS, seeds.generator(seed, "walks"))
     walks = torch.cat([walk(start, end, 8) for start, end in zip(ends[::2], ends[1::2], strict=True)])
@@ -316,13 +309,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
     text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
     group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)
-    group.add_argument("--steps", metavar="N", type=STEP_COUNT, help=f"of a flow's solver (default: {STEPS})")
     o = parser.parse_args(argv)
     if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
     if o.export_codes and o.prior:
         parser.error("--export-codes and --prior contradict each other; give one of them")
-    given = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice), ("--steps", o.steps))
+    given = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice))
     for name, value in given:
         if value is not None and not o.prior:
             parser.error(f"{name} is for new brains; name the generator with --prior, or leave it out")

@@ -5,7 +5,6 @@
     python train.py --resume gen_imgs/<run>              # continue where it was last saved
     python train.py --only dcgan --vqvae PATH/vqvae.pth    # the DCGAN alone
     python train.py --prior autoregressive               # a prior over the codes themselves instead of the DCGAN
-    python train.py --prior flow                         # flow matching instead of the DCGAN
     torchrun --nproc-per-node=8 train.py --data DIR      # several processes, one GPU each
 
 Everything is written to a new folder, gen_imgs/<date_time>/. docs/usage.md lists its files.
@@ -20,14 +19,13 @@ import sys
 from dataset import OasisDataset
 from modules import VQVAE
 from priors.autoregressive import AutoregressivePrior
-from priors.prior import Prior
+from priors.dcgan import DCGANPrior
 from support import console, distributed, files
 from support.run import Run
 from training import begin, options
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.fit import fit
-from training.flow import FlowStage
 from training.vqvae import VQVAEStage, load_vqvae
 
 
@@ -46,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             vqvae = train_vqvae(run, train_set, validate_set)
         if run.options.only != "vqvae":
-            train_prior = {"dcgan": train_gan, "flow": train_flow, "autoregressive": train_autoregressive}
+            train_prior = {"dcgan": train_gan, "autoregressive": train_autoregressive}
             train_prior[run.options.prior](run, vqvae, train_set, validate_set)
     except console.Stopped:
         print(begin.how_to_resume(run or saved), file=sys.stderr)
@@ -69,7 +67,7 @@ def train_vqvae(run: Run, train_set: OasisDataset, validate_set: OasisDataset) -
     return stage.best()
 
 
-def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> Prior:
+def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> DCGANPrior:
     """Train the DCGAN on the training split's latents and return the trained prior.
 
     `run` has begun; training resumes from its state. Everything is on the run's device. Raises UserError if the loss
@@ -78,13 +76,6 @@ def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: Oas
     stage = DCGANStage(run, vqvae, train_set, validate_set)
     fit(stage, run)
     return stage.prior
-
-
-def train_flow(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> Prior:
-    """Train the flow instead: as `train_gan`. Return the prior of the epoch with the lowest validation loss."""
-    stage = FlowStage(run, vqvae, train_set, validate_set)
-    fit(stage, run)
-    return stage.best()
 
 
 def train_autoregressive(

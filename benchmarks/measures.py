@@ -27,10 +27,7 @@ from evaluation.generation import (  # noqa: E402
 )
 from evaluation.two_sample import Interval  # noqa: E402
 from modules import VQVAE  # noqa: E402
-from priors.checkpoints import (
-    load_prior,  # noqa: E402
-    load_vqvae,  # noqa: E402
-)
+from priors.checkpoints import load_prior, load_vqvae  # noqa: E402
 from support import console, seeds  # noqa: E402
 from support.device import exact_float32  # noqa: E402
 

@@ -1,43 +1,44 @@
 """vqvae.pth and the files of priors, loaded with care."""
 
-from dataclasses import fields
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from modules import VQVAE
-from priors import autoregressive
+from priors import autoregressive, dcgan
 from priors.autoregressive import AutoregressivePrior
-from priors.flow import FlowPrior
-from priors.latent_space import LatentSpace, checked
-from priors.prior import DCGANPrior, Prior
-from priors.spectrum import N_RINGS
+from priors.dcgan import DCGANPrior
 from support import files
 from support.console import UserError
 
+Prior = DCGANPrior | AutoregressivePrior
 
-class PriorFiles(NamedTuple):
+
+class PriorKind(NamedTuple):
     """What a prior is called, and the files of a run that belong to it.
 
     Attributes:
         title: on the console.
-        weights: the prior's file first.
+        weights: the names of its files, the prior's own first.
         prefix: of the names of figures.
+        of: makes the prior of its file's contents and the VQ-VAE. Raises ValueError if they are not one's.
     """
 
     title: str
     weights: tuple[str, ...]
     prefix: str
+    of: Callable[[dict, VQVAE], Prior]
 
 
-# by the values of --prior and the kind that a prior's file names
+# by the values of --prior, which a prior's file has as its "kind"
 PRIORS = {
-    "dcgan": PriorFiles("DCGAN", ("generator.pth", "discriminator.pth"), "gan"),
-    "flow": PriorFiles("Flow", ("flow.pth",), "flow"),
-    "autoregressive": PriorFiles("Autoregressive prior", ("autoregressive.pth",), "autoregressive"),
+    "dcgan": PriorKind("DCGAN", ("generator.pth", "discriminator.pth"), "gan", dcgan.prior_of),
+    "autoregressive": PriorKind(
+        "Autoregressive prior", ("autoregressive.pth",), "autoregressive", autoregressive.prior_of
+    ),
 }
 PRIOR_NAMES = " or ".join(prior.weights[0] for prior in PRIORS.values())
 
@@ -60,11 +61,8 @@ def load_vqvae(path: str | Path) -> VQVAE:
     return files.load(path, build)
 
 
-KINDS = {kind.kind: kind for kind in (DCGANPrior, FlowPrior)}
-
-
-def load_prior(path: str | Path, vqvae: VQVAE) -> Prior | AutoregressivePrior:
-    """The prior in a file that `PRIORS` names, on the VQ-VAE's device.
+def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
+    """The prior in a generator.pth or autoregressive.pth, on the VQ-VAE's device.
 
     Raises UserError if the file holds none, or not one for this VQ-VAE.
     """
@@ -79,26 +77,12 @@ def load_autoregressive(path: str | Path, vqvae: VQVAE) -> AutoregressivePrior:
     return prior
 
 
-def prior_of(contents: dict, vqvae: VQVAE) -> Prior | AutoregressivePrior:
+def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if it is none, or not this VQ-VAE's."""
-    if isinstance(contents, dict) and contents.get("kind") == "autoregressive":
-        return autoregressive.prior_of(contents, vqvae)
-    needed = {"state_dict", "codebook"} | {field.name for field in fields(LatentSpace)}
-    if not isinstance(contents, dict) or contents.get("kind") not in KINDS or not needed <= contents.keys():
-        raise ValueError(f"it holds no prior of this version (name a {PRIOR_NAMES})")
-    if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
-        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
-    weight = vqvae.vector_quantizer.embedding.weight
-    space = LatentSpace.from_tensors(contents, weight.shape[1]).to(weight.device)
-    prior = KINDS[contents["kind"]].untrained(contents, space, vqvae, bool(contents.get("phantoms", False)))
-    for key, network in prior.networks.items():
-        files.load_state(network, contents[key])
-    if "gain" in contents:
-        n = space.rank
-        prior.gain = checked(contents["gain"], "gain", (N_RINGS, n, n)).to(weight.device)
-    for network in (*prior.networks.values(), vqvae):  # as in training, for the same digits
-        network.to(weight.device, memory_format=torch.channels_last).eval()
-    return prior
+    kind = contents.get("kind") if isinstance(contents, dict) else None
+    if not isinstance(kind, str) or kind not in PRIORS:
+        raise ValueError(f"it holds no prior (name a {PRIOR_NAMES})")
+    return PRIORS[kind].of(contents, vqvae)
 
 
 def _what_is_there(state: object) -> str:

@@ -66,7 +66,7 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
             facts["Warning"] = f"a black image has {black:.4f}: this training failed; try a lower --lr"
     if options["only"] != "vqvae":
         stage = options["prior"]
-        title = {"dcgan": "DCGAN", "flow": "Flow", "autoregressive": "Autoregressive prior"}[stage]
+        title = {"dcgan": "DCGAN", "autoregressive": "Autoregressive prior"}[stage]
         facts[title] = f"{epochs.get(stage, 0)} of {options[f'{stage}_epochs']} epochs"
     facts["Training time"] = f"{sum(float(row['seconds']) for row in rows) / 60:.1f} minutes"
     images = ", ".join(f"{n} {split}" for split, n in data["images"].items())

@@ -3,26 +3,32 @@
 import numpy as np
 import torch
 
-# Each stream has random numbers of its own, so that the length of one stage never changes the numbers of another.
-# A stream's seed depends on its position: append new ones.
-STREAMS = (
-    "vqvae weights",
-    "vqvae",
-    "dcgan weights",
-    "dcgan",
-    "dcgan samples",
-    "samples",
-    "measures",
-    "measured images",
-)
-STREAMS += ("walks", "calibration", "independent codes", "resampling", "dcgan start", "judging")
-STREAMS += ("flow", "flow weights", "flow validation")
-STREAMS += ("autoregressive", "autoregressive weights", "autoregressive validation")
+# Each stream has random numbers of its own, so that the length of one stage never changes the numbers of another. A
+# stream's seed depends on its number, so numbers are never used again.
+STREAMS = {
+    "vqvae weights": 0,
+    "vqvae": 1,
+    "dcgan weights": 2,
+    "dcgan": 3,
+    "dcgan samples": 4,
+    "samples": 5,
+    "measures": 6,
+    "measured images": 7,
+    "walks": 8,
+    "calibration": 9,
+    "independent codes": 10,
+    "resampling": 11,
+    "dcgan start": 12,
+    "judging": 13,
+    "autoregressive": 17,
+    "autoregressive weights": 18,
+    "autoregressive validation": 19,
+}
 
 
 def derived_seed(seed: int, stream: str, epoch: int = 0) -> int:
     """A seed for one stream and epoch of a run."""
-    words = np.random.SeedSequence([seed, STREAMS.index(stream), epoch]).generate_state(2)
+    words = np.random.SeedSequence([seed, STREAMS[stream], epoch]).generate_state(2)
     return int(words[0]) << 31 ^ int(words[1])
 
 

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import (
     CONVERSION,
     EPOCHS,
@@ -85,19 +84,6 @@ def test_a_run_goes_on_after_each_file_that_could_not_be_written(trained, data, 
     assert run_program("train.py", "--resume", run, cwd=tmp_path).returncode == 0
     assert_same_weights(trained[1], run)
     assert_same_history(trained[1], run)
-
-
-def test_a_flow_that_could_not_be_written_is_trained_or_calibrated_again(trained, data, tmp_path, failing):
-    words = ("--only", "flow", "--vqvae", trained[1] / "vqvae.pth", "--flow-epochs", 1, "--flow-steps", 1)
-    words = ("--data", data, *words, "--device", "cpu", "--out", tmp_path / "out")
-    failing("flow.pth", 2)  # when it is calibrated
-    refused(run_program("train.py", *words, cwd=tmp_path), "flow.pth: No space left on device")
-    (run,) = (tmp_path / "out").iterdir()
-    assert_all_load(run)
-    assert "gain" not in torch.load(run / "flow.pth", weights_only=True)
-    failing()
-    assert run_program("train.py", "--resume", run, cwd=tmp_path).returncode == 0
-    assert "gain" in torch.load(run / "flow.pth", weights_only=True)
 
 
 def test_figures_and_pages_that_cannot_be_written_cost_a_warning_each(data, tmp_path, failing):

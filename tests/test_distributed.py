@@ -26,7 +26,6 @@ from support.run import Run
 from training import begin, codebook, options
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
-from training.flow import FlowStage
 from training.recipes import BALANCED
 
 # float32, for two processes differ from one by rounding: of bfloat16, the default on some processors, far too much
@@ -218,56 +217,6 @@ class Images(list):
 
     def batch(self, indices) -> torch.Tensor:
         return torch.stack([self[int(i)] for i in indices])
-
-
-def _flow(folder: Path | None = None) -> FlowStage:
-    """A stage without data, its weights random and the same in each process."""
-    torch.manual_seed(0)
-    vqvae = VQVAE(16, 6)
-    run = Run(options.Options(embeddings_dim=6, flow_epochs=10**6), folder, fast_path=FastPath("cpu"))
-    stage = FlowStage(run, vqvae, Images(torch.rand(2, 1, 256, 256)), None)
-    for network in (*stage.networks.values(), *stage.averages.values()):
-        for parameter in network.parameters():  # some begin as 0
-            torch.nn.init.normal_(parameter, std=0.3)
-    return stage
-
-
-def _flow_step(rank):
-    """The gradients, clipped, that both networks are updated with on a batch of 5, and the losses."""
-    stage = _flow()
-    c = torch.randn(5, 6, 64, 64)
-    losses = stage.step(distributed.part(c), 5, 199, torch.Generator().manual_seed(1))
-    networks = torch.nn.ModuleDict(stage.networks)
-    found = {key: parameter.grad for key, parameter in networks.named_parameters()}
-    return found | {"losses": distributed.total(losses * distributed.weight(5))}
-
-
-def _best_flow(folder, rank):
-    """The weights and the calibration that the stage ends with. Only rank 0 knows the run's folder."""
-    stage = _flow(folder if rank == 0 else None)
-    if rank == 0:
-        stage.run.rows = [{"stage": "flow", "epoch": 1, "validation_loss": 0.5}]
-        stage.save_weights(stage.run.rows[0])
-    best = stage.best()
-    return torch.nn.ModuleList(best.networks.values()).state_dict() | {"gain": best.gain}
-
-
-def test_each_process_ends_with_the_flow_that_rank_0_wrote(tmp_path):
-    expected = torch.nn.ModuleList(_flow().averages.values()).state_dict()
-    for found in in_two_processes(partial(_best_flow, tmp_path), tmp_path):
-        assert all(torch.equal(found[key], value.half().float()) for key, value in expected.items())
-        assert torch.equal(found["gain"], torch.load(tmp_path / "flow.pth", weights_only=True)["gain"])
-
-
-def test_a_flow_update_of_two_processes_is_that_of_one(tmp_path):
-    expected = _flow_step(0)
-    for name in ("flow", "guide"):
-        norm = torch.cat([value.flatten() for key, value in expected.items() if key.startswith(name)]).norm()
-        assert norm.item() == pytest.approx(1, rel=1e-3)
-    for found in in_two_processes(_flow_step, tmp_path):
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-6, msg=key)
 
 
 def _codebook(rank):

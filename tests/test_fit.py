@@ -19,7 +19,6 @@ from support.run import Run, open_run
 from training import fit
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
-from training.flow import FlowStage
 from training.options import Options
 from training.samples import Samples
 from training.vqvae import VQVAEStage
@@ -113,7 +112,7 @@ def test_means_over_images_weigh_the_smaller_last_batch():
 
 @pytest.mark.parametrize(
     "kind, names",
-    [(DCGANStage, ("generator", "discriminator")), (FlowStage, ("flow",)), (AutoregressiveStage, ("autoregressive",))],
+    [(DCGANStage, ("generator", "discriminator")), (AutoregressiveStage, ("autoregressive",))],
 )
 def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqvae, tmp_path, monkeypatch):
     sets = [OasisDataset(data, split) for split in ("train", "validate")]

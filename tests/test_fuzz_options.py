@@ -19,7 +19,6 @@ ODD = [
     "99999999999",
     "0.5",
     "cpu",
-    "flow",
     "dcgan",
     "é",
     "a b",
@@ -40,14 +39,14 @@ def words_of(choices, options: dict[str, list[str]]) -> list[str]:
 
 TRAIN = {
     **dict.fromkeys(("--demo", "--skip-bad", "--allow-shared-cases", "--plain"), []),
-    **dict.fromkeys(("--epochs", "--batch-size", "--dcgan-epochs", "--dcgan-batch-size", "--flow-epochs"), ["1", "3"]),
-    **dict.fromkeys(("--n-embeddings", "--embeddings-dim", "--flow-batch-size", "--flow-steps", "--seed"), ["1", "8"]),
+    **dict.fromkeys(("--epochs", "--batch-size", "--dcgan-epochs", "--dcgan-batch-size"), ["1", "3"]),
+    **dict.fromkeys(("--n-embeddings", "--embeddings-dim", "--seed"), ["1", "8"]),
     **dict.fromkeys(("--autoregressive-epochs", "--autoregressive-batch-size"), ["1", "3"]),
-    **dict.fromkeys(("--lr", "--dcgan-lr", "--flow-lr", "--autoregressive-lr", "--beta"), ["0.1", "1e-5"]),
+    **dict.fromkeys(("--lr", "--dcgan-lr", "--autoregressive-lr", "--beta"), ["0.1", "1e-5"]),
     "--precision": ["auto", "float32", "bfloat16"],
     "--device": ["auto", "cuda", "cuda:7", "mps"],
-    "--prior": ["dcgan", "flow", "autoregressive"],
-    "--only": ["vqvae", "dcgan", "flow", "autoregressive"],
+    "--prior": ["dcgan", "autoregressive"],
+    "--only": ["vqvae", "dcgan", "autoregressive"],
     "--codebook": ["kmeans", "paper", "ema"],
     "--dcgan-training": ["balanced", "report"],
     "--vqvae": ["nowhere.pth"],
@@ -56,7 +55,7 @@ TRAIN = {
 }
 PREDICT = {
     **dict.fromkeys(("--skip-bad",), []),
-    **dict.fromkeys(("--samples", "--seed", "--steps"), ["1"]),
+    **dict.fromkeys(("--samples", "--seed"), ["1"]),
     "--prior": ["nowhere.pth"],
     "--slice": ["3", "0-31"],
     "--export-codes": ["codes.npz"],

@@ -42,10 +42,11 @@ KILLS = int(os.environ.get("KILLS", 3))
 WORDS = ("--batch-size", "4", "--n-embeddings", "16", "--embeddings-dim", "4", "--device", "cpu", "--seed", "2")
 VQVAE_WORDS = (*WORDS, "--epochs", "2")
 WORDS = (*VQVAE_WORDS, "--dcgan-batch-size", "5", "--dcgan-epochs", "2")
-FLOW = (*VQVAE_WORDS, "--prior", "flow", "--flow-batch-size", "5", "--flow-epochs", "2", "--flow-steps", "1")
+CODES = (*VQVAE_WORDS, "--prior", "autoregressive")
+CODES = (*CODES, "--autoregressive-batch-size", "5", "--autoregressive-epochs", "2")
 PRIORS = {"dcgan": (WORDS, ("vqvae.pth", "generator.pth", "discriminator.pth"))}
-if KILLS > 3:  # tests/test_train.py kills a flow once
-    PRIORS["flow"] = (FLOW, ("vqvae.pth", "flow.pth"))
+if KILLS > 3:  # tests/test_train.py kills one once
+    PRIORS["autoregressive"] = (CODES, ("vqvae.pth", "autoregressive.pth"))
 
 
 def train_without_locks(words: list[str]) -> None:

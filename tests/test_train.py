@@ -34,7 +34,6 @@ from dataset import OasisDataset
 from modules import VQVAE
 from priors.checkpoints import load_prior, load_vqvae
 from priors.latent_cache import LatentCache
-from priors.latent_space import LatentSpace
 from priors.spectrum import LARGEST_FACTOR, covariance_spectrum, transport
 from support import seeds
 from support.device import has_fast_bfloat16
@@ -122,6 +121,17 @@ def test_generator_pth_loads_as_weights_only(trained):
         assert torch.equal(value, state["averages"]["generator"][key])
     trained_weight = state["networks"]["generator"]["net.4.weight"]
     assert not torch.equal(state["averages"]["generator"]["net.4.weight"], trained_weight)
+
+
+def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
+    _, run = trained
+    prior = load_prior(run / "generator.pth", load_vqvae(run / "vqvae.pth"))
+    generated = prior.coefficients(prior.noise(512, seeds.generator(5, "calibration"))).detach()
+    real = LatentCache(prior.vqvae, OasisDataset(data, "train"), prior.space).batch(range(15))
+    expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
+    values = torch.linalg.eigvalsh(expected)
+    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).double().mean() > 0.2
+    torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
@@ -270,7 +280,10 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     for words, said in (
         (("--data", data, "--batch-size", 4), ("VQ-VAE: 12 epochs of 4 steps, 0 complete", "DCGAN: 25 epochs of 1 ")),
         (("--dcgan-epochs", 3), ("would be written to", "VQ-VAE: 8 epochs of 16 steps", "DCGAN: 3 epochs")),
-        (("--prior", "flow", "--flow-epochs", 3), ("VQ-VAE: 8 epochs of 16 steps", "Flow: 3 epochs")),
+        (
+            ("--prior", "autoregressive", "--autoregressive-epochs", 3),
+            ("VQ-VAE: 8 epochs of 16 steps", "Autoregressive prior: 3 epochs"),
+        ),
         (("--resume", run, "--epochs", 4), ("VQ-VAE: 2 epochs of 4 steps, 2 complete", f"Folder: {run}")),
     ):
         done = run_program("train.py", *words, "--dry-run", cwd=tmp_path)
@@ -280,72 +293,6 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     assert not list(tmp_path.iterdir())
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     refused(run_program("train.py", "--data", tmp_path / "no", "--dry-run", cwd=tmp_path), "no")
-
-
-FLOW = ("--only", "flow", "--flow-epochs", 2, "--flow-batch-size", 6, "--flow-steps", 2, "--seed", 5, "--device", "cpu")
-
-
-@pytest.fixture(scope="session")
-def flowed(trained, data, folder) -> tuple[Done, Path]:
-    """A complete run of the flow: what it printed, and its folder."""
-    words = ("--data", data, *FLOW, "--vqvae", trained[1] / "vqvae.pth", "--out", "flow")
-    done = run_program("train.py", *words, cwd=folder)
-    return done, new_run(done, folder / "flow")
-
-
-def test_the_flows_folder(flowed):
-    done, run = flowed
-    expected = {f"flow_epoch_{n}.png" for n in range(3)} | {"flow_losses.png", "flow_measures.png"}
-    expected |= {"vqvae.pth", "flow.pth", "run.json", "metrics.csv", "resume.pth", "index.html"}
-    assert {path.name for path in run.iterdir()} == expected
-    found = rows(run, "flow")
-    assert [row["epoch"] for row in found] == ["1", "2"] and all(row["swd"] for row in found)
-    best = min(found, key=lambda row: float(row["validation_loss"]))
-    assert (
-        f"Best epoch: {best['epoch']}, validation loss {float(best['validation_loss']):.4f} (phantoms)" in done.stdout
-    )
-    saved = torch.load(run / "flow.pth", weights_only=True)
-    if best is found[-1]:
-        averages = resume_file(run)["state"]["flow"]["averages"]
-        for name, key in (("flow", "state_dict"), ("guide", "guide")):
-            assert all(torch.equal(saved[key][k], value.half()) for k, value in averages[name].items())
-
-
-def test_the_flow_is_calibrated_in_the_end(flowed, data):
-    run = flowed[1]
-    vqvae = load_vqvae(run / "vqvae.pth")
-    prior = load_prior(run / "flow.pth", vqvae)
-    fitted = LatentSpace(**resume_file(run)["state"]["flow"]["extra"]["space"])
-    generated = prior.coefficients(prior.noise(15, seeds.generator(5, "calibration")))
-    real = LatentCache(vqvae, OasisDataset(data, "train"), fitted).batch(range(15))
-    expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
-    values = torch.linalg.eigvalsh(expected)
-    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).double().mean() > 0.2
-    torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
-    assert torch.equal(prior.scale.scale, fitted.scale)
-
-
-def test_a_killed_flow_resumed_equals_an_uninterrupted_one(flowed, trained, data, folder):
-    words = ("--data", data, *FLOW, "--vqvae", trained[1] / "vqvae.pth", "--out", "flow_killed")
-    kill_after([sys.executable, PROJECT / "train.py", *words], folder, "Epoch: 2", 1)
-    (killed,) = (folder / "flow_killed").iterdir()
-    assert len(rows(killed, "flow")) == 1
-    done = run_program("train.py", "--resume", killed, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert_same_weights(flowed[1], killed, ["flow.pth"])
-    assert_same_history(flowed[1], killed, ["flow"])
-
-
-def test_new_brains_of_a_flow(flowed, trained, folder):
-    words = ("predict.py", flowed[1] / "vqvae.pth", "--samples", 2)
-    done = run_program(*words, "--prior", flowed[1] / "flow.pth", "--steps", 1, "--out", "flow_brains", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"Decoded 2 new slices in \d+\.\d s\. \(phantoms\)", done.stdout)
-    (made,) = (folder / "flow_brains").iterdir()
-    names = {path.relative_to(made).as_posix() for path in made.rglob("*.png")}
-    assert names == {"samples/sample_000.png", "samples/sample_001.png", "samples.png", "walk.png"}
-    generator = ("--prior", trained[1] / "generator.pth")
-    refused(run_program(*words, *generator, "--steps", 1, cwd=folder), "--steps", "generator.pth")
 
 
 AUTOREGRESSIVE = ("--only", "autoregressive", "--autoregressive-epochs", 2, "--autoregressive-batch-size", 6)
@@ -428,8 +375,8 @@ def test_new_planes_and_stacks(autoregressed, trained, data, folder):
 @pytest.mark.parametrize(
     "words, unused, stage",
     [
-        (("--prior", "flow", "--dcgan-lr", 1), "--dcgan-lr", "DCGAN"),
-        (("--flow-epochs", 3), "--flow-epochs", "Flow"),
+        (("--prior", "autoregressive", "--dcgan-lr", 1), "--dcgan-lr", "DCGAN"),
+        (("--autoregressive-epochs", 3), "--autoregressive-epochs", "Autoregressive prior"),
         (("--only", "vqvae", "--dcgan-epochs", 3), "--dcgan-epochs", "DCGAN"),
         (("--only", "dcgan", "--vqvae", PRETRAINED / "vqvae.pth", "--lr", 1), "--lr", "VQ-VAE"),
     ],
@@ -455,7 +402,7 @@ def test_an_option_of_a_stage_that_is_not_trained_is_named(data, tmp_path, words
         (("--plain", "--precision", "bfloat16"), "--plain and --precision"),
         (("--precision", "float16"), "--precision"),
         (("--vqvae", "x.pth"), "--only dcgan"),
-        (("--prior", "flow", "--only", "dcgan"), "--only dcgan and --prior flow"),
+        (("--prior", "autoregressive", "--only", "dcgan"), "--only dcgan and --prior autoregressive"),
     ],
 )
 def test_bad_options_are_refused_by_name(tmp_path, words, name):

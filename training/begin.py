@@ -105,7 +105,8 @@ def _resumed(args: dict[str, Any]) -> Saved:
     print(f"Resuming {saved.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in state.items()))
     if prior in state and options.only != prior and saved.epochs_of("vqvae") < options.epochs:
         print(f"The VQ-VAE trains further, so the {STAGES[prior]} begins anew; its files will be replaced.")
-        state, rows = {"vqvae": state["vqvae"]}, saved.rows_of("vqvae")
+        state = {stage: part for stage, part in state.items() if stage != prior}
+        rows = saved.rows_of("vqvae")
     return dataclasses.replace(saved, options=options, state=state, rows=rows)
 
 

@@ -9,30 +9,35 @@ from torch.optim import Optimizer
 
 from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
-from priors.latent_space import LatentSpace
-from priors.prior import DCGANPrior
+from priors.dcgan import DCGANPrior
+from priors.latent_cache import LatentCache
+from priors.latent_space import LatentSpace, checked
+from priors.spectrum import N_RINGS
 from support import distributed, files, seeds
 from support.console import in_batches
-from support.device import move
+from support.device import exact_float32, move
 from support.run import Run
-from training.prior_stage import PriorStage
+from training.fit import Stage
 from training.recipes import DCGAN, DCGANRecipe
+from training.samples import Samples
 from training.start import start_generator
 
 CALIBRATION = 512  # samples
 
 
-class DCGANStage(PriorStage):
+class DCGANStage(Stage):
     """Train the generator and the discriminator against each other. generator.pth has the EMA of the generator.
 
     Args:
-        run, vqvae, train_set, validate_set, n_measures: as in `PriorStage`.
+        run, vqvae, train_set, validate_set: all on the run's device.
         recipe: what the options do not say; by default the one of `--dcgan-training`.
+        n_measures: how often in a run samples are measured.
     """
 
-    name, title, prefix = "dcgan", "DCGAN", "gan"
+    name, title = "dcgan", "DCGAN"
     columns = ("d_loss", "d_real", "d_fake", "g_loss")
 
+    @exact_float32()
     def __init__(
         self,
         run: Run,
@@ -42,13 +47,20 @@ class DCGANStage(PriorStage):
         recipe: DCGANRecipe | None = None,
         n_measures: int = 10,
     ):
+        super().__init__(run)
         options, fast_path = run.options, run.fast_path
         self.recipe = recipe or DCGAN[options.dcgan_training]
-        fit_space = LatentSpace.fit if self.recipe.fitted else LatentSpace.of_codebook
-        epochs, quantized = options.dcgan_epochs, self.recipe.quantized
-        super().__init__(run, vqvae, train_set, validate_set, epochs, n_measures, fit_space, quantized)
-        self.batch_size, self.average_decay = options.dcgan_batch_size, self.recipe.average_decay
-        self.autocast = fast_path.autocast
+        self.epochs, self.batch_size = options.dcgan_epochs, options.dcgan_batch_size
+        self.autocast, self.average_decay = fast_path.autocast, self.recipe.average_decay
+        vqvae = vqvae.eval().to(memory_format=torch.channels_last)
+        self.samples = Samples(run, "gan", vqvae, train_set, validate_set, self.epochs, n_measures)
+        space, stored, gain = self._fit_or_restore(vqvae, train_set)
+        self.space, quantized = space.to(run.device), self.recipe.quantized
+        self.latents = LatentCache(vqvae, train_set, self.space, quantized, stored)
+        self.validate_latents = LatentCache(vqvae, validate_set, self.space, quantized, self.latents.stored)
+        where = "in memory" if self.latents.stored else "too many for memory, so each batch is encoded when it is used"
+        print(f"DCGAN: {len(self.latents)} latents, {where}", flush=True)
+
         torch.manual_seed(seeds.derived_seed(options.seed, "dcgan weights"))
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         self.generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
@@ -61,7 +73,24 @@ class DCGANStage(PriorStage):
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
         self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
-        self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms)
+        self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
+
+    def _fit_or_restore(self, vqvae: VQVAE, train_set: OasisDataset) -> tuple[LatentSpace, bool | None, Tensor | None]:
+        """The space, whether latents are stored (None for as memory allows), and the calibration's gain."""
+        if self.name in self.run.state:
+            with self.run.restoring():
+                saved = self.run.state[self.name]["extra"]
+                self.samples.load_state_dict(saved, self.title)
+                dim = vqvae.vector_quantizer.embedding.embedding_dim
+                space, gain = LatentSpace.from_tensors(saved["space"], dim), saved["gain"]
+                if gain is not None:
+                    gain = checked(gain, "gain", (N_RINGS, space.rank, space.rank)).to(self.run.device)
+                return space, bool(saved["stored"]), gain
+        fit = LatentSpace.fit if self.recipe.fitted else LatentSpace.of_codebook
+        return distributed.from_first(lambda: fit(vqvae, train_set).to("cpu")), None, None
+
+    def data(self) -> LatentCache:
+        return self.latents
 
     def start(self) -> None:
         """Fit the generator to real latents."""
@@ -139,25 +168,26 @@ class DCGANStage(PriorStage):
         batches = in_batches(self.validate_latents, order, self.batch_size, desc="Judging")
         return torch.cat([self._logits(discriminator, c).sigmoid() for c in batches]).mean().item()
 
-    def print_losses(self, row: dict) -> None:
+    def draw(self, row: dict, history: dict[str, list[float]]) -> None:
+        self.samples.draw(self.prior, row["epoch"])
+        print(f"Epoch: {row['epoch']}")
         self.run.say(f"Discriminator loss: {row['d_loss']:.4f}")
         self.run.say(f"Generator loss: {row['g_loss']:.4f}")
         self.run.say(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}")
         self.run.say(f"D(x) of the validation split: {row['d_validate']:.3f}")
-
-    def draw_losses(self, history: dict[str, list[float]]) -> None:
-        self.figures.gan_losses("gan_losses.png", history)
+        self.samples.figures.gan_losses("gan_losses.png", history)
+        self.samples.report(self.run.rows_of(self.name))
 
     def save_weights(self, row: dict) -> None:
         files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
         files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
 
     def extra_state(self) -> dict:
-        return super().extra_state() | {"lead": self.lead, "gain": self.prior.gain}
+        space = {"space": self.space.to("cpu").tensors(), "stored": self.latents.stored}
+        return self.samples.state_dict() | space | {"lead": self.lead, "gain": self.prior.gain}
 
     def load_extra_state(self, state: dict) -> None:
         self.lead.copy_(state["lead"])
-        self.prior = DCGANPrior(self.average, self.space, self.vqvae, self.run.phantoms, state["gain"])
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:

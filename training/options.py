@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 from priors.checkpoints import PRIORS
-from priors.flow import STEP_COUNT, STEPS
 from support.console import SEED, Number
 from training import codebook
 from training.recipes import DCGAN
@@ -77,12 +76,6 @@ class Options:
     dcgan_training: str = _option(
         "balanced", "DCGAN", "update rule: balanced (start from data, R1, EMA) or report (cross entropy alone)",
         choices=tuple(DCGAN))
-
-    flow_epochs: int = _option(
-        50, "Flow", "passes over the training latents", demo=12, resumable=True, type=COUNT, metavar="N")
-    flow_batch_size: int = _option(32, "Flow", "latents in a step (of all processes together)", type=COUNT, metavar="N")
-    flow_lr: float = _option(1e-3, "Flow", "highest learning rate of Adam", type=RATE, metavar="RATE")
-    flow_steps: int = _option(STEPS, "Flow", "solver's steps of samples", resumable=True, type=STEP_COUNT, metavar="N")
 
     autoregressive_epochs: int = _option(
         30, "Autoregressive prior", "passes over the training codes", demo=8, resumable=True, type=COUNT, metavar="N")

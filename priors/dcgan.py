@@ -1,0 +1,124 @@
+"""The DCGAN as a prior: noise -> coefficients -> codes -> slices."""
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+
+from modules import VQVAE, Generator
+from priors.latent_space import LatentSpace, checked
+from priors.spectrum import N_RINGS, covariance_spectrum, multiply_spectrum, transport
+from support import console, files
+from support.device import move
+
+
+class DCGANPrior:
+    """A generator of coefficients, and what turns these into slices: their space and the VQ-VAE.
+
+    All are on one device. What is made from samples of a prior that was trained on phantoms says so.
+
+    Args:
+        gain: (R, K, K), what multiplies coefficients at each ring of frequencies; None for nothing.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        space: LatentSpace,
+        vqvae: VQVAE,
+        phantoms: bool = False,
+        gain: Tensor | None = None,
+    ):
+        self.generator, self.space, self.vqvae, self.phantoms, self.gain = generator, space, vqvae, phantoms, gain
+
+    def noise(self, n: int, rng: torch.Generator) -> Tensor:
+        """The noise of n images (n, 128, 1, 1) from N(0, 1), on the CPU."""
+        return torch.randn(n, self.generator.net[0][0].in_channels, 1, 1, generator=rng)
+
+    def coefficients(self, noise: Tensor) -> Tensor:
+        """Noise (B, 128, 1, 1), on the space's device -> coefficients (B, K, 64, 64), not calibrated."""
+        return self.space.from_generator(self.generator.eval()(noise))
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor) -> Tensor:
+        """Noise (B, 128, 1, 1) -> codes (B, 64, 64): generated latents snapped to the nearest embeddings."""
+        c = self.coefficients(noise.to(self.space.device))
+        if self.gain is not None:
+            c = multiply_spectrum(c, self.gain)
+        return self.vqvae.vector_quantizer.nearest(self.space.decode(c))
+
+    def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:
+        """Noise (B, 128, 1, 1) -> slices (B, 1, 256, 256) in [0, 1], made `size` at a time."""
+        images = []
+        few = len(noise) <= size
+        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False, disable=few) as bar:
+            for part in noise.split(size):
+                images.append(self.vqvae.decode(self.sample(part)).clamp(0, 1))
+                bar.update(len(part))
+                console.stop_if_signalled()
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def calibrated(self, real: Tensor, noise: Tensor) -> "DCGANPrior":
+        """A prior whose coefficients have the covariance about 0 of real ones, at each radial frequency.
+
+        A discriminator with BatchNorm hardly sees amplitudes, so coefficients may be too weak.
+
+        Args:
+            real: `covariance_spectrum` of real coefficients.
+            noise: (B, 128, 1, 1), on the CPU, of the samples that are compared.
+        """
+        generated = torch.cat([self.coefficients(move(part, self.space.device)) for part in noise.split(32)])
+        prior = copy.copy(self)
+        prior.gain = transport(covariance_spectrum(generated), real)
+        return prior
+
+    def measure_statistics(self, noise: Tensor) -> None:
+        """Set the statistics of the generator's BatchNorm to those that its weights have for noise (on the CPU).
+
+        An average of the statistics of past weights is not that of averaged weights.
+        """
+        update_bn([part.to(self.space.device) for part in noise.split(32)], self.generator)
+
+    def checkpoint(self) -> dict:
+        """The contents of generator.pth."""
+        contents = {
+            "kind": "dcgan",
+            "state_dict": files.cpu_state(self.generator),
+            **self.space.to("cpu").tensors(),
+            "codebook": files.digest(self.vqvae.vector_quantizer.embedding.weight),
+            "phantoms": self.phantoms,
+        }
+        return contents if self.gain is None else contents | {"gain": self.gain.cpu()}
+
+
+def prior_of(contents: dict, vqvae: VQVAE) -> DCGANPrior:
+    """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if the contents are not one's."""
+    weight = vqvae.vector_quantizer.embedding.weight
+    if contents["codebook"] != files.digest(weight):
+        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+    space = LatentSpace.from_tensors(contents, weight.shape[1]).to(weight.device)
+    gain = None
+    if "gain" in contents:
+        gain = checked(contents["gain"], "gain", (N_RINGS, space.rank, space.rank)).to(weight.device)
+    generator = Generator(embeddings_dim=weight.shape[1])
+    files.load_state(generator, contents["state_dict"])
+    for network in (generator, vqvae):  # as in training, for the same digits
+        network.to(weight.device, memory_format=torch.channels_last).eval()
+    return DCGANPrior(generator, space, vqvae, bool(contents.get("phantoms", False)), gain)
+
+
+def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
+    """n noises (n, C, H, W) from one (C, H, W) to another, in equal steps of angle.
+
+    On a straight line they would be shorter half way than any that the generator was trained on (White 2016,
+    arXiv 1609.04468).
+    """
+    device, start, end = start.device, start.cpu().double(), end.cpu().double()  # MPS has no float64
+    a, b = start / start.norm(), end / end.norm()
+    angle = torch.acos((a * b).sum().clamp(-1, 1))
+    steps = torch.linspace(0, 1, n, dtype=torch.double).view(-1, 1, 1, 1)
+    from_start, from_end = (torch.sinc(part * angle / torch.pi) * part for part in (1 - steps, steps))
+    lengths = (1 - steps) * start.norm() + steps * end.norm()
+    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float().to(device)
