@@ -1,5 +1,8 @@
 # Each target works in a fresh clone: it makes .venv if it is missing and installs what it needs.
 PYTHON ?= python3
+# `make CPU=1 brains` installs PyTorch without CUDA, 0.9 GB instead of 5.7
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+export NO_CPU_BUILD = error: $(CPU_INDEX) gives no CPU build of PyTorch here; leave CPU=1 out, or name another index with CPU_INDEX=URL
 
 brains: .venv/installed
 	.venv/bin/python predict.py resources/pretrained/vqvae.pth --prior resources/pretrained/autoregressive.pth
@@ -30,11 +33,17 @@ gpu-check: .venv/installed
 	.venv/bin/python benchmarks/gpu_check.py
 
 # written last, so that an installation that was interrupted starts again
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=/path/to/python3.11 …" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --upgrade --quiet pip
-	.venv/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(if $(CPU),.venv/bin/pip install --quiet --index-url $(CPU_INDEX) torch torchvision || { echo "$$NO_CPU_BUILD"; exit 1; })
+	.venv/bin/pip install --quiet -r requirements.txt -r requirements-dev.txt $(if $(CPU),,-c constraints.txt)
 	touch $@
 
-.PHONY: brains demo test fuzz kills gpu-check
+# the newest versions, to be tested before they are committed
+constraints: .venv/installed
+	.venv/bin/pip install --upgrade --quiet -r requirements.txt -r requirements-dev.txt
+	.venv/bin/pip freeze | grep -iE "^($$(sed -n 's/>=.*//p' requirements.txt requirements-dev.txt | paste -sd '|'))==" > constraints.txt
+
+.PHONY: brains demo test fuzz kills gpu-check constraints

@@ -149,6 +149,7 @@ class AutoregressivePrior:
         """The contents of autoregressive.pth."""
         return {
             "kind": "autoregressive",
+            "version": files.VERSION,
             "state_dict": files.cpu_state(self.network),
             "settings": self.network.settings,
             "frame": self.frame._replace(codes=self.frame.codes.cpu())._asdict(),

@@ -85,6 +85,7 @@ class DCGANPrior:
         """The contents of generator.pth."""
         contents = {
             "kind": "dcgan",
+            "version": files.VERSION,
             "state_dict": files.cpu_state(self.generator),
             **self.space.to("cpu").tensors(),
             "codebook": files.digest(self.vqvae.vector_quantizer.embedding.weight),

@@ -27,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
+VERSION = (Path(__file__).parent.parent / "VERSION").read_text().strip()  # of this project, in what it writes
 MOST_VALUES = 10_000_000  # in a checkpoint, beside those of tensors; of losses by step there may be a million
 
 

@@ -209,6 +209,7 @@ def environment(device: torch.device) -> dict:
     packages = ("torchvision", "numpy", "scikit-image", "matplotlib", "pillow")
     return {
         "command": [sys.executable, *sys.argv],
+        "version": files.VERSION,
         "commit": _commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -4,33 +4,49 @@ import contextlib
 import io
 import re
 
+import nbformat
 import pytest
 from conftest import PRETRAINED, PROJECT, run_program
+from nbclient import NotebookClient
 
+TOUR = PROJECT / "docs" / "tour.ipynb"
 PAGES = (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", PRETRAINED / "README.md", *(PROJECT / "docs").glob("*.md"))
 EXAMPLES = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
 
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    """Where the examples run: with codes.npz, as docs/usage.md makes it."""
+    """Where the examples run: with codes.npz, as docs/usage.md makes it, and the table of a run."""
     folder = tmp_path_factory.mktemp("docs")
     words = (PRETRAINED / "vqvae.pth", "--data", data, "--split", "validate", "--export-codes", "codes.npz")
     assert run_program("predict.py", *words, cwd=folder).returncode == 0
+    (folder / "RUN").mkdir()
+    (folder / "RUN" / "metrics.csv").write_text("stage,epoch,ssim_mean,d_loss\nvqvae,1,0.5,\ndcgan,1,,2.5\n")
     return folder
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
-@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize("i", range(4))
 def test_the_examples_print_what_they_say(i, data, folder, monkeypatch):
     code = EXAMPLES[i].replace('"DIR"', repr(str(data))).replace("resources/pretrained", str(PRETRAINED))
     monkeypatch.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "example", "exec"), {})
     assert printed.getvalue().splitlines() == re.findall(r"print\(.*\)  # (.*)", EXAMPLES[i])
+    assert "SummaryWriter" not in code or list((folder / "RUN" / "tensorboard").iterdir())
+
+
+def test_the_tour_runs_and_is_kept_without_outputs(monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures, as a reader sees them
+    tour = nbformat.read(TOUR, as_version=4)
+    assert not any(cell.get("outputs") for cell in tour.cells)
+    NotebookClient(tour, timeout=300, resources={"metadata": {"path": TOUR.parent}}).execute()
+    outputs = [output for cell in tour.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert "AUC of texture" in "".join(output.get("text", "") for output in outputs)
 
 
 def anchors(text: str) -> set[str]:

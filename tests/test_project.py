@@ -4,10 +4,14 @@ import ast
 import hashlib
 import re
 import subprocess
+import tomllib
 from graphlib import TopologicalSorter
 
 import pytest
 from conftest import PROJECT
+from huggingface_hub import DatasetCard, ModelCard
+
+from support import files
 
 
 def test_environment_yml_installs_the_one_list_of_packages():
@@ -29,6 +33,38 @@ def test_environment_yml_installs_the_one_list_of_packages():
         "scipy",
         "jinja2",
     ]
+
+
+def test_the_version_and_the_packages_are_said_once():
+    version, pyproject = files.VERSION, tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    dynamic = pyproject["tool"]["setuptools"]["dynamic"]
+    assert dynamic == {"version": {"file": "VERSION"}, "dependencies": {"file": "requirements.txt"}}
+    (date,) = re.findall(rf"(?m)^## \[{version}\] - (\S+)$", (PROJECT / "CHANGELOG.md").read_text())
+    assert f"version: {version}\ndate-released: {date}\n" in (PROJECT / "CITATION.cff").read_text()
+    text = "".join((PROJECT / f"requirements{kind}.txt").read_text() for kind in ("", "-dev"))
+    wanted = dict(re.findall(r"(?m)^([a-z_0-9-]+)>=([\d.]+)$", text))
+    pinned = dict(re.findall(r"(?m)^([A-Za-z_0-9-]+)==([\d.]+)$", (PROJECT / "constraints.txt").read_text()))
+    pinned = {name.lower(): version for name, version in pinned.items()}
+    assert pinned.keys() == wanted.keys()
+    assert all(numbers(pinned[name]) >= numbers(least) for name, least in wanted.items())
+
+
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+@pytest.mark.parametrize(
+    "folder, kind, task",
+    [("pretrained", ModelCard, "unconditional-image-generation"), ("phantoms", DatasetCard, None)],
+)
+def test_cards_are_those_of_the_hub(folder, kind, task):
+    """Whoever owns the weights can publish the folder as it is."""
+    card = kind.load(PROJECT / "resources" / folder / "README.md")
+    assert card.data.license == "mit" and card.data.get("pipeline_tag") == task
+    if task:  # the hub's package reads and checks the model index
+        values = [result.metric_value for result in card.data.eval_results]
+        assert len(values) == 4 and all(f"{value:,}" in card.text for value in values)
 
 
 def test_ci_runs_the_readmes_test_command():
