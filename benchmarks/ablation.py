@@ -1,132 +1,183 @@
-"""Methods of keeping the codebook in use, compared: a table of docs/results.md, from short runs of train.py.
+"""Trainings that differ in one part, compared: the tables of choices in docs/results.md.
 
-    python benchmarks/ablation.py --data DIR --out OUT                  # trains what OUT does not hold yet, then prints
-    python benchmarks/ablation.py --data DIR --out OUT --rows paper ema --seeds 0 --epochs 2
+    python benchmarks/ablation.py vqvae --data DIR --out OUT                        # trains what OUT lacks, then prints
+    python benchmarks/ablation.py dcgan --data DIR --out OUT --vqvae PATH/vqvae.pth --rows balanced "no R1" --seeds 0
 
-One run after the other, each in a process of its own. A row is a method of training/codebook.py or a variant of one,
-and is trained for six epochs unless it says otherwise. A run that was interrupted begins anew. No figure is of the test
-split.
+A row is a recipe of training/recipes.py, or an option, beside the default's. Runs go one after the other; one that was
+stopped is resumed. Nothing is of the test split.
 """
 
 import argparse
-import csv
-import subprocess
 import sys
-from dataclasses import replace
-from math import nan
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-from support import console, files  # noqa: E402
-from training import begin, codebook, options  # noqa: E402
-from training.fit import fit  # noqa: E402
-from training.vqvae import AVERAGE_DECAY, VQVAEStage  # noqa: E402
-
-
-class Frozen(codebook.LossOnly):
-    """The codebook stays at its random start: the report's program computed the codebook term and did not use it."""
-
-    def __init__(self, quantizer, optimizer):
-        super().__init__(quantizer, optimizer)
-        quantizer.embedding.weight.requires_grad_(False)
-
-
-class Row(NamedTuple):
-    text: str
-    method: type[codebook.LossOnly]
-    average_decay: float = AVERAGE_DECAY
-    epochs: int | None = None  # None: as many as --epochs
+from evaluation.generation import MEASURES
+from priors.checkpoints import load_vqvae
+from priors.latent_space import SPACE
+from support import console, files
+from support.console import UserError
+from support.run import RESUME_FILE, Run, open_run
+from training import begin, options
+from training.autoregressive import AutoregressiveStage
+from training.dcgan import DCGANStage
+from training.fit import fit
+from training.options import Options
+from training.recipes import AUTOREGRESSIVE, BALANCED, REPORT, VQVAE
+from training.vqvae import VQVAEStage
 
 
-ROWS = {
-    "kmeans": Row("`kmeans`: k-means for 100 steps, then revival (the default)", codebook.KMeans),
-    "paper": Row("`paper`: random start, loss alone", codebook.LossOnly),
-    "ema": Row("`ema`: random start, moving averages", codebook.EMA),
-    "report": Row("the report's procedure: codebook frozen at its start, epoch 1", Frozen, 0.0, epochs=1),
+class Table(NamedTuple):
+    """Of a stage.
+
+    Attributes:
+        rows: by name the recipe, and the options beside the default's.
+        columns: of metrics.csv, with the format of each.
+        further: arguments of the stage.
+    """
+
+    stage: type
+    rows: dict[str, tuple[Any, dict]]
+    columns: dict[str, str]
+    further: dict[str, Any] = {}
+
+
+MEASURED = dict.fromkeys(MEASURES, ".3g")
+TABLES = {
+    "vqvae": Table(
+        VQVAEStage,
+        {
+            "kmeans": (VQVAE, {}),
+            "paper": (VQVAE, {"codebook": "paper"}),
+            "ema": (VQVAE, {"codebook": "ema"}),
+            "no average": (replace(VQVAE, average_decay=0.0), {}),
+            "long average": (replace(VQVAE, average_decay=0.998), {}),
+            "constant rate": (replace(VQVAE, constant_rate=1.0), {}),
+        },
+        {
+            "ssim_mean": ".4f",
+            "ssim_min": ".4f",
+            "psnr_mean": ".2f",
+            "codes_used": ".0f",
+            "foreground_perplexity": ".0f",
+        },
+    ),
+    "dcgan": Table(
+        DCGANStage,
+        {
+            "report": (REPORT, {}),
+            "balanced": (BALANCED, {}),
+            "no average": (replace(BALANCED, average_decay=0.0), {}),
+            "embeddings": (replace(BALANCED, quantized=True), {}),
+            "no start": (replace(BALANCED, start_steps=0), {}),
+            "12 directions": (replace(BALANCED, space=replace(SPACE, directions=12)), {}),
+            "all directions": (replace(BALANCED, space=replace(SPACE, directions=64)), {}),
+            "no R1": (replace(BALANCED, r1=None), {}),
+            "constant R1": (replace(BALANCED, r1=replace(BALANCED.r1, guard=0.0)), {}),
+            "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
+            "no position": (replace(BALANCED, position=False), {}),
+            "any amplitude": (replace(BALANCED, space=replace(SPACE, amplitudes_cut=None)), {}),
+            "no outline": (replace(BALANCED, space=replace(SPACE, outline=0.0)), {}),
+            "not calibrated": (replace(BALANCED, calibrated=False), {}),
+        },
+        {"d_real": ".2f", "d_validate": ".2f"} | MEASURED,
+        {"n_measures": 1},
+    ),
+    "autoregressive": Table(
+        AutoregressiveStage,
+        {
+            "default": (AUTOREGRESSIVE, {}),
+            "96 channels": (replace(AUTOREGRESSIVE, width=96), {}),
+            "neighbours as they are": (replace(AUTOREGRESSIVE, exchanged=0.0), {}),
+            "no average": (replace(AUTOREGRESSIVE, average_decay=0.0), {}),
+        },
+        {"validation_bits": ".0f"} | MEASURED,
+        {"n_measures": 1},
+    ),
 }
 
 
 def main() -> None:
-    o = parser(__doc__, ROWS, 6).parse_args()
-    if o.train:
-        train_row(ROWS[o.train], o)
-        return
-    train_missing(HERE, o, ["--data", o.data], {name: row.epochs or o.epochs for name, row in ROWS.items()})
+    o = parse()
+    console.install_signal_handlers()
+    for name in o.rows:
+        for seed in o.seeds:
+            train(o, name, seed)
     print_table(o)
 
 
-def train_missing(script: Path, o: argparse.Namespace, words: list[str], epochs: dict[str, int]) -> None:
-    """Call a script of this kind for each row and seed that OUT does not hold, with `words` and what names them."""
-    for name in o.rows:
-        for seed in o.seeds:
-            folder = run_folder(o.out, name, seed)
-            if find_run(folder, epochs[name]) is None:
-                which = ["--out", folder, "--train", name, "--seeds", str(seed), "--epochs", str(epochs[name])]
-                print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
-                done = subprocess.run([sys.executable, script, *words, *which], stdout=subprocess.DEVNULL)
-                if done.returncode:
-                    sys.exit(f"{script.name}: error: {name}, seed {seed} failed; its message is above")
+def train(o: argparse.Namespace, name: str, seed: int) -> None:
+    """Train a row to its last epoch, unless OUT holds it."""
+    table, out = TABLES[o.stage], folder_of(o, name, seed)
+    recipe, changed = table.rows[name]
+    runs = [path.parent for path in sorted(out.glob(f"*/{RESUME_FILE}"))]
+    if runs and open_run(runs[-1], Options, options.STAGES).epochs_of(o.stage) >= o.epochs:
+        return
+    print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
+    epochs = {options.option(o.stage, "epochs"): o.epochs}
+    args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed} | epochs | changed
+    vqvae = {"vqvae": o.vqvae} if o.vqvae else {}
+    saved = begin.prepare({"resume": runs[-1]} | epochs if runs else args | vqvae)
+    run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
+    try:
+        fit(table.stage(run, *vqvae_of(run, o), *splits, recipe=recipe, **table.further), run)
+    finally:
+        run.release()
 
 
-def train_row(row: Row, o: argparse.Namespace) -> None:
-    words = ["--data", o.data, "--out", o.out, "--only", "vqvae", "--epochs", str(o.epochs), "--seed", str(o.seeds[0])]
-    saved = begin.prepare(options.parse(words))
-    saved = replace(saved, options=replace(saved.options, codebook=o.train))  # so that the run names its row
-    run, train_set, validate_set = begin.begin(saved)
-    stage = VQVAEStage(run, train_set, validate_set, row.method, row.average_decay)
-    fit(stage, run)
-    stage.best()
+def vqvae_of(run: Run, o: argparse.Namespace) -> list:
+    """The VQ-VAE that a prior's stage needs, as train.py has it in the run's folder."""
+    if not o.vqvae:
+        return []
+    vqvae = load_vqvae(o.vqvae)
+    files.save(files.cpu_state(vqvae), run.folder / "vqvae.pth")
+    return [vqvae.to(run.device)]
 
 
-def run_folder(out: str, name: str, seed: int) -> Path:
-    return Path(out) / f"{name}-{seed}"
-
-
-def find_run(folder: Path, epochs: int) -> Path | None:
-    """A run in the folder that has so many epochs, or more."""
-    logs = sorted(folder.glob("*/metrics.csv"))
-    return next((log.parent for log in logs if len(log.read_text().splitlines()) > epochs), None)
+def folder_of(o: argparse.Namespace, name: str, seed: int) -> Path:
+    return Path(o.out) / f"{o.stage} {name} {seed}".replace(" ", "-")
 
 
 def print_table(o: argparse.Namespace) -> None:
-    """Markdown; the seeds of a row side by side, each at the epoch that its vqvae.pth is of."""
-    seeds = " and ".join(map(str, o.seeds))
-    print(f"Validation split, seeds {seeds}, best of {o.epochs} epochs. Loss: greatest of a batch after 20 updates.\n")
-    print("| codebook | SSIM, mean | SSIM, min | PSNR / dB | codes used | foreground perplexity | loss |")
-    print("|---|" + "---:|" * 6)
-    columns = (("ssim_mean", ".4f"), ("ssim_min", ".4f"), ("psnr_mean", ".2f"))
-    columns += (("codes_used", ".0f"), ("foreground_perplexity", ".0f"), ("loss", ".3f"))
+    """Markdown; the seeds of a row side by side, each at the epoch that its weights are of."""
+    table = TABLES[o.stage]
+    print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, {o.epochs} epochs.\n")
+    print("| | " + " | ".join(table.columns) + " |\n|---|" + "---:|" * len(table.columns))
     for name in o.rows:
-        epochs = ROWS[name].epochs or o.epochs
-        found = [read_run(find_run(run_folder(o.out, name, seed), epochs), epochs) for seed in o.seeds]
-        cells = [" ".join(format(row[key], form) for row in found) for key, form in columns]
-        print(f"| {ROWS[name].text} | " + " | ".join(cells) + " |")
+        found = []
+        for seed in o.seeds:
+            path = next(folder_of(o, name, seed).glob(f"*/{RESUME_FILE}")).parent
+            found.append(kept(table.stage, open_run(path, Options, options.STAGES).rows_of(o.stage)[: o.epochs]))
+        cells = [" ".join(format(row[key], form) for row in found) for key, form in table.columns.items()]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def read_run(folder: Path, epochs: int) -> dict[str, float]:
-    """The best of a run's first epochs: a longer run with the same options serves as well."""
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items() if key != "stage"} for row in csv.DictReader(file)]
-    losses = files.load(folder / "resume.pth")["state"]["vqvae"]["history"]["training_loss"]
-    rows = rows[:epochs]
-    losses = losses[20 : int(sum(row["updates"] for row in rows))]
-    return max(rows, key=lambda row: row["ssim_mean"]) | {"loss": max(losses, default=nan)}
+def kept(stage: type, rows: list[dict]) -> dict:
+    """The row of the epoch whose weights are kept, with the measures of the last."""
+    best = {"ssim_mean": max, "validation_bits": min}.get(stage.chosen_by)
+    return rows[-1] | (best(rows, key=lambda row: row[stage.chosen_by]) if best else {})
 
 
-def parser(description: str, rows: dict, epochs: int) -> argparse.ArgumentParser:
-    """The options that scripts of this kind share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=TABLES)
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
-    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), help="default: all")
+    parser.add_argument("--vqvae", metavar="PATH", help="vqvae.pth of a prior")
+    parser.add_argument("--rows", metavar="ROW", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="S", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--epochs", type=int, metavar="N", default=epochs, help=f"default: {epochs}")
-    parser.add_argument("--train", choices=rows, help=argparse.SUPPRESS)
-    return parser
+    parser.add_argument("--epochs", type=int, metavar="N", default=6, help="default: 6")
+    o = parser.parse_args()
+    rows = TABLES[o.stage].rows
+    o.rows = o.rows or list(rows)
+    if unknown := set(o.rows) - rows.keys():
+        raise UserError(f"--rows {min(unknown)}: is none of {', '.join(rows)}")
+    if (o.stage == "vqvae") == bool(o.vqvae):
+        raise UserError("--vqvae PATH is needed for a prior, and only then used")
+    return o
 
 
 if __name__ == "__main__":

@@ -17,14 +17,33 @@ from modules import VQVAE
 from priors.spectrum import power_spectrum
 from support.console import in_batches
 
-FIT_IMAGES = 128  # that a scale is fitted on, spaced evenly over the split
-DIRECTIONS = 6  # images decode from so many with the same SSIM as from all (benchmarks/limits.py)
-EMPHASIS = 0.5  # exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them
-AMPLITUDES_CUT = 0.02  # share of real images below, and above, the range of generated amplitudes
-CLIPPED = 0.005  # share of the head's values that tanh's range cuts off
+FIT_IMAGES = 128  # that a space is fitted on, spaced evenly over the split
 POSITIONS = 3  # channels that tell a discriminator where it is
-OUTLINE = 0.6  # length of latents that belong to a head, as a share of the root mean square length in heads
 MARGIN = 2  # positions around heads
+
+
+@dataclass(frozen=True)
+class SpaceRecipe:
+    """What decides the fit of a `LatentSpace`.
+
+    Attributes:
+        directions: from so many, images decode with the same SSIM as from all (benchmarks/limits.py).
+        emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
+        clipped: share of the heads' values that tanh's range cuts off.
+        outline: length of latents that belong to a head, as a share of the root mean square length in heads; 0 for no
+            outline. Real latents lose next to nothing by it (benchmarks/limits.py); generated ones lose speckle.
+        amplitudes_cut: share of real images below, and above, the range of generated amplitudes; None for no limits.
+    """
+
+    directions: int = 6
+    emphasis: float = 0.5
+    clipped: float = 0.005
+    outline: float = 0.6
+    amplitudes_cut: float | None = 0.02
+
+
+SPACE = SpaceRecipe()
+NO_LIMITS = torch.tensor([0.0, torch.finfo(torch.float32).max])  # of amplitudes
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +96,12 @@ class LatentSpace:
         n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
         shapes = {"scale": (n, 64, 33), "shift": (dim, 64, 64), "directions": (dim, n), "mix": (dim, n)}
         shapes |= {"support": (64, 64), "outline": (), "amplitudes": (2,)}
-        found = {name: checked(tensors[name], name, shape) for name, shape in shapes.items()}
-        if not (found["scale"] > 0).all() or not (1 / found["scale"]).isfinite().all():
+        values = {name: checked(tensors[name], name, shape) for name, shape in shapes.items()}
+        if not (values["scale"] > 0).all() or not (1 / values["scale"]).isfinite().all():
             raise ValueError("its 'scale' has values that are not positive")
-        if not 0 <= found["amplitudes"][0] <= found["amplitudes"][1]:
+        if not 0 <= values["amplitudes"][0] <= values["amplitudes"][1]:
             raise ValueError("its 'amplitudes' are not in order")
-        return cls(**found)
+        return cls(**values)
 
     def encode(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, K, H, W)."""
@@ -98,8 +117,8 @@ class LatentSpace:
         """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W), float32 if it is less."""
         c = self.unmixed(t)
         c = c.to(torch.promote_types(c.dtype, torch.float32))
-        found = amplitude(c)
-        return c * (found.clamp(*self.amplitudes) / found)[:, None, None, None]
+        a = amplitude(c)
+        return c * (a.clamp(*self.amplitudes) / a)[:, None, None, None]
 
     def unmixed(self, t: Tensor) -> Tensor:
         """(B, D, H, W) -> mixᵀ t, (B, K, H, W), within `support`."""
@@ -144,30 +163,28 @@ class LatentSpace:
         return torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
 
     @classmethod
-    def of_codebook(cls, vqvae: VQVAE, dataset: Dataset | None = None) -> "LatentSpace":
-        """All embeddings in [-1, 1], by one factor. The data set is not used."""
+    def of_codebook(cls, vqvae: VQVAE) -> "LatentSpace":
+        """All embeddings in [-1, 1], by one factor."""
         weight = vqvae.vector_quantizer.embedding.weight.detach()
         size, identity = weight.shape[1], torch.eye(weight.shape[1]).to(weight)
         shift, support = weight.new_zeros(size, 64, 64), weight.new_ones(64, 64)
         scale = (1 / weight.abs().max()).expand(size, 64, 33).clone()
-        no_limits = torch.tensor([0.0, torch.finfo(weight.dtype).max], device=weight.device)
-        return cls(shift, identity, scale, identity, support, weight.new_zeros(()), no_limits)
+        return cls(shift, identity, scale, identity, support, weight.new_zeros(()), NO_LIMITS.to(weight))
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vqvae: VQVAE, dataset: Dataset, n_directions: int = DIRECTIONS, emphasis: float = EMPHASIS):
+    def fit(cls, vqvae: VQVAE, dataset: Dataset, recipe: SpaceRecipe = SPACE) -> "LatentSpace":
         """The map of `--dcgan-training balanced`: only what decodes to heads is kept, with a flatter spectrum.
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
           latents are 0 outside the head, also along the border of the image, where convolutions see padding.
         - directions: the leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
-          and all by one factor, so that tanh's range cuts off CLIPPED of the heads' values.
+          and all by one factor, so that tanh's range cuts off the share `clipped` of the heads' values.
         - mix: the first functions of a cosine transform, which spread each coefficient over all channels.
         - support: where z differs from `shift` in any of the images, and MARGIN positions around.
-        - amplitudes: of all but AMPLITUDES_CUT of the images at either end.
-        - outline: OUTLINE times the root mean square length of z - shift in heads. Real latents lose next to nothing by
-          it (benchmarks/limits.py); generated ones lose speckle around their heads.
+        - amplitudes: the range of those of the images, but for `amplitudes_cut` at either end.
+        - outline: the recipe's share of the root mean square length of z - shift in heads.
         """
         z, codes = _encode(vqvae, dataset)
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
@@ -181,24 +198,25 @@ class LatentSpace:
         size = second.trace().sqrt().clamp(min=1e-6).float()
         near = ((z - shift).norm(dim=1) > 0.1 * size).any(0)
 
-        n_directions = min(n_directions, len(second))
-        found = cls(
+        n_directions = min(recipe.directions, len(second))
+        space = cls(
             shift=shift,
             directions=torch.linalg.eigh(second).eigenvectors.flip(1)[:, :n_directions].float(),
             scale=torch.ones(n_directions, z.shape[2], z.shape[3] // 2 + 1),
             mix=_cosines(len(second))[:, :n_directions],
             support=_around(near[None])[0],
-            outline=OUTLINE * size,
-            amplitudes=torch.ones(2),
+            outline=recipe.outline * size,
+            amplitudes=NO_LIMITS,
         )
-        power = power_spectrum(found.encode(z)).clamp(min=1e-5 * size**2)
-        found = replace(found, scale=power ** (-emphasis / 2))
-        values = found.mixed(found.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
-        largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
-        found = replace(found, scale=found.scale / largest)
-        ends = torch.tensor([AMPLITUDES_CUT, 1 - AMPLITUDES_CUT])
-        found = replace(found, amplitudes=amplitude(found.encode(z)).quantile(ends))
-        return found.to(vqvae.vector_quantizer.embedding.weight.device)
+        power = power_spectrum(space.encode(z)).clamp(min=1e-5 * size**2)
+        space = replace(space, scale=power ** (-recipe.emphasis / 2))
+        values = space.mixed(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
+        largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
+        space = replace(space, scale=space.scale / largest)
+        if recipe.amplitudes_cut is not None:
+            ends = torch.tensor([recipe.amplitudes_cut, 1 - recipe.amplitudes_cut])
+            space = replace(space, amplitudes=amplitude(space.encode(z)).quantile(ends))
+        return space.to(vqvae.vector_quantizer.embedding.weight.device)
 
 
 def amplitude(c: Tensor) -> Tensor:
@@ -214,10 +232,9 @@ def checked(value: object, name: str, shape: tuple[int, ...]) -> Tensor:
     """A file's tensor as float32. Raises ValueError, naming it, if it is not one of this shape, or not finite."""
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
         raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
-    found = value.float()
-    if not found.isfinite().all():
+    if not value.float().isfinite().all():
         raise ValueError(f"its '{name}' has values that are not finite")
-    return found
+    return value.float()
 
 
 def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:

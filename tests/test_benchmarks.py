@@ -99,26 +99,33 @@ def run_main(module, words, monkeypatch, capfd) -> tuple[str, str]:
 
 
 def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, monkeypatch, capfd):
-    words = ["--data", data, "--out", tmp_path / "runs", "--rows", "paper", "report", "--seeds", "0", "--epochs", "2"]
-    # as a process of its own does it for each row
-    row = ["--out", tmp_path / "runs" / "paper-0", "--train", "paper"]
-    run_main(ablation, words[:2] + row + words[-4:], monkeypatch, capfd)
-    for trained in (["report, seed 0 …"], []):  # the second time nothing is missing
-        out, err = run_main(ablation, words, monkeypatch, capfd)
-        assert [line for line in err.splitlines() if "…" in line] == trained
-    epochs, codebooks = {}, {}
-    for name in ("paper", "report"):
-        saved = resume_file(next((tmp_path / "runs" / f"{name}-0").iterdir()))
-        epochs[name] = len(saved["rows"])
-        state = saved["state"]["vqvae"]
-        codebooks[name] = state["networks"]["vqvae"]["vector_quantizer.embedding.weight"]
-        averaged = not torch.equal(
-            state["averages"]["vqvae"]["conv1.weight"], state["networks"]["vqvae"]["conv1.weight"]
-        )
-        assert averaged == (name == "paper")
-        assert f" | {max(row['ssim_mean'] for row in saved['rows']):.4f} | " in out
-    assert epochs == {"paper": 2, "report": 1}
-    assert codebooks["report"].abs().max() <= 1 / 512 and not torch.equal(codebooks["paper"], codebooks["report"])
+    words = ["vqvae", "--data", data, "--out", tmp_path, "--rows", "paper", "no average", "--seeds", "0", "--epochs"]
+    for epochs, begun in (("1", ["paper, seed 0 …", "no average, seed 0 …"]), ("1", []), ("2", ["paper, seed 0 …"])):
+        rows = words if epochs == "1" else [word for word in words if word != "no average"]
+        out, err = run_main(ablation, [*rows, epochs], monkeypatch, capfd)
+        assert [line for line in err.splitlines() if "…" in line] == begun
+    folders = {name: next((tmp_path / f"vqvae-{name}-0").iterdir()) for name in ("paper", "no-average")}
+    saved = {name: resume_file(folder) for name, folder in folders.items()}
+    assert [len(saved[name]["rows"]) for name in folders] == [2, 1]  # the second time the run is resumed
+    recipes = {name: json.loads((folder / "run.json").read_text())["recipes"] for name, folder in folders.items()}
+    assert [recipes[name]["vqvae"]["average_decay"] for name in folders] == [0.9, 0.0]
+    for name in folders:
+        state = saved[name]["state"]["vqvae"]
+        weights = [state[key]["vqvae"]["conv1.weight"] for key in ("averages", "networks")]
+        assert torch.equal(*weights) == (name == "no-average")
+    assert saved["paper"]["options"]["codebook"] == "paper"
+    assert f"| paper | {max(row['ssim_mean'] for row in saved['paper']['rows']):.4f} | " in out
+
+
+@pytest.mark.parametrize("stage", ["dcgan", "autoregressive"])
+def test_a_row_of_a_prior_is_trained_with_its_recipe(stage, data, tmp_path, monkeypatch, capfd):
+    words = [stage, "--data", data, "--out", tmp_path, "--vqvae", PRETRAINED / "vqvae.pth", "--rows", "no average"]
+    out, _ = run_main(ablation, [*words, "--seeds", "0", "--epochs", "1"], monkeypatch, capfd)
+    (run,) = (tmp_path / f"{stage}-no-average-0").iterdir()
+    assert json.loads((run / "run.json").read_text())["recipes"][stage]["average_decay"] == 0
+    (row,) = [line for line in out.splitlines() if line.startswith("| no average |")]
+    columns = ablation.TABLES[stage].columns
+    assert row.count("|") == len(columns) + 2
 
 
 def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, capfd):

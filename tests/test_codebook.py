@@ -7,6 +7,7 @@ import torch
 
 from modules import VQVAE, VectorQuantizer, rows
 from training import codebook
+from training.recipes import CodebookRecipe
 
 
 def test_start_from_takes_latents(rng):
@@ -81,15 +82,14 @@ def one_step(method, step, z_e, rng):
     method.after_step(codes)
 
 
-def new_method(kind, n=16, dim=4):
+def new_method(kind, **recipe):
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(n, dim)
-    return kind(quantizer, torch.optim.Adam(quantizer.parameters(), lr=1e-3))
+    quantizer = VectorQuantizer(16, 4)
+    return kind(quantizer, torch.optim.Adam(quantizer.parameters(), lr=1e-3), CodebookRecipe(**recipe))
 
 
-def test_k_means_uses_every_code_from_the_first_update_and_revives_later(rng, monkeypatch):
-    monkeypatch.setattr(codebook.KMeans, "kmeans_steps", 10)
-    method = new_method(codebook.KMeans)
+def test_k_means_uses_every_code_from_the_first_update_and_revives_later(rng):
+    method = new_method(codebook.KMeans, kmeans_steps=10)
     for update in range(10):
         one_step(method, update, torch.randn(2, 4, 8, 8, generator=rng), rng)
         assert len(method.quantizer.nearest(torch.randn(8, 4, 8, 8, generator=rng)).unique()) == 16

@@ -13,7 +13,7 @@ from evaluation.reconstruction import ssim
 from modules import VQVAE
 from priors.checkpoints import load_vqvae
 from priors.latent_cache import LatentCache
-from priors.latent_space import CLIPPED, LatentSpace, amplitude
+from priors.latent_space import SPACE, LatentSpace, SpaceRecipe, amplitude
 from priors.spectrum import power_spectrum
 
 
@@ -122,7 +122,7 @@ def test_directions_are_scipys_principal_ones(space, encoded, vqvae):
     overlap = np.abs(np.einsum("kd,dk->k", expected, space.directions.double().numpy()))
     np.testing.assert_allclose(overlap, 1, atol=1e-3)
     t = torch.einsum("dk,bkhw->bhwd", space.mix, space.encode(z))[codes != usual].abs()
-    assert (t >= 1).double().mean().item() == pytest.approx(CLIPPED, rel=0.1)
+    assert (t >= 1).double().mean().item() == pytest.approx(SPACE.clipped, rel=0.1)
 
 
 def test_far_from_the_head_latents_are_the_backgrounds(space):
@@ -147,8 +147,8 @@ def test_far_from_the_head_latents_are_the_backgrounds(space):
 
 @pytest.mark.parametrize("emphasis", [0.0, 0.5, 1.0])
 def test_emphasis_is_the_exponent_of_the_spectrum_that_is_divided_by(vqvae, train_set, encoded, emphasis):
-    space = LatentSpace.fit(vqvae, train_set, emphasis=emphasis)
-    plain = LatentSpace.fit(vqvae, train_set, emphasis=0.0)
+    space = LatentSpace.fit(vqvae, train_set, SpaceRecipe(emphasis=emphasis))
+    plain = LatentSpace.fit(vqvae, train_set, SpaceRecipe(emphasis=0.0))
     before, after = (power_spectrum(each.encode(encoded[0])).double().log() for each in (plain, space))
     for k in range(2):  # the leading ones
         slope = np.polyfit(before[k].flatten().numpy(), after[k].flatten().numpy(), 1)[0]

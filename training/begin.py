@@ -27,7 +27,7 @@ from support.console import UserError
 from support.device import FastPath, choose_device, choose_fast_path, has_fast_bfloat16
 from support.run import RESUME_FILE, Run, Saved, new_folder, open_run
 from training.options import FIELDS, STAGES, Options, flag, option, stages
-from training.recipes import RECIPES
+from training.recipes import recipes_of
 from training.vqvae import first_loss
 
 
@@ -110,8 +110,11 @@ def _resumed(args: dict[str, Any]) -> Saved:
     return dataclasses.replace(saved, options=options, state=state, rows=rows)
 
 
-def begin(saved: Saved) -> tuple[Run, OasisDataset, OasisDataset]:
-    """Read the training and validation splits, choose the fast path, and make (or, on resuming, lock) the folder."""
+def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDataset]:
+    """Read the training and validation splits, choose the fast path, and make (or, on resuming, lock) the folder.
+
+    `recipes` are recorded instead of those that train.py uses, by stage.
+    """
     options, data, device = saved.options, Path(saved.options.data), choose_device(saved.options.device)
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
     if not options.allow_shared_cases:
@@ -134,7 +137,7 @@ def begin(saved: Saved) -> tuple[Run, OasisDataset, OasisDataset]:
     if distributed.is_first():
         digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
         record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
-        run.begin(record | {"images": counts, "digests": digests}, RECIPES, _outdated(run))
+        run.begin(record | {"images": counts, "digests": digests}, recipes_of(options) | recipes, _outdated(run))
     print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
     print(f"Device: {device}. Folder: {run.folder}. To resume it: {resume_command(run)}")
     processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""

@@ -11,6 +11,7 @@ from torch import Tensor
 from modules import VectorQuantizer, rows
 from support import distributed
 from support.device import move
+from training.recipes import CODEBOOK, CodebookRecipe
 
 
 class LossOnly:
@@ -20,8 +21,8 @@ class LossOnly:
     methods, which move the embeddings of `quantizer` in place; `optimizer` is the Adam that trains them.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam):
-        self.quantizer, self.optimizer = quantizer, optimizer
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: CodebookRecipe = CODEBOOK):
+        self.quantizer, self.optimizer, self.recipe = quantizer, optimizer, recipe
 
     @property
     def embeddings(self) -> Tensor:
@@ -49,28 +50,23 @@ class LossOnly:
 class KMeans(LossOnly):
     """Start from data, then keep every code in use: the default.
 
-    In the first steps the encoder's output changes faster than Adam can move embeddings at lr 1e-3, and nearly all
-    codes die; a k-means step on each batch keeps them where the latents are. Later, codes that were not chosen for
-    `revive_every` steps move to where the quantization error is, and their Adam moments are cleared.
+    In the first steps a k-means step on each batch keeps embeddings where the latents are. Later, codes that were not
+    chosen for `revive_every` steps move to where the quantization error is, and their Adam moments are cleared.
     """
 
-    kmeans_steps = 100
-    start_steps = 10  # on the first batch
-    revive_every = 10
-
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam):
-        super().__init__(quantizer, optimizer)
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: CodebookRecipe = CODEBOOK):
+        super().__init__(quantizer, optimizer, recipe)
         self.usage = torch.zeros(len(self.embeddings), dtype=torch.int64, device=self.embeddings.device)
 
     def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
-        if step < self.kmeans_steps:
+        if step < self.recipe.kmeans_steps:
             z_e = distributed.gather(z_e, n)
             if step == 0:
                 start_from(self.quantizer, z_e, rng)
-            for _ in range(self.start_steps if step == 0 else 1):
+            for _ in range(self.recipe.start_steps if step == 0 else 1):
                 k_means_step(self.quantizer, z_e, rng)
             distributed.copy_first(self.embeddings)
-        elif step % self.revive_every == 0:
+        elif step % self.recipe.revive_every == 0:
             dead = distributed.total(self.usage) == 0
             if dead.any():
                 self.revive(dead, distributed.gather(z_e, n), rng)
@@ -105,10 +101,8 @@ class EMA(LossOnly):
     moves the embeddings; here they move first.
     """
 
-    decay = 0.99
-
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam):
-        super().__init__(quantizer, optimizer)
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: CodebookRecipe = CODEBOOK):
+        super().__init__(quantizer, optimizer, recipe)
         quantizer.embedding.weight.requires_grad_(False)
         self.counts = torch.ones(len(self.embeddings), 1, device=self.embeddings.device)
         self.sums = self.embeddings.clone()
@@ -116,8 +110,8 @@ class EMA(LossOnly):
     def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
         mine = distributed.weight(n) > 0  # otherwise the part is an image that another process counts
         _, counts, sums = cells(self.quantizer, z_e)
-        self.counts.lerp_(distributed.total(counts * mine)[:, None].float(), 1 - self.decay)
-        self.sums.lerp_(distributed.total(sums * mine), 1 - self.decay)
+        self.counts.lerp_(distributed.total(counts * mine)[:, None].float(), 1 - self.recipe.ema_decay)
+        self.sums.lerp_(distributed.total(sums * mine), 1 - self.recipe.ema_decay)
         alive = self.counts > 1e-20  # below, float32 loses the digits of both
         self.embeddings.copy_(torch.where(alive, self.sums / self.counts, self.embeddings))
 

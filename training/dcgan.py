@@ -86,8 +86,10 @@ class DCGANStage(Stage):
                 if gain is not None:
                     gain = checked(gain, "gain", (N_RINGS, space.rank, space.rank)).to(self.run.device)
                 return space, bool(saved["stored"]), gain
-        fit = LatentSpace.fit if self.recipe.fitted else LatentSpace.of_codebook
-        return distributed.from_first(lambda: fit(vqvae, train_set).to("cpu")), None, None
+        recipe = self.recipe.space
+        if recipe is None:
+            return LatentSpace.of_codebook(vqvae).to("cpu"), None, None
+        return distributed.from_first(lambda: LatentSpace.fit(vqvae, train_set, recipe).to("cpu")), None, None
 
     def data(self) -> LatentCache:
         return self.latents
@@ -95,7 +97,8 @@ class DCGANStage(Stage):
     def start(self) -> None:
         """Fit the generator to real latents."""
         n_steps = min(self.recipe.start_steps, self.n_steps // 2)
-        settings = (self.latents, n_steps, self.batch_size, self.run.fast_path, self.run.options.seed)
+        lr, seed = self.recipe.start_lr, self.run.options.seed
+        settings = (self.latents, n_steps, self.batch_size, lr, self.run.fast_path, seed)
         weights = distributed.from_first(lambda: start_generator(self.average, *settings))  # whose BatchNorm is local
         for generator in (self.average, self.generator):
             generator.load_state_dict(weights)
@@ -145,7 +148,10 @@ class DCGANStage(Stage):
     def _logits(self, discriminator: Discriminator, c: Tensor) -> Tensor:
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
         with self.autocast():  # anew for each call: it keeps a copy of the weights until it ends
-            logits = discriminator.logits(self.space.with_position(c), self.space.basis)
+            if self.recipe.position:
+                logits = discriminator.logits(self.space.with_position(c), self.space.basis)
+            else:
+                logits = discriminator.logits(self.space.mixed(c))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def evaluate(self, epoch: int) -> dict[str, float]:

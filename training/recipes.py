@@ -2,6 +2,49 @@
 
 from dataclasses import asdict, dataclass
 
+from priors.latent_space import SpaceRecipe
+
+
+@dataclass(frozen=True)
+class CodebookRecipe:
+    """How embeddings are kept in use, see `training.codebook`.
+
+    Attributes:
+        kmeans_steps: first steps, in which embeddings are moved to the means of their latents. The encoder's output
+            then changes faster than Adam can move embeddings at a rate of 1e-3, and nearly all codes would die.
+        start_steps: of k-means on the first batch.
+        revive_every: steps between looking for embeddings that were not chosen.
+        ema_decay: of the moving averages of `ema`; the paper's.
+    """
+
+    kmeans_steps: int = 100
+    start_steps: int = 10
+    revive_every: int = 10
+    ema_decay: float = 0.99
+
+
+CODEBOOK = CodebookRecipe()
+
+
+@dataclass(frozen=True)
+class VQVAERecipe:
+    """Of the VQ-VAE.
+
+    At a constant learning rate the weights wander from step to step, and with them the grey level of the black
+    background, to which SSIM is very sensitive. So an exponential moving average (EMA) of them is scored and saved, and
+    the learning rate falls at the end.
+
+    Attributes:
+        average_decay: of the EMA. It is short: weights that change together do not average one by one, so that a long
+            one decodes black to a level that none of them had.
+        constant_rate, last_rate: of `training.fit.falling_rate`.
+    """
+
+    codebook: CodebookRecipe = CODEBOOK
+    average_decay: float = 0.9
+    constant_rate: float = 0.6
+    last_rate: float = 0.01
+
 
 @dataclass(frozen=True)
 class R1:
@@ -26,26 +69,30 @@ class DCGANRecipe:
 
     Attributes:
         quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
-        fitted: whether the map between latents and the generator's range is fitted to the data (`LatentSpace.fit`), or
-            divides by the largest value of the codebook.
-        start_steps: at most so many steps, in which the generator learns real latents before it meets a discriminator;
-            half as many as follow.
+        space: of the map between latents and the generator's range; None divides by the codebook's largest value.
+        position: whether the discriminator is told where it is (`LatentSpace.with_position`).
+        start_steps, start_lr: at most so many steps, in which the generator learns real latents before it meets a
+            discriminator; half as many as follow.
         r1: None for no penalty.
         average_decay: of the EMA of the generator's weights, which draws the samples; 0 draws with the last weights.
         calibrated: whether samples get the covariances of real latents.
     """
 
-    quantized: bool
-    fitted: bool
-    start_steps: int
-    r1: R1 | None
-    average_decay: float
-    calibrated: bool
+    quantized: bool = False
+    space: SpaceRecipe | None = SpaceRecipe()
+    position: bool = True
+    start_steps: int = 3000
+    start_lr: float = 1e-3
+    r1: R1 | None = R1()
+    average_decay: float = 0.999
+    calibrated: bool = True
 
 
+BALANCED = DCGANRecipe()
 # The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
-REPORT = DCGANRecipe(quantized=True, fitted=False, start_steps=0, r1=None, average_decay=0.0, calibrated=False)
-BALANCED = DCGANRecipe(quantized=False, fitted=True, start_steps=3000, r1=R1(), average_decay=0.999, calibrated=True)
+REPORT = DCGANRecipe(
+    quantized=True, space=None, position=False, start_steps=0, r1=None, average_decay=0.0, calibrated=False
+)
 DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
 
 
@@ -80,9 +127,14 @@ class AutoregressiveRecipe:
     gradient_norm: float = 1.0
 
 
+VQVAE = VQVAERecipe()
 AUTOREGRESSIVE = AutoregressiveRecipe()
-# as run.json has them
-RECIPES = {
-    "dcgan": {name: asdict(recipe) for name, recipe in DCGAN.items()},
-    "autoregressive": asdict(AUTOREGRESSIVE),
-}
+
+
+def recipes_of(options) -> dict[str, dict]:
+    """What run.json records: the recipes that a run with these options uses, by stage."""
+    return {
+        "vqvae": asdict(VQVAE),
+        "dcgan": asdict(DCGAN[options.dcgan_training]),
+        "autoregressive": asdict(AUTOREGRESSIVE),
+    }

@@ -9,12 +9,17 @@ from priors.latent_cache import LatentCache
 from support import console, files, seeds
 from support.device import FastPath, move
 
-LR = 1e-3
 MOST_IMAGES = 10_000  # whose components are computed
 
 
 def start_generator(
-    generator: Generator, latents: LatentCache, n_steps: int, batch_size: int, fast_path: FastPath, seed: int
+    generator: Generator,
+    latents: LatentCache,
+    n_steps: int,
+    batch_size: int,
+    lr: float,
+    fast_path: FastPath,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
 
@@ -27,6 +32,7 @@ def start_generator(
         latents: the coefficients that it is fitted to.
         n_steps: 0 leaves the generator as it is.
         batch_size: of this process alone.
+        lr: of Adam.
         fast_path: of the run.
         seed: of the run.
 
@@ -37,7 +43,7 @@ def start_generator(
     rng, n = seeds.generator(seed, "dcgan start"), min(len(latents), MOST_IMAGES)
     picked = torch.tensor([i * len(latents) // n for i in range(n)])
     noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
-    optimizer, space = fast_path.adam(generator, LR), latents.space
+    optimizer, space = fast_path.adam(generator, lr), latents.space
     generator.train()
     order = torch.randint(n, (n_steps, min(batch_size, n)), generator=rng)
     with console.progress(total=n_steps, desc="Start of the generator", unit=" steps", leave=False) as bar:

@@ -17,16 +17,10 @@ from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import FastPath, exact_float32
 from support.run import Run
-from training import codebook
+from training import codebook, recipes
 from training.fit import Stage, batch_sizes, check_finite, falling_rate
+from training.recipes import VQVAERecipe
 
-# At a constant learning rate the weights wander from step to step, and with them the grey level of the black
-# background, to which SSIM is very sensitive. So an exponential moving average (EMA) of them is scored and saved, and
-# the learning rate falls at the end. The EMA is short: weights that change together do not average one by one, so that
-# a long one decodes black to a level that none of them had.
-AVERAGE_DECAY = 0.9
-CONSTANT_RATE = 0.6  # share of the steps with the highest learning rate
-LAST_RATE = 0.01  # the last step's learning rate, as a share of the highest
 BLACK_EVERY = 8  # one of so many validation images tells what a black image has
 
 
@@ -35,8 +29,7 @@ class VQVAEStage(Stage):
 
     Args:
         run, train_set, validate_set: all on the run's device.
-        method: the codebook method; by default the one that the options names.
-        average_decay: of the EMA of the weights.
+        recipe: what the options do not say.
     """
 
     name, title = "vqvae", "VQ-VAE"
@@ -47,20 +40,20 @@ class VQVAEStage(Stage):
         run: Run,
         train_set: OasisDataset,
         validate_set: OasisDataset,
-        method: type[codebook.LossOnly] | None = None,
-        average_decay: float = AVERAGE_DECAY,
+        recipe: VQVAERecipe = recipes.VQVAE,
     ):
         super().__init__(run)
         options, self.fast_path = run.options, run.fast_path
         self.train_set, self.validate_set, self.labels = train_set, validate_set, validate_set.labels
         self.epochs, self.batch_size, self.lr = options.epochs, options.batch_size, options.lr
-        self.average_decay = average_decay
+        self.recipe, self.average_decay = recipe, recipe.average_decay
         torch.manual_seed(seeds.derived_seed(options.seed, "vqvae weights"))
         self.vqvae = VQVAE(options.n_embeddings, options.embeddings_dim, options.beta)
         self.vqvae.to(run.device, memory_format=self.fast_path.layout)
         self.average = copy.deepcopy(self.vqvae)
         self.optimizer = self.fast_path.adam(self.vqvae, options.lr)
-        self.codebook = (method or codebook.METHODS[options.codebook])(self.vqvae.vector_quantizer, self.optimizer)
+        method = codebook.METHODS[options.codebook]
+        self.codebook = method(self.vqvae.vector_quantizer, self.optimizer, recipe.codebook)
         self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
         self.optimizers = {"vqvae": self.optimizer}
         self.fast_path.compile(self.vqvae.encoder, self.vqvae.decoder)
@@ -81,7 +74,8 @@ class VQVAEStage(Stage):
         """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss, inside the box."""
         weight = distributed.weight(n)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * falling_rate(step, self.n_steps, CONSTANT_RATE, LAST_RATE)
+            rate = falling_rate(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
+            group["lr"] = self.lr * rate
         x = batch[..., *self.box]  # where all is black there is nothing to learn
         with self.fast_path.autocast():
             z_e = self.vqvae.latents(x)
