@@ -4,8 +4,7 @@
     python benchmarks/gpu_check.py tests epochs      # some of its parts
 
 tests: the tests of tests/test_gpu.py on the real device. epochs: an epoch of each stage on phantoms, on the GPU and on
-the CPU, whose values must agree within BOUNDS. full_size, speed: the benchmarks of these names. The exit status is 1 if
-a part fails.
+the CPU, whose values must agree within BOUNDS. speed: the benchmark of this name. The exit status is 1 if a part fails.
 """
 
 import argparse
@@ -90,15 +89,11 @@ def compare(on_cpu: dict[str, float], on_gpu: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def full_size(device: str) -> str:
-    return "\n".join(run("benchmarks/full_size.py", "--device", device).splitlines()[-4:])
-
-
 def speed(device: str) -> str:
     return run("benchmarks/speed.py", "step", "dcgan", "--device", device)
 
 
-PARTS = {part.__name__: part for part in (tests, epochs, full_size, speed)}
+PARTS = {part.__name__: part for part in (tests, epochs, speed)}
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Measures of reconstructions: SSIM as scikit-image computes it, PSNR, the one scoring function, codebook usage."""
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -126,14 +125,6 @@ def means_by_tissue(labels: Tensor, values: Tensor) -> Tensor:
     counts = torch.bincount(kind, minlength=4 * len(labels)).view(-1, 4)
     sums[:, 0], counts[:, 0] = sums[:, 1:].sum(1), counts[:, 1:].sum(1)
     return sums / counts
-
-
-@exact_float32()
-@torch.no_grad()
-def reconstruct(vqvae, dataset, indices: Sequence[int]) -> Tensor:
-    """Images (N, 1, 256, 256) of a data set, decoded from their codes and clamped to [0, 1]."""
-    batches = in_batches(dataset, indices, SCORE_BATCH, "Reconstructing")
-    return torch.cat([vqvae.decode(vqvae.encode(x)).clamp(0, 1) for x in batches])
 
 
 def entropy(counts: Tensor) -> Tensor:

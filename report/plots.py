@@ -163,24 +163,6 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def rate_distortion(self, name: str, rows: list[dict]) -> None:
-        """PSNR and SSIM against the bits of an image's codes, a point for each epoch; rows of metrics.csv."""
-        figure, (upper, lower) = _subplots(2, 1, 7.2, 6.4, sharex=True)
-        first, last = rows[0]["epoch"], rows[-1]["epoch"]
-        upper.set_title(self._with_note(f"Rate and distortion on the validation split, epochs {first} to {last}"))
-        rates = (("bits_raw", GREY, "uncompressed"), ("bits_entropy", BLUE, "entropy"))
-        rates += (("bits_entropy_by_position", ORANGE, "entropy by position (lower bound)"),)
-        for axes, key in ((upper, "psnr_mean"), (lower, "ssim_mean")):
-            for rate, colour, label in rates:
-                x, y = ([row[column] for row in rows] for column in (rate, key))
-                axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=0.6, label=label)
-                axes.annotate("last", (x[-1], y[-1]), (4, 4), textcoords="offset points", fontsize=9)
-        upper.set(ylabel="PSNR / dB")
-        lower.set(xlabel="bits per image", ylabel="SSIM (1 = identical)", xlim=(0, None))
-        lower.legend(loc="lower right", bbox_to_anchor=(0.96, 0.05))  # between the curves
-        self._save(figure, name)
-
-    @_figure
     def curves(self, name: str, curves: dict[str, tuple], title: str, xlabel: str, levels: dict[str, float]) -> None:
         """SSIM of several sides: for each its x values (log scale) and SSIM; `levels` of SSIM as lines, by name."""
         figure, axes = self._axes(7.2, 4.8, title)

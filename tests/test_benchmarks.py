@@ -81,15 +81,6 @@ def test_steps_of_the_dcgan_run_in_all_its_rows(data, monkeypatch):
         assert work.n == 3, name
 
 
-def test_the_full_size_benchmark_runs(tmp_path):
-    command = [sys.executable, PROJECT / "benchmarks" / "full_size.py", "--scale", "0.004", "--device", "cpu"]
-    words = ["--", "--epochs", "1", "--dcgan-epochs", "1", "--n-embeddings", "32"]
-    done = subprocess.run([*map(str, command), *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "(39 training, 4 validation images): phantoms, 43 slices of 3 subjects" in done.stdout
-    assert "Training time: " in done.stdout
-
-
 def run_main(module, words, monkeypatch, capfd) -> tuple[str, str]:
     """What a script's `main` prints to both streams, given these options."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])

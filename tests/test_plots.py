@@ -60,10 +60,8 @@ def test_every_title_says_that_the_data_are_phantoms(figures, tmp_path):
     drawn.scores(name, [0.5], [1], 0.6, "T")
     drawn.measures_by_epoch(name, [dict.fromkeys(MEASURES, 0.5) | {"epoch": 1}], dict.fromkeys(MEASURES, 0.4))
     drawn.measures(name, 2 * [Row("M", *3 * [Interval(0.5, 0.4, 0.6)])], ("a", "b", "c"), "T")
-    row = dict(epoch=1, psnr_mean=30.0, ssim_mean=0.9, bits_raw=100, bits_entropy=50, bits_entropy_by_position=20)
-    drawn.rate_distortion(name, [row])
     drawn.pairs(name, [(image, image, "text")], "T")
-    assert len(figures) == 11
+    assert len(figures) == 10
     for figure in figures:
         first, second = (figure.get_suptitle() or figure.axes[0].get_title()).split("\n")
         assert first and second == "data: phantoms (synthetic)"
@@ -151,15 +149,3 @@ def test_epoch_means_stand_in_the_middle_of_their_updates_and_validation_after_t
     assert validation.get_xdata().tolist() == [2, 4] and validation.get_ydata().tolist() == [4.0, 2.0]
     assert each.get_xdata().tolist() == [1, 2, 3, 4]
     assert means.get_xdata().tolist() == [1.5, 3.5] and means.get_ydata().tolist() == [3.0, 1.0]
-
-
-def test_rate_distortion_has_a_point_for_each_epoch_and_rate(figures):
-    rows = [
-        dict(epoch=n + 1, psnr_mean=30.0 + n, ssim_mean=0.9 + n / 100)
-        | dict(bits_raw=100, bits_entropy=50 + n, bits_entropy_by_position=n)
-        for n in range(3)
-    ]
-    FIGURES.rate_distortion("x.png", rows)
-    for axes, quality in zip(figures[0].axes, ([30, 31, 32], [0.9, 0.91, 0.92]), strict=True):
-        assert [list(line.get_xdata()) for line in axes.lines] == [[100, 100, 100], [50, 51, 52], [0, 1, 2]]
-        assert all(list(line.get_ydata()) == quality for line in axes.lines)

@@ -45,7 +45,7 @@ def test_the_runs_folder(trained):
     expected = {f"epoch_{n}{kind}.png" for n in range(3) for kind in ("", "_single")}
     expected |= {f"gan_epoch_{n}.png" for n in range(3)}
     expected |= {"codebook_comparison.png", "codebook.png", "decoded.png", "gan_losses.png", "gan_measures.png"}
-    expected |= {"train_ssim_scores.png", "train_recon_losses.png", "rate_distortion.png"}
+    expected |= {"train_ssim_scores.png", "train_recon_losses.png"}
     expected |= {"vqvae.pth", "generator.pth", "discriminator.pth", "run.json", "metrics.csv", "resume.pth"}
     expected |= {"index.html"}
     assert {path.name for path in run.iterdir()} == expected

@@ -122,7 +122,6 @@ class VQVAEStage(Stage):
         self.figures.ssim_by_epoch("train_ssim_scores.png", rows)
         losses, title = history["training_loss"], "Training reconstruction loss"
         self.figures.losses("train_recon_losses.png", losses, rows, title, "training_loss")
-        self.figures.rate_distortion("rate_distortion.png", rows)
 
     def save_weights(self, row: dict) -> None:
         if row is self._best_row():
