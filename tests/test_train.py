@@ -126,7 +126,7 @@ def test_generator_pth_loads_as_weights_only(trained):
 def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
     _, run = trained
     prior = load_prior(run / "generator.pth", load_vqvae(run / "vqvae.pth"))
-    generated = prior.coefficients(prior.noise(512, seeds.generator(5, "calibration"))).detach()
+    generated = prior.coefficients(prior.noise(15, seeds.generator(5, "calibration"))).detach()
     real = LatentCache(prior.vqvae, OasisDataset(data, "train"), prior.space).batch(range(15))
     expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
     values = torch.linalg.eigvalsh(expected)

@@ -22,7 +22,7 @@ from training.recipes import DCGAN, DCGANRecipe
 from training.samples import Samples
 from training.start import start_generator
 
-CALIBRATION = 512  # samples
+CALIBRATION = 512  # samples at most, and not more than there are training latents
 
 
 class DCGANStage(Stage):
@@ -158,7 +158,7 @@ class DCGANStage(Stage):
         """Calibrate the prior, and measure it when that is due."""
         columns = {"ahead": self.lead.item()} if self.recipe.r1 else {}
         columns["d_validate"] = self._judge_validation()
-        noise = self.samples.noise(self.prior, CALIBRATION, "calibration")
+        noise = self.samples.noise(self.prior, min(CALIBRATION, len(self.latents)), "calibration")
         if self.recipe.average_decay:
             self.prior.measure_statistics(noise)
         if self.recipe.calibrated:
