@@ -64,7 +64,9 @@ def train_vqvae(run: Run, train_set: OasisDataset, validate_set: OasisDataset) -
     """
     stage = VQVAEStage(run, train_set, validate_set)
     fit(stage, run)
-    return stage.best()
+    vqvae = stage.best()
+    stage.draw_codes(vqvae)
+    return vqvae
 
 
 def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> DCGANPrior:

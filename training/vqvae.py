@@ -150,19 +150,20 @@ class VQVAEStage(Stage):
         self.codebook.load_state_dict(state)
 
     def best(self) -> VQVAE:
-        """The network in vqvae.pth, on the run's device. Also draws its codes of the validation split."""
+        """The network in vqvae.pth, on the run's device. Prints the epoch that it is of."""
         vqvae = distributed.from_first(lambda: load_vqvae(self.run.folder / "vqvae.pth")).to(self.run.device)
         if distributed.is_first():
             row = self._best_row()
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
             if row["ssim_mean"] < row.get("ssim_black", 0):
                 self.run.say(f"That is less than a black image has, {row['ssim_black']:.4f}; try a lower --lr")
-            self._draw_codes(vqvae)
-            page.write_run(self.run.folder)
         return vqvae
 
     @exact_float32()
-    def _draw_codes(self, vqvae: VQVAE) -> None:
+    def draw_codes(self, vqvae: VQVAE) -> None:
+        """Draw the codes of the validation split, and add them to the page; on rank 0."""
+        if not distributed.is_first():
+            return
         x = self.validate_set.batch([0])
         codes = vqvae.encode(x)
         usage = torch.zeros(vqvae.vector_quantizer.embedding.num_embeddings, dtype=torch.long)
@@ -172,6 +173,7 @@ class VQVAEStage(Stage):
         self.figures.code_map("codebook.png", codes[0], usage, "64×64 codes of the first validation image")
         decoded = vqvae.decode(codes)[0]
         self.figures.single_image("decoded.png", decoded, "First validation image, decoded from its codes")
+        page.write_run(self.run.folder)
 
 
 def first_loss(options, device: torch.device, size: tuple[int, int], fast_path: FastPath) -> Tensor:
