@@ -148,6 +148,8 @@ def run_program(main: Callable[[], None], name: str) -> None:
     except OSError as error:  # a full disk, a folder without write permission
         _fail(f"{name}: error: {error.filename or 'output'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
+        if distributed.is_lost(error):
+            _fail(f"{name}: error: another process of this run has ended; see what it said, then resume the run")
         if not is_out_of_memory(error):
             raise
         _fail(f"{name}: error: out of memory; try a smaller batch, codebook or number of samples")

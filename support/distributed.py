@@ -115,6 +115,12 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether an error means that another process has ended, which gloo and NCCL say in many ways."""
+    text = str(error).lower()
+    return world_size() > 1 and any(name in text for name in ("closed by peer", "connection reset", "gloo", "nccl"))
+
+
 def everywhere(fact: bool) -> bool:
     """Whether something holds in all processes."""
     return int(total(torch.tensor(int(fact)))) == world_size()

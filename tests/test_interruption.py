@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ import predict
 import train
 from preparation import oasis, phantoms
 from priors.checkpoints import load_vqvae
+from support import console
 
 KILLS = int(os.environ.get("KILLS", 3))
 WORDS = ("--batch-size", "4", "--n-embeddings", "16", "--embeddings-dim", "4", "--device", "cpu", "--seed", "2")
@@ -57,8 +59,18 @@ def train_without_locks(words: list[str]) -> None:
     train.main(words)
 
 
+def train_as_one_of_two(words: list[str]) -> None:
+    """The first words are the rank, the port where the processes meet, and the file for standard error."""
+    rank, port, errors, *words = words
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= two | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sys.stderr = sys.__stderr__ = open(errors, "w")
+    console.run_program(partial(train.main, words), "train.py")
+
+
 MAINS = {
     "train": train.main,
+    "train as one of two": train_as_one_of_two,
     "train without locks": train_without_locks,
     "predict": predict.main,
     "oasis": oasis.main,
@@ -147,6 +159,47 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
         kept = {path.name for path in run.iterdir() if not path.name.startswith(".")}
         assert kept == {path.name for path in whole.iterdir()}
     print(f"{kills} kills in {number} runs")
+
+
+@pytest.mark.parametrize("victims", [[1], [0], [0, 1]][: 1 if KILLS <= 3 else 3])
+def test_killed_processes_of_two_end_the_other_with_a_line_and_lose_nothing(start, data, tmp_path, victims):
+    """Resumed by two processes, the run ends as one of two that was left alone, bit for bit."""
+
+    def begin(*words) -> list[multiprocessing.Process]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        errors = (tmp_path / f"errors_{rank}" for rank in range(2))
+        return [start(tmp_path, "train as one of two", i, port, path, *words) for i, path in enumerate(errors)]
+
+    words, (stages, weights) = ("--data", data, *VQVAE_WORDS, "--only", "vqvae"), (["vqvae"], ["vqvae.pth"])
+    if KILLS > 3:
+        words, stages, weights = ("--data", data, *WORDS), ["vqvae", "dcgan"], PRIORS["dcgan"][1]
+    for process in begin(*words, "--out", "whole"):
+        process.join()
+    (whole,) = (tmp_path / "whole").iterdir()
+    rng = random.Random(2)
+    for kill in range(max(1, KILLS // 10)):
+        out = tmp_path / f"killed_{kill}"
+        both = begin(*words, "--out", out)
+        while not list(out.glob("*/resume.pth")):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 2))
+        ended = both[0].exitcode is not None
+        for victim in victims:
+            both[victim].kill()
+        for rank, process in enumerate(both):
+            process.join(120)
+            said = (tmp_path / f"errors_{rank}").read_text()
+            if rank not in victims and not ended:
+                assert process.exitcode == 1 and "Traceback" not in said
+                assert said.splitlines()[-1].startswith("train.py: error: another process of this run has ended")
+        (run,) = out.iterdir()
+        assert_nothing_is_torn(run)
+        for process in begin("--resume", run):
+            process.join()
+            assert process.exitcode == 0
+        assert_same_weights(whole, run, weights)
+        assert_same_history(whole, run, stages)
 
 
 def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, data, tmp_path):
