@@ -227,10 +227,10 @@ def read_pngs(paths: Sequence[Path], desc: str) -> tuple[np.ndarray, list[bytes]
 
 
 def case_and_slice(path: Path) -> tuple[int | None, int | None]:
-    found = re.search(r"case_([0-9]+)_slice_([0-9]+)", path.name)
-    if not found or max(map(len, found.groups())) > 18:  # more than a 64-bit integer holds is no number of a case
+    match = re.search(r"case_([0-9]+)_slice_([0-9]+)", path.name)
+    if not match or max(map(len, match.groups())) > 18:  # more than a 64-bit integer holds is no number of a case
         return None, None
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def printable(path: str | Path) -> str:

@@ -404,9 +404,9 @@ class GridNetwork(nn.Module):
                     which = self.places.index(place_in_cell)
                     window = maps[:, row : row + WINDOW + 1, column : column + 2 * WINDOW + 1].flatten(1)
                     logits = self.logits(window @ before[which], context[row // 2, column // 2, which])
-                    drawn = _draw(logits, noise[:, row, column])
-                    codes[:, row, column] = drawn
-                    maps[:, row + WINDOW, column + WINDOW] = code(drawn)
+                    codes_here = _draw(logits, noise[:, row, column])
+                    codes[:, row, column] = codes_here
+                    maps[:, row + WINDOW, column + WINDOW] = code(codes_here)
         return codes
 
 
@@ -455,8 +455,8 @@ class Autoregressive(nn.Module):
         bits = torch.zeros(codes.shape, device=codes.device)
         for stride, grid in zip(STRIDES, self.grids, strict=True):
             every = slice(None, None, stride)
-            found = grid(codes[:, every, every], maps[:, :, every, every], _pooled(near, stride), place)
-            bits[:, every, every] += found
+            of_grid = grid(codes[:, every, every], maps[:, :, every, every], _pooled(near, stride), place)
+            bits[:, every, every] += of_grid
         return bits
 
     @torch.no_grad()

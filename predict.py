@@ -230,8 +230,8 @@ def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDat
         if name == "alone":
             for kind, i in (("most", int(bits.argmin())), ("least", int(bits.argmax()))):
                 title = f"The {kind} likely image, {dataset.name(i)}: {bits[i]:.0f} bits"
-                found = prior.bits(cache.batch([i]), alone(cache.plane[[i]]))[0]
-                figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], found, title)
+                bits_by_position = prior.bits(cache.batch([i]), alone(cache.plane[[i]]))[0]
+                figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], bits_by_position, title)
     files.write_csv(folder / "likelihood.csv", list(columns), list(zip(*columns.values(), strict=True)))
 
 
@@ -314,8 +314,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
     if o.export_codes and o.prior:
         parser.error("--export-codes and --prior contradict each other; give one of them")
-    given = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice))
-    for name, value in given:
+    of_priors = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice))
+    for name, value in of_priors:
         if value is not None and not o.prior:
             parser.error(f"{name} is for new brains; name the generator with --prior, or leave it out")
     if o.prior and o.data is None and (o.split != "test" or o.skip_bad):

@@ -189,19 +189,19 @@ def compare(
     """
     if reconstruct not in ("none", "real", "both"):
         raise ValueError(f"reconstruct must be none, real or both, not {reconstruct}")
-    others, beside = _other_subjects(real, len(fake), train, seed)
+    others, counterpart = _other_subjects(real, len(fake), train, seed)
     fake = reconstructed(vqvae, fake) if reconstruct == "both" else fake
     shown = real if reconstruct == "none" else reconstructed(vqvae, real)
     reference = Reference(vqvae, shown, seed)
     measured = reference.measure(fake)
 
-    originals = reference if shown is beside else Reference(vqvae, beside, seed)
+    originals = reference if shown is counterpart else Reference(vqvae, counterpart, seed)
     decoded_others = Reference(vqvae, reconstructed(vqvae, others), seed)
     decoded = originals.compared(decoded_others)
     if reconstruct == "none":
         floor = originals.measure(others)
     else:
-        same = reference if beside is real else Reference(vqvae, reconstructed(vqvae, beside), seed)
+        same = reference if counterpart is real else Reference(vqvae, reconstructed(vqvae, counterpart), seed)
         floor = same.compared(decoded_others)
     rows = [Row(text, measured[name], floor[name], decoded[name]) for name, text in MEASURES.items()]
 
@@ -210,7 +210,7 @@ def compare(
         copies = memorisation.find_copies(fake, shown, train, seeds.generator(seed, "resampling"))
         quantiles = (_fifth_percentile(part.distance) for part in (copies.fake, copies.real))
         rows.append(Row(NEAREST, *quantiles, Interval(math.nan)))
-    return Comparison(rows, _missing(rows, beside, real, fake, train), copies, fake)
+    return Comparison(rows, _missing(rows, counterpart, real, fake, train), copies, fake)
 
 
 def _fifth_percentile(distance: Tensor) -> Interval:
@@ -227,7 +227,7 @@ def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tu
     return second.spaced(n), first
 
 
-def _missing(rows: list[Row], beside: Images, real: Images, fake: Images, train: Images | None) -> list[str]:
+def _missing(rows: list[Row], counterpart: Images, real: Images, fake: Images, train: Images | None) -> list[str]:
     """Why measures are missing."""
     reasons = []
     n = min(len(real), len(fake))
@@ -235,8 +235,9 @@ def _missing(rows: list[Row], beside: Images, real: Images, fake: Images, train:
         reasons.append(f"AUC, kernel distance and coverage need {FEWEST_COMPARED} images a side; here are {n}")
     if len(set(real.subjects)) == 1:
         reasons.append("real images are of one subject: nothing can be compared over subjects")
-    if FEWEST_COMPARED > len(beside) and not reasons:
-        reasons.append(f"without the training images, halves of the real ones are compared: of {len(beside)} images")
+    if FEWEST_COMPARED > len(counterpart) and not reasons:
+        n = len(counterpart)
+        reasons.append(f"without the training images, halves of the real ones are compared: of {n} images")
     if not reasons and any(math.isnan(side.value) for row in rows[: len(MEASURES)] for side in row[1:]):
         reasons.append("images without detail have no texture, and a side with one subject has no folds")
     if train is None:

@@ -99,15 +99,15 @@ def nearest(images: Tensor, others: Tensor) -> Nearest:
     It may be moved by up to SHIFT pixels. Of the images SMALLER times smaller, the CANDIDATES with the highest cosine
     similarity are compared pixel by pixel.
     """
-    found = []
+    batches = []
     small = _normalised(others)
     with console.progress(total=len(images), desc="Looking for copies", unit=" images", leave=False) as bar:
         for part in images.split(AT_ONCE):
             candidates = (_normalised(part) @ small.T).topk(min(CANDIDATES, len(others))).indices
-            found.append(_among(part, others, candidates))
+            batches.append(_among(part, others, candidates))
             bar.update(len(part))
             console.stop_if_signalled()
-    return Nearest(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return Nearest(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
 def _normalised(images: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ def principal_components(x: Tensor) -> Tensor:
     """
     x = x - x.mean(0)
     variance, left = torch.linalg.eigh(x @ x.T)
-    found = left.flip(1)[:, :COMPONENTS] * variance.flip(0)[:COMPONENTS].clamp(min=0).sqrt()
-    return found / (variance.clamp(min=0).sum() / x.numel()).sqrt().clamp(min=1e-6)
+    scores = left.flip(1)[:, :COMPONENTS] * variance.flip(0)[:COMPONENTS].clamp(min=0).sqrt()
+    return scores / (variance.clamp(min=0).sum() / x.numel()).sqrt().clamp(min=1e-6)
 
 
 def numbered(subjects: Sequence[Hashable]) -> Tensor:
@@ -127,8 +127,8 @@ def numbered(subjects: Sequence[Hashable]) -> Tensor:
 def resample(subjects: Tensor, rng: torch.Generator) -> Tensor:
     """Weights (1 + RESAMPLES, N) of rows whose subjects have numbers (N,): all 1, then samples of as many subjects."""
     n = int(subjects.max()) + 1
-    drawn = torch.randint(n, (RESAMPLES, n), generator=rng)
-    times = torch.zeros(RESAMPLES, n).scatter_add_(1, drawn, torch.ones(RESAMPLES, n))
+    picked = torch.randint(n, (RESAMPLES, n), generator=rng)
+    times = torch.zeros(RESAMPLES, n).scatter_add_(1, picked, torch.ones(RESAMPLES, n))
     return torch.cat([torch.ones(1, len(subjects)), times[:, subjects]]).double()
 
 

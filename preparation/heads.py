@@ -173,20 +173,20 @@ def _surface(rng: np.random.Generator, height: float, depth: np.ndarray, x: np.n
     level = height + rng.normal(0, 0.04)
     front = _at(level, [0, 0.25, 0.5, 0.8, 1], [26, 44, 50, 40, 12]) + rng.normal(0, 1.5)
     back = _at(level, [0, 0.25, 0.5, 0.8, 1], [-20, -30, -27, -30, -10]) + rng.normal(0, 1.5)
-    beside = np.abs(y)
+    lateral = np.abs(y)
     bridge = np.maximum(np.minimum(x - back, front - x), 0)  # deep in the corpus callosum, which the fissure spares
     slow = [_slow_noise(rng, height) for _ in range(3)]
     sulcus = _folds(rng, height, depth / 8, TURN * 76 + 2.2 * slow[0], 0.35)
     sulcus += 0.7 * np.maximum(depth - 20 - 8 * slow[1], 0)
-    surface = np.minimum(np.minimum(sulcus, beside + 0.5 + 1.5 * bridge), depth + 0.2 - 1.5 * slow[2])
+    surface = np.minimum(np.minimum(sulcus, lateral + 0.5 + 1.5 * bridge), depth + 0.2 - 1.5 * slow[2])
     medial = _folds(rng, height, y[MEDIAL] / 9, x[MEDIAL] / 7 + 4 * slow[0][MEDIAL], 0)
-    medial += 0.7 * np.maximum((beside + 3 * bridge)[MEDIAL] - 12 - 8 * slow[1][MEDIAL], 0)
+    medial += 0.7 * np.maximum((lateral + 3 * bridge)[MEDIAL] - 12 - 8 * slow[1][MEDIAL], 0)
     surface[MEDIAL] = np.minimum(surface[MEDIAL], medial)
     if level < 0.7:  # the lateral fissure, with the insula on its floor
         closing = 8 * max(0.0, level - 0.3)
-        beside = beside + 1.2 * np.sin(x / 2.5)
-        floor = _capsule(x, beside, (-2, 40), (30, 36), -closing, -closing)
-        opening = _capsule(x, beside, (16, 39), (34, 66), -closing, -closing)
+        lateral = lateral + 1.2 * np.sin(x / 2.5)
+        floor = _capsule(x, lateral, (-2, 40), (30, 36), -closing, -closing)
+        opening = _capsule(x, lateral, (16, 39), (34, 66), -closing, -closing)
         surface = np.minimum(surface, -np.maximum(floor, opening))
     return surface
 
@@ -216,18 +216,18 @@ def _ventricles(rng: np.random.Generator, height: float, x: np.ndarray, y: np.nd
     body = 0, _at(level, heights, [9, 9, 9, 9, 9, 9, 15]) + r_body
     outer = -15, _at(level, heights, [26, 22, 17, 14, 13.5, 13, 17])
     back = _at(level, heights, [-24, -29, -34, -29, -26, -24, -14]), _at(level, heights, [29, 27, 25, 22, 21, 21, 18])
-    beside = np.abs(y)
-    third = 1.0 + 0.8 * size - beside - 0.5 * np.maximum(np.abs(x - 3) - 12, 0) - 25 * max(0.0, level - 0.5)
+    lateral = np.abs(y)
+    third = 1.0 + 0.8 * size - lateral - 0.5 * np.maximum(np.abs(x - 3) - 12, 0) - 25 * max(0.0, level - 0.5)
     cistern = _capsule(x, y, (-28, 0), (-19, 0), 4 + 2 * size, 4 + size) - np.cos(0.7 * y)
     vermis = np.minimum(_capsule(x, y, (-42, 0), (-31, 0), 4, 6), 0.6 * np.cos(1.5 * x + y / 6))  # fluid between folia
     cistern = np.maximum(cistern, vermis) - 40 * max(0.0, level - 0.2)
     ventricles = np.maximum(third, cistern)
-    beside = beside / np.where(y < 0, np.float32(np.exp(rng.normal(0.03, 0.04))), 1)  # one side is mostly larger
+    lateral = lateral / np.where(y < 0, np.float32(np.exp(rng.normal(0.03, 0.04))), 1)  # one side is mostly larger
     for start, end, r_start, r_end in (
         (inner, front, r_front, 0.3 * r_front),
         (outer, back, 1.2 * r_back, 0.7 * r_back),
         (outer, body, 0.9 * r_back, r_body),
         (body, inner, r_body, r_front),
     ):
-        ventricles = np.maximum(ventricles, _capsule(x, beside, start, end, r_start, r_end))
+        ventricles = np.maximum(ventricles, _capsule(x, lateral, start, end, r_start, r_end))
     return ventricles

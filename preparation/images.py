@@ -124,15 +124,15 @@ def split_of(items: list[Item], o: argparse.Namespace) -> tuple[str, dict[int, s
 
     Raises UserError if some images are in folders named as splits, and others are not.
     """
-    given = [SPLITS.get(item.name.split("/")[0].lower()) for item in items]
+    named = [SPLITS.get(item.name.split("/")[0].lower()) for item in items]
     if o.split is not None:
         return f"as {o.split} says", sources.split_subjects(items, o.seed, o.split)
-    if set(given) == {None}:
+    if set(named) == {None}:
         return "drawn", sources.split_subjects(items, o.seed)
-    if set(given) != set(sources.SHARES):
+    if set(named) != set(sources.SHARES):
         raise UserError(f"{o.source}: has folders named as splits, but not all images are in train, val or test")
     splits: dict[int, str] = {}
-    for item, split in zip(items, given, strict=True):
+    for item, split in zip(items, named, strict=True):
         if splits.setdefault(item.case, split) != split:
             raise UserError(f"{item.name}: its subject {item.subject} is in two splits; give --group or --split")
     return "that of the source", splits
@@ -153,8 +153,8 @@ def fitted(image: np.ndarray, side: int, how: str) -> np.ndarray:
     return np.pad(np.rint(image).astype(np.uint8), margins)
 
 
-def main(words: list[str] | None = None) -> None:
-    o = parse(words)
+def main(argv: list[str] | None = None) -> None:
+    o = parse(argv)
     console.install_signal_handlers()
     source, dest = Path(o.source), Path(o.dest).resolve()
     if source.resolve() in (dest, *dest.parents):
@@ -244,10 +244,10 @@ def convert(items: list[Item], splits: dict[int, str], dest: Path, plan: dict, o
 
 def numbered(items: list[Item], splits: dict[int, str]) -> dict[str, str]:
     """The file of each image in DEST, by its name."""
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     names = {}
     for item in items:
-        n = seen[item.case] = seen.get(item.case, -1) + 1
+        n = counts[item.case] = counts.get(item.case, -1) + 1
         names[item.name] = f"keras_png_slices_{splits[item.case]}/case_{item.case:03d}_slice_{n}.png"
     return names
 
@@ -278,7 +278,7 @@ def draw_preview(dest: Path) -> None:
         sheet.save(temporary, format="PNG")
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preparation.images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -295,7 +295,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--split", metavar="FILE", help="CSV file with columns subject and split, instead of drawing")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     add("--preview", action="store_true", help="also draw some images, as DEST/preview.png")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def _regex(text: str) -> re.Pattern:

@@ -95,9 +95,9 @@ def record_path(volume: Volume, folder: Path) -> Path:
 
 def record(volume: Volume, folder: Path) -> dict:
     """The record of a volume that is done, else {}."""
-    found = files.read_json(record_path(volume, folder))
-    complete = found.keys() >= set(COLUMNS) and found["split"] in list(sources.SHARES)
-    return found if complete and found | known(volume) == found else {}
+    saved = files.read_json(record_path(volume, folder))
+    complete = saved.keys() >= set(COLUMNS) and saved["split"] in list(sources.SHARES)
+    return saved if complete and saved | known(volume) == saved else {}
 
 
 def read_subjects(dest: Path) -> list[dict[str, str]]:
@@ -125,9 +125,9 @@ def is_complete(dest: Path, plan: dict) -> bool:
         raise UserError(f"{dest}: was made {how}; name another DEST")
     shutil.rmtree(dest / "records", ignore_errors=True)  # if the last call was killed at its very end
     rows = read_subjects(dest)
-    wanted, found = sum(len(row["slices"].split()) for row in rows), len(list(dest.glob("*/case_*.png")))
-    if wanted != found:
-        raise UserError(f"{dest}: has {found} slices, and had {wanted}; name another DEST")
+    wanted, there = sum(len(row["slices"].split()) for row in rows), len(list(dest.glob("*/case_*.png")))
+    if wanted != there:
+        raise UserError(f"{dest}: has {there} slices, and had {wanted}; name another DEST")
     missing = sorted({name for name, *_ in plan["volumes"]} - {row["source"] for row in rows})
     if missing:
         print(f"{dest} is complete, but for {len(missing)} volumes that were left out, such as {missing[0]}")
@@ -183,7 +183,7 @@ def _start_worker(parent: int) -> None:
 
 def finish(volumes: list[Volume], folder: Path, dest: Path, o: argparse.Namespace) -> list[dict]:
     """Write subjects.csv and give the folder its name. Returns the records of the volumes that are in it."""
-    records = [found for volume in volumes if (found := record(volume, folder))]
+    records = [saved for volume in volumes if (saved := record(volume, folder))]
     for split in sources.SHARES:
         if split not in {row["split"] for row in records}:
             raise UserError(f"{folder}: no subject is left for {split}; train.py needs all three splits")
@@ -221,15 +221,15 @@ def draw_preview(dest: Path) -> None:
         sheet.save(temporary, format="PNG")
 
 
-def main(words: list[str] | None = None) -> None:
-    o = parse(words)
+def main(argv: list[str] | None = None) -> None:
+    o = parse(argv)
     console.install_signal_handlers()
     source, dest = Path(o.source), Path(o.dest).resolve()
     folder = dest.parent / f"{dest.name}.unfinished"
-    kind, found, strange = sources.find(source)
-    volumes, errors = sources.without_copies(found)
-    own = sources.sets_own_split(found) if kind != sources.NIFTI and o.split is None else {}
-    splits = own or sources.split_subjects(found, o.seed, o.split)
+    kind, scans, strange = sources.find(source)
+    volumes, errors = sources.without_copies(scans)
+    own = sources.sets_own_split(scans) if kind != sources.NIFTI and o.split is None else {}
+    splits = own or sources.split_subjects(scans, o.seed, o.split)
     counts = {split: list(splits.values()).count(split) for split in sources.SHARES}
     print(f"Source: {kind}, {len(volumes)} volumes of {len(splits)} subjects in {source}")
     o.kind, how = kind, "that of the PNG set" if own else f"as {o.split} says" if o.split else "drawn"
@@ -243,7 +243,7 @@ def main(words: list[str] | None = None) -> None:
         return
     plan = {name: getattr(o, name) for name in OPTIONS}
     plan |= {"kind": kind, "splits": {str(case): split for case, split in sorted(splits.items())}}
-    plan["volumes"] = [sources.identity(volume)[:2] for volume in found]
+    plan["volumes"] = [sources.identity(volume)[:2] for volume in scans]
     if not is_complete(dest, plan):
         folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder):
@@ -277,7 +277,7 @@ def convert_and_finish(volumes, splits, folder: Path, dest: Path, errors: list[s
     print("\n  ".join([f"Left out: {len(errors)} volumes.", *errors]) if errors else "All volumes were used.")
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preparation.oasis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -297,7 +297,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     add("--workers", metavar="N", type=WORKERS, default=cores, help=f"processes (default: {cores}, the cores)")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     add("--preview", action="store_true", help="also draw some slices, as DEST/preview.png")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

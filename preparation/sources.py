@@ -72,14 +72,14 @@ def find(source: Path) -> tuple[str, list[Volume], list[str]]:
     files = sorted(_in_tar(source) if source.is_file() else _in_folder(source))
     names = {name for name, *_ in files}
     for kind, (pattern, file_name) in KINDS.items():
-        found = [(pattern.fullmatch(name), name, *place) for name, *place in files]
+        matches = [(pattern.fullmatch(name), name, *place) for name, *place in files]
         volumes = [
             Volume(name, match["subject"], int(match["case"]), int(match["session"]), *place)
-            for match, name, *place in found
+            for match, name, *place in matches
             if match and not _is_second_choice(name, names)
         ]
         if volumes:
-            strange = [name for match, name, *_ in found if not match and file_name.fullmatch(name)]
+            strange = [name for match, name, *_ in matches if not match and file_name.fullmatch(name)]
             return kind, sorted(volumes, key=_order), strange
     if any(map(TWO_DIMENSIONAL.fullmatch, names)):
         raise UserError(f"{source}: is the 2-D edition of neurite-OASIS, one slice a subject; download the 3-D edition")
@@ -118,12 +118,12 @@ def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
     def fail(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    seen = set()
+    visited = set()
     for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in seen:  # a link that leads back
+        if os.path.realpath(folder) in visited:  # a link that leads back
             folders.clear()
             continue
-        seen.add(os.path.realpath(folder))
+        visited.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if path.suffix.lower() in (".gz", ".nii", ".hdr", ".img"):
@@ -175,17 +175,17 @@ def _any_nifti(files: list[tuple]) -> list[Volume]:
         rank = "_space-" in file, "_desc-" in file, natural(file), name  # the native space first, then the lowest run
         if alike not in chosen or rank < chosen[alike][0]:
             chosen[alike] = rank, name, place
-    found = [(label, session, name, *place) for (label, session, _), (_, name, place) in chosen.items()]
+    labelled = [(label, session, name, *place) for (label, session, _), (_, name, place) in chosen.items()]
 
-    labels = sorted({label for label, *_ in found}, key=natural)
+    labels = sorted({label for label, *_ in labelled}, key=natural)
     numbers = [int(digits[1]) if (digits := re.fullmatch(r"\D*(\d{1,6})", label)) else 0 for label in labels]
     if len(set(numbers)) < len(labels) or 0 in numbers:
         numbers = range(1, len(labels) + 1)
     cases = dict(zip(labels, numbers, strict=True))
-    sessions = {label: sorted({each[1] for each in found if each[0] == label}, key=natural) for label in labels}
+    sessions = {label: sorted({each[1] for each in labelled if each[0] == label}, key=natural) for label in labels}
     return [
         Volume(name, label, cases[label], sessions[label].index(session) + 1, *place)
-        for label, session, name, *place in found
+        for label, session, name, *place in labelled
     ]
 
 
@@ -197,25 +197,27 @@ def _persons(names: list[str]) -> list[tuple[str, str]]:
     """
     stems = collections.Counter(ANY.fullmatch(name)["subject"] for name in names)
     sites = collections.defaultdict(set)
-    found = []
+    labelled = []
     for name in names:
         pattern = next((pattern for pattern in PERSONS if pattern.search(name)), None)
         session = SESSION.findall(name)
         if pattern is None:
             stem = ANY.fullmatch(name)["subject"]
             label = stem if stems[stem] == 1 else re.sub(r"(?i)\.nii(\.gz)?$", "", name)
-            found.append((label, session[-1] if session else "", ""))
+            labelled.append((label, session[-1] if session else "", ""))
             continue
         match = list(pattern.finditer(name))[-1]
         if pattern is BIDS:
             site = re.sub(r"(?:^|/)(?:derivatives/[^/]+|rawdata|sourcedata)(?=/|$)", "", name[: name.index(match[1])])
             site = site.strip("/")
             sites[match[1]].add(site)
-            found.append((match[1], session[-1] if session else "", site))
+            labelled.append((match[1], session[-1] if session else "", site))
         else:
             folder = name.rpartition("/")[0]
-            found.append((match[1], session[-1] if session else folder, ""))
-    return [(f"{site}/{label}" if site and len(sites[label]) > 1 else label, session) for label, session, site in found]
+            labelled.append((match[1], session[-1] if session else folder, ""))
+    return [
+        (f"{site}/{label}" if site and len(sites[label]) > 1 else label, session) for label, session, site in labelled
+    ]
 
 
 def without_copies(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
@@ -283,19 +285,19 @@ def _read_split(path: Path, volumes: list[Volume]) -> dict[int, str]:
     for volume in volumes:  # a name counts before a number
         names = {volume.subject, volume.subject.removeprefix("OASIS_")}
         cases |= dict.fromkeys(names | {re.sub(r"_MR\d$", "", name) for name in names}, volume.case)
-    found: dict[int, str] = {}
+    split_of_case: dict[int, str] = {}
     for row in rows:
         if row["split"] not in SHARES:
             raise UserError(
                 f"{path}: {row['split']!r} of {row['subject']!r} is no split; there are {', '.join(SHARES)}"
             )
         case = cases.get(row["subject"])
-        if case is not None and found.setdefault(case, row["split"]) != row["split"]:
+        if case is not None and split_of_case.setdefault(case, row["split"]) != row["split"]:
             raise UserError(f"{path}: {row['subject']!r} is in two splits; remove one")
-    missing = [name for case, name in subjects.items() if case not in found]
+    missing = [name for case, name in subjects.items() if case not in split_of_case]
     if missing:
         raise UserError(f"{path}: does not name {missing[0]} ({len(missing)} of {len(subjects)} subjects are missing)")
-    return found
+    return split_of_case
 
 
 def identity(volume: Volume) -> list:

@@ -114,8 +114,8 @@ class AutoregressivePrior:
         index = {plane: i for i, plane in enumerate(planes)}
         with console.progress(total=len(noise) * len(planes), desc="Sampling", unit=" images", leave=False) as bar:
             for step in halving(planes):
-                asked = torch.tensor([(head, *each) for head in range(len(noise)) for each in step])
-                for head, plane, below, above in (part.T for part in asked.split(AT_ONCE)):
+                planned = torch.tensor([(head, *each) for head in range(len(noise)) for each in step])
+                for head, plane, below, above in (part.T for part in planned.split(AT_ONCE)):
                     at, under, over = (
                         torch.tensor([index[number] for number in numbers.tolist()])
                         for numbers in (plane, plane - below, plane + above)
@@ -223,7 +223,7 @@ def likelihoods(prior: AutoregressivePrior, cache: CodeCache, indices: Tensor) -
 
     "alone" is their plane; "given neighbours" those too that come before them in the order of `halving`.
     """
-    found = {}
+    by_condition = {}
     for name, distance in (
         ("alone", torch.zeros(len(cache), 2).long()),
         ("given neighbours", halving_distances(cache)),
@@ -235,5 +235,5 @@ def likelihoods(prior: AutoregressivePrior, cache: CodeCache, indices: Tensor) -
                 bits.append(prior.bits(cache.batch(part), condition).sum((1, 2)).cpu())
                 bar.update(len(part))
                 console.stop_if_signalled()
-        found[name] = torch.cat(bits)
-    return found
+        by_condition[name] = torch.cat(bits)
+    return by_condition

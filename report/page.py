@@ -97,8 +97,10 @@ def _pictures(names: list[str], patterns: list[str]) -> list[tuple[str, str, str
     pictures = []
     for pattern in patterns:
         expression = re.compile(re.escape(pattern).replace("<n>", r"(?P<n>\d+)").replace("<any>", r"\w+"))
-        found = [(match.string, match.groupdict().get("n", "")) for match in map(expression.fullmatch, names) if match]
-        for name, epoch in sorted(found, key=lambda each: -int(each[1] or 0)):
+        matches = [
+            (match.string, match.groupdict().get("n", "")) for match in map(expression.fullmatch, names) if match
+        ]
+        for name, epoch in sorted(matches, key=lambda each: -int(each[1] or 0)):
             stem = name.removesuffix(".png")
             pictures.append((name, stem, stem.replace(f"_{epoch}", "") if epoch else stem, epoch))
     return pictures

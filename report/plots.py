@@ -275,11 +275,11 @@ class Figures:
 
     def _save(self, figure, name: str, mode: str = "RGB") -> None:
         """Write a figure; mode "L" if it has no colour: a grid of grainy brains takes half a megabyte even so."""
-        drawn = io.BytesIO()
+        buffer = io.BytesIO()
         try:
-            figure.savefig(drawn, format="png")
+            figure.savefig(buffer, format="png")
             with files.atomically(self.folder / name) as temporary:
-                Image.open(drawn).convert(mode).save(temporary, format="png", optimize=True)
+                Image.open(buffer).convert(mode).save(temporary, format="png", optimize=True)
         finally:
             plt.close(figure)
 

@@ -26,14 +26,14 @@ class UserError(Exception):
 
 def one_line(error: Exception) -> str:
     """What an error says, as one printable line of at most 300 characters: it may quote a file's contents."""
-    words = "".join(c if c.isprintable() else " " for c in str(error)).split()
-    return " ".join(words)[:300]
+    parts = "".join(c if c.isprintable() else " " for c in str(error)).split()
+    return " ".join(parts)[:300]
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory, of the host or of a device, was not enough."""
-    words = re.search(OUT_OF_MEMORY, str(error))
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and words is not None
+    match = re.search(OUT_OF_MEMORY, str(error))
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and match is not None
 
 
 class Stopped(SystemExit):

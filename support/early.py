@@ -13,21 +13,21 @@ def _say(kind: type[BaseException], error: BaseException, trace) -> None:
             file=sys.stderr,
         )
     elif (package := _imported(trace)) is not None:  # such as of a variable in the environment that it cannot read
-        words = " ".join(str(error).split())[:300]
-        print(f"error: {package} cannot be imported ({kind.__name__}: {words})", file=sys.stderr)
+        text = " ".join(str(error).split())[:300]
+        print(f"error: {package} cannot be imported ({kind.__name__}: {text})", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 def _imported(trace) -> str | None:
     """The one of PACKAGES in whose import the error arose."""
-    found = None
+    package = None
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
         if trace.tb_frame.f_code.co_name == "<module>" and name in PACKAGES:
-            found = name
+            package = name
         trace = trace.tb_next
-    return found
+    return package
 
 
 PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "skimage", "tqdm", "PIL", "scipy", "jinja2", "nibabel")

@@ -231,8 +231,8 @@ def _version(package: str) -> str:
 def _commit() -> str:
     project = Path(__file__).parent.parent
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", project, *words], capture_output=True, text=True)
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", project, *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:

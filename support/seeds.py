@@ -28,8 +28,8 @@ STREAMS = {
 
 def derived_seed(seed: int, stream: str, epoch: int = 0) -> int:
     """A seed for one stream and epoch of a run."""
-    words = np.random.SeedSequence([seed, STREAMS[stream], epoch]).generate_state(2)
-    return int(words[0]) << 31 ^ int(words[1])
+    state = np.random.SeedSequence([seed, STREAMS[stream], epoch]).generate_state(2)
+    return int(state[0]) << 31 ^ int(state[1])
 
 
 def generator(seed: int, stream: str, epoch: int = 0) -> torch.Generator:

@@ -79,8 +79,8 @@ class AutoregressiveStage(Stage):
         rate *= falling_rate(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
-        drawn = [distributed.part(each) for each in self.draw_conditions(n, rng)]
-        bits = self.bits(self.network, self.codes, batch, *drawn).mean()
+        conditions = [distributed.part(each) for each in self.draw_conditions(n, rng)]
+        bits = self.bits(self.network, self.codes, batch, *conditions).mean()
         loss = bits / self.frame.codes.numel()
         self.optimizer.zero_grad()
         (loss * distributed.weight(n)).backward()
@@ -108,9 +108,9 @@ class AutoregressiveStage(Stage):
         others = torch.randint(len(self.codes), (n, 2), generator=rng)
         return distance.masked_fill(alone | left_out, 0), hidden, exchanged, others
 
-    def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, *drawn: Tensor) -> Tensor:
+    def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, *conditions: Tensor) -> Tensor:
         """The bits of slices (B,) of a split, with what `draw_conditions` returned for them: (B,)."""
-        distance, hidden, exchanged, others = drawn
+        distance, hidden, exchanged, others = conditions
         condition = codes.condition(indices, distance)
         others = move(self.codes.codes[others], self.run.device).long()
         neighbours = torch.where(move(exchanged, self.run.device), others, condition.neighbours)
