@@ -275,7 +275,7 @@ def dcgan_init(module: nn.Module) -> None:
 
 
 def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
-    """With weights of 0, so that a block or a network begins as one that adds nothing."""
+    """With weights of 0, so that a block begins as one that adds nothing."""
     for parameter in convolution.parameters():
         nn.init.zeros_(parameter)
     return convolution

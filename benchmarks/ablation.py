@@ -19,13 +19,13 @@ from evaluation.generation import MEASURES
 from priors.checkpoints import load_vqvae
 from priors.latent_space import SPACE
 from support import console, files
-from support.console import UserError
+from support.console import SEED, UserError
 from support.run import RESUME_FILE, Run, open_run
 from training import begin, options
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.fit import fit
-from training.options import Options
+from training.options import COUNT, Options
 from training.recipes import AUTOREGRESSIVE, BALANCED, REPORT, VQVAE
 from training.vqvae import VQVAEStage
 
@@ -74,7 +74,10 @@ TABLES = {
             "embeddings": (replace(BALANCED, quantized=True), {}),
             "no start": (replace(BALANCED, start_steps=0), {}),
             "12 directions": (replace(BALANCED, space=replace(SPACE, directions=12)), {}),
-            "all directions": (replace(BALANCED, space=replace(SPACE, directions=64)), {}),
+            "61 directions": (
+                replace(BALANCED, space=replace(SPACE, directions=61)),
+                {},
+            ),  # 3 for the position
             "no R1": (replace(BALANCED, r1=None), {}),
             "constant R1": (replace(BALANCED, r1=replace(BALANCED.r1, guard=0.0)), {}),
             "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
@@ -120,7 +123,7 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     epochs = {options.option(o.stage, "epochs"): o.epochs}
     args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed} | epochs | changed
     vqvae = {"vqvae": o.vqvae} if o.vqvae else {}
-    saved = begin.prepare({"resume": runs[-1]} | epochs if runs else args | vqvae)
+    saved = begin.prepare({"resume": runs[-1]} if runs else args | vqvae)
     run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
     try:
         fit(table.stage(run, *vqvae_of(run, o), *splits, recipe=recipe, **table.further), run)
@@ -132,13 +135,14 @@ def vqvae_of(run: Run, o: argparse.Namespace) -> list:
     """The VQ-VAE that a prior's stage needs, as train.py has it in the run's folder."""
     if not o.vqvae:
         return []
-    vqvae = load_vqvae(o.vqvae)
-    files.save(files.cpu_state(vqvae), run.folder / "vqvae.pth")
-    return [vqvae.to(run.device)]
+    path = run.folder / "vqvae.pth"
+    if not path.exists():
+        files.save(files.cpu_state(load_vqvae(o.vqvae)), path)
+    return [load_vqvae(path).to(run.device)]
 
 
 def folder_of(o: argparse.Namespace, name: str, seed: int) -> Path:
-    return Path(o.out) / f"{o.stage} {name} {seed}".replace(" ", "-")
+    return Path(o.out) / f"{o.stage} {name} {seed} of {o.epochs}".replace(" ", "-")
 
 
 def print_table(o: argparse.Namespace) -> None:
@@ -150,7 +154,7 @@ def print_table(o: argparse.Namespace) -> None:
         found = []
         for seed in o.seeds:
             path = next(folder_of(o, name, seed).glob(f"*/{RESUME_FILE}")).parent
-            found.append(kept(table.stage, open_run(path, Options, options.STAGES).rows_of(o.stage)[: o.epochs]))
+            found.append(kept(table.stage, open_run(path, Options, options.STAGES).rows_of(o.stage)))
         cells = [" ".join(format(row[key], form) for row in found) for key, form in table.columns.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
@@ -168,8 +172,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
     parser.add_argument("--vqvae", metavar="PATH", help="vqvae.pth of a prior")
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--epochs", type=int, metavar="N", default=6, help="default: 6")
+    parser.add_argument("--seeds", nargs="+", type=SEED, metavar="S", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--epochs", type=COUNT, metavar="N", default=6, help="default: 6")
     o = parser.parse_args()
     rows = TABLES[o.stage].rows
     o.rows = o.rows or list(rows)

@@ -14,6 +14,8 @@ from priors.spectrum import covariance_spectrum
 from support.console import in_batches
 from support.device import fits, move
 
+COMPARED = 512  # images whose covariances calibration aims at
+
 
 class LatentCache(Dataset):
     """The coefficients of a split's latents, which a prior learns to generate.
@@ -64,10 +66,6 @@ class LatentCache(Dataset):
 
     @cached_property
     def covariance(self) -> Tensor:
-        """`covariance_spectrum` of `spaced` images."""
-        return covariance_spectrum(self.spaced())
-
-    def spaced(self, most: int = 512) -> Tensor:
-        """At most so many images, spaced evenly: (N, K, 64, 64)."""
-        picked = torch.arange(0, len(self), -(-len(self) // most))
-        return torch.cat([self.batch(part) for part in picked.split(32)])
+        """`covariance_spectrum` of at most COMPARED images, spaced evenly."""
+        picked = torch.arange(0, len(self), -(-len(self) // COMPARED))
+        return covariance_spectrum(torch.cat([self.batch(part) for part in picked.split(32)]))

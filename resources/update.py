@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from dataset import OasisDataset  # noqa: E402
 from priors.autoregressive import alone  # noqa: E402
-from priors.checkpoints import load_autoregressive, load_vqvae  # noqa: E402
+from priors.checkpoints import PRIORS, load_autoregressive, load_vqvae  # noqa: E402
 from report.plots import Figures  # noqa: E402
 from support import seeds  # noqa: E402
 from support.run import read_record  # noqa: E402
@@ -30,7 +30,7 @@ OF_PRIORS = {
     "dcgan": ("gan_losses", "gan_measures", "samples"),
     "autoregressive": ("autoregressive_losses", "autoregressive_measures", "samples", "stack"),
 }
-WEIGHTS = {"vqvae": "vqvae.pth", "dcgan": "generator.pth", "autoregressive": "autoregressive.pth"}
+WEIGHTS = {"vqvae": "vqvae.pth"} | {name: prior.weights[0] for name, prior in PRIORS.items()}
 PLANES = range(2, 32, 4)  # of the brains in the strip
 
 

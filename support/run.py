@@ -40,7 +40,7 @@ class Saved:
     fast_path: FastPath | None = None
 
     def rows_of(self, stage: str) -> list[dict]:
-        """The rows of one stage, "vqvae" or "dcgan"."""
+        """The rows of one stage."""
         return [row for row in self.rows if row["stage"] == stage]
 
     def epochs_of(self, stage: str) -> int:

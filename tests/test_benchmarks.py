@@ -28,7 +28,7 @@ from evaluation import generation
 from evaluation.two_sample import Interval
 from modules import VQVAE
 from support.console import UserError
-from training import codebook
+from training import codebook, fit
 
 
 def test_the_reports_style_equals_ours_in_losses_and_gradients(images):
@@ -90,29 +90,37 @@ def run_main(module, words, monkeypatch, capfd) -> tuple[str, str]:
 
 
 def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, monkeypatch, capfd):
-    words = ["vqvae", "--data", data, "--out", tmp_path, "--rows", "paper", "no average", "--seeds", "0", "--epochs"]
-    for epochs, begun in (("1", ["paper, seed 0 …", "no average, seed 0 …"]), ("1", []), ("2", ["paper, seed 0 …"])):
-        rows = words if epochs == "1" else [word for word in words if word != "no average"]
-        out, err = run_main(ablation, [*rows, epochs], monkeypatch, capfd)
+    words = ["vqvae", "--data", data, "--out", tmp_path, "--rows", "paper", "no average", "--seeds", "0"]
+    words += ["--epochs", "2"]
+
+    def stopped(stage, data, epoch, seed, train_epoch=fit.train_epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(stage, data, epoch, seed)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "train_epoch", stopped)
+        run_main(ablation, words, monkeypatch, capfd)
+    for begun in (["paper, seed 0 …", "no average, seed 0 …"], []):  # the first of them is resumed
+        out, err = run_main(ablation, words, monkeypatch, capfd)
         assert [line for line in err.splitlines() if "…" in line] == begun
-    folders = {name: next((tmp_path / f"vqvae-{name}-0").iterdir()) for name in ("paper", "no-average")}
-    saved = {name: resume_file(folder) for name, folder in folders.items()}
-    assert [len(saved[name]["rows"]) for name in folders] == [2, 1]  # the second time the run is resumed
-    recipes = {name: json.loads((folder / "run.json").read_text())["recipes"] for name, folder in folders.items()}
-    assert [recipes[name]["vqvae"]["average_decay"] for name in folders] == [0.9, 0.0]
-    for name in folders:
-        state = saved[name]["state"]["vqvae"]
+    found = {}
+    for name, method, decay in (("paper", "paper", 0.9), ("no average", "kmeans", 0.0)):
+        (folder,) = (tmp_path / f"vqvae-{name.replace(' ', '-')}-0-of-2").iterdir()
+        saved = found[name] = resume_file(folder)
+        assert len(saved["rows"]) == 2 and saved["options"]["codebook"] == method
+        assert json.loads((folder / "run.json").read_text())["recipes"]["vqvae"]["average_decay"] == decay
+        state = saved["state"]["vqvae"]
         weights = [state[key]["vqvae"]["conv1.weight"] for key in ("averages", "networks")]
-        assert torch.equal(*weights) == (name == "no-average")
-    assert saved["paper"]["options"]["codebook"] == "paper"
-    assert f"| paper | {max(row['ssim_mean'] for row in saved['paper']['rows']):.4f} | " in out
+        assert torch.equal(*weights) == (name == "no average")
+    assert f"| paper | {max(row['ssim_mean'] for row in found['paper']['rows']):.4f} | " in out
 
 
 @pytest.mark.parametrize("stage", ["dcgan", "autoregressive"])
 def test_a_row_of_a_prior_is_trained_with_its_recipe(stage, data, tmp_path, monkeypatch, capfd):
     words = [stage, "--data", data, "--out", tmp_path, "--vqvae", PRETRAINED / "vqvae.pth", "--rows", "no average"]
     out, _ = run_main(ablation, [*words, "--seeds", "0", "--epochs", "1"], monkeypatch, capfd)
-    (run,) = (tmp_path / f"{stage}-no-average-0").iterdir()
+    (run,) = (tmp_path / f"{stage}-no-average-0-of-1").iterdir()
     assert json.loads((run / "run.json").read_text())["recipes"][stage]["average_decay"] == 0
     (row,) = [line for line in out.splitlines() if line.startswith("| no average |")]
     columns = ablation.TABLES[stage].columns

@@ -178,7 +178,7 @@ def _dcgan(run: Run) -> DCGANStage:
     """A stage without training images, the map between latents and coefficients that of the codebook."""
     torch.manual_seed(0)
     images = Images(torch.rand(2, 1, 256, 256))
-    return DCGANStage(run, VQVAE(16, 8), images, images, replace(BALANCED, fitted=False))
+    return DCGANStage(run, VQVAE(16, 8), images, images, replace(BALANCED, space=None))
 
 
 def _dcgan_step(rank):
@@ -213,7 +213,7 @@ def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
 
 
 class Images(list):
-    """A data set as far as `Latents` look."""
+    """A data set as far as `LatentCache` looks."""
 
     def batch(self, indices) -> torch.Tensor:
         return torch.stack([self[int(i)] for i in indices])

@@ -172,9 +172,9 @@ def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     update(stage, latents.batch([0, 1, 2]), 0)
     assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 1)) == []
     monkeypatch.setattr("priors.latent_cache.fits", lambda n_bytes, device: device.type == "cpu")
-    beside = LatentCache(stage.vqvae, latents.dataset, stage.space, latents.quantized)
+    beside = LatentCache(stage.prior.vqvae, latents.dataset, stage.space, latents.quantized)
     monkeypatch.setattr("priors.latent_cache.fits", lambda n_bytes, device: False)
-    anew = LatentCache(stage.vqvae, latents.dataset, stage.space, latents.quantized)
+    anew = LatentCache(stage.prior.vqvae, latents.dataset, stage.space, latents.quantized)
     assert beside.kept.device.type == "cpu" and not anew.stored
     assert gpu.waited(lambda: update(stage, beside.batch([3, 0, 1]), 2)) == []
     assert gpu.waited(lambda: update(stage, anew.batch([3, 0, 1]), 3)) == []

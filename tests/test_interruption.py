@@ -1,6 +1,7 @@
 """Runs that are killed, told to stop, or run out of disk: nothing is lost but the epoch at hand, nothing is torn.
 
-A few kills by default; `make kills` makes 100 of each prior's run, and 20 of each other use of a program.
+A few kills by default; `make kills` makes 100 of each prior's run, 20 of each other use of a program, and 30 of one or
+both of two processes.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules import VQVAE, Discriminator, Generator, ResidualBlock, SelfAttention, UNet, VectorQuantizer, dcgan_init
+from modules import VQVAE, Discriminator, Generator, ResidualBlock, VectorQuantizer, dcgan_init
 from training import codebook
 
 STRUCTURES = Path(__file__).parent / "structures"  # as printed in the report
@@ -180,37 +180,3 @@ def test_dcgan_init():
     weight, gain = generator.net[1][0].weight, generator.net[0][1].weight
     assert weight.mean().abs() < 1e-3 and weight.std().item() == pytest.approx(0.02, rel=0.01)
     assert gain.mean().item() == pytest.approx(1, abs=0.01) and gain.std().item() == pytest.approx(0.02, rel=0.2)
-
-
-def test_attention_against_a_loop_over_heads_and_positions():
-    torch.manual_seed(0)
-    layer, x = SelfAttention(32), torch.randn(2, 32, 3, 5)
-    torch.nn.init.normal_(layer.out.weight, std=0.2)
-    with torch.no_grad():
-        found = layer(x) - x
-        q, k, v = layer.qkv(x).flatten(2).double().split(32, 1)
-        mixed = torch.zeros(2, 32, 15, dtype=torch.double)
-        for b in range(2):
-            for first in range(0, 32, 8):  # four heads of 8 channels
-                head = slice(first, first + 8)
-                for position in range(15):
-                    scores = torch.stack([q[b, head, position] @ k[b, head, other] for other in range(15)]) / 8**0.5
-                    mixed[b, head, position] = v[b, head] @ scores.softmax(0)
-        expected = layer.out(mixed.float().view(2, 32, 3, 5))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_u_net_begins_with_zeros_and_then_depends_on_position_time_and_each_resolution():
-    torch.manual_seed(0)
-    network, x = UNet(8, widths=(16, 24, 32)).eval(), torch.zeros(2, 8, 16, 16)
-    with torch.no_grad():
-        assert not network(x, torch.tensor([0.2, 0.7])).any()
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        first, second = network(x, torch.tensor([0.2, 0.7]))
-        assert first.shape == (8, 16, 16) and (first - second).abs().max() > 1e-3
-        assert first.std((1, 2)).min() > 1e-3  # although x is the same everywhere
-        x[:, :, 0, 0] = 1  # attention at the two coarsest carries it everywhere
-        assert (network(x, torch.tensor([0.2, 0.7]))[0] - first).abs().amin((1, 2)).max() > 0
-    gradients = torch.autograd.grad(network(x, torch.rand(2)).sum(), list(network.parameters()))
-    assert all(gradient.any() for gradient in gradients)  # every level takes part

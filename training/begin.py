@@ -134,21 +134,21 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     folder = saved.folder or distributed.from_first(lambda: new_folder(options.out))
     run = Run(options, folder, saved.state, saved.rows, fast_path, device, train_set.phantoms)
     content = describe(train_set, validate_set)
-    if distributed.is_first():
-        digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
-        record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
-        run.begin(record | {"images": counts, "digests": digests}, recipes_of(options) | recipes, _outdated(run))
     print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
     print(f"Device: {device}. Folder: {run.folder}. To resume it: {resume_command(run)}")
     processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
     print(f"Fast path: {processes}{fast_path}", flush=True)
+    if distributed.is_first():
+        digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
+        record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
+        run.begin(record | {"images": counts, "digests": digests}, recipes_of(options) | recipes, _outdated(run))
     return run, train_set, validate_set
 
 
 def _outdated(run: Run) -> list[Path]:
     """Files of a prior that begins anew."""
-    prior = PRIORS.get(run.options.prior if run.options.prior not in run.state else None)
-    patterns = [*prior.weights, f"{prior.prefix}_*.png"] if prior else []
+    anew = [PRIORS[stage] for stage, *_ in stages(run.options) if stage in PRIORS and stage not in run.state]
+    patterns = [pattern for prior in anew for pattern in (*prior.weights, f"{prior.prefix}_*.png")]
     return [path for pattern in patterns for path in run.folder.glob(pattern)]
 
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
+from priors.checkpoints import PRIORS
 from priors.dcgan import DCGANPrior
 from priors.latent_cache import LatentCache
 from priors.latent_space import LatentSpace, checked
@@ -53,7 +54,7 @@ class DCGANStage(Stage):
         self.epochs, self.batch_size = options.dcgan_epochs, options.dcgan_batch_size
         self.autocast, self.average_decay = fast_path.autocast, self.recipe.average_decay
         vqvae = vqvae.eval().to(memory_format=torch.channels_last)
-        self.samples = Samples(run, "gan", vqvae, train_set, validate_set, self.epochs, n_measures)
+        self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs, n_measures)
         space, stored, gain = self._fit_or_restore(vqvae, train_set)
         self.space, quantized = space.to(run.device), self.recipe.quantized
         self.latents = LatentCache(vqvae, train_set, self.space, quantized, stored)

@@ -132,7 +132,7 @@ AUTOREGRESSIVE = AutoregressiveRecipe()
 
 
 def recipes_of(options) -> dict[str, dict]:
-    """What run.json records: the recipes that a run with these options uses, by stage."""
+    """What run.json records: by stage the recipe that it has with these options, trained or not."""
     return {
         "vqvae": asdict(VQVAE),
         "dcgan": asdict(DCGAN[options.dcgan_training]),
