@@ -64,7 +64,7 @@ def convert(volume: Volume, split: str, folder: Path, o: argparse.Namespace) -> 
     names = paths(volume.case, volume.session, split, o.slices)
     written = dict(zip(names, images, strict=True))
     if in_atlas and (labels := sources.label_volume(volume)):
-        tissue = read(labels).voxels
+        tissue = read(labels, labels=True).voxels
         if tissue.shape != scan.voxels.shape:
             raise VolumeError(f"{labels.name}: has another shape than {volume.name}; remove it")
         maps = cut_labels(tissue, positions)

@@ -7,7 +7,8 @@ Three sources are told apart by the names in them (`find`):
   like the PNG set it has a skull, and is registered to an atlas.
 - OASIS-1's discs (oasis-brains.org): OAS1_<nnnn>_MR<k>/PROCESSED/MPRAGE/T88_111/…_t88_gfc.hdr and .img, of which the
   PNG set was made; label maps are in OAS1_<nnnn>_MR<k>/FSL_SEG.
-- Any folder of NIfTI volumes, named as in BIDS, ADNI, OASIS-3 or IXI, or by subject.
+- Any folder of NIfTI volumes, named as in BIDS, ADNI, OASIS-3 or IXI, or by subject; or FreeSurfer's SUBJECTS_DIR,
+  <subject>/mri/<file>.mgz, of which the first of FREESURFER_CHOICE is taken.
 """
 
 import collections
@@ -26,6 +27,8 @@ from support.console import UserError, one_line
 from support.files import natural
 
 NEURITE_CHOICE = ("aligned_orig", "orig", "aligned_norm", "norm")
+FREESURFER_CHOICE = ("T1", "orig", "norm", "brain")  # those with a skull first
+FREESURFER = re.compile(r"(?:.*/)?(?P<subject>[^/]+)/mri/(?P<file>[^/]+)\.mg[zh]")
 NEURITE = re.compile(
     r"(?:.*/)?(?P<subject>OASIS_OAS1_(?P<case>\d{4})_MR(?P<session>\d))/(?:aligned_)?(?:orig|norm)\.nii\.gz"
 )
@@ -33,7 +36,7 @@ DISCS = re.compile(
     r"(?:.*/)?(?P<subject>OAS1_(?P<case>\d{4})_MR(?P<session>\d))/PROCESSED/MPRAGE/T88_111/"
     r"(?P=subject)_mpr_n\d+_anon_111_t88_gfc\.(?:hdr|img)"
 )
-ANY = re.compile(r"(?:.*/)?(?P<subject>[^/]+?)\.nii(?:\.gz)?", re.IGNORECASE)
+ANY = re.compile(r"(?:.*/)?(?P<subject>[^/]+?)\.(?:nii(?:\.gz)?|mg[zh])", re.IGNORECASE)
 LABELS = re.compile(  # not scans: by a part of the name, or by a folder
     r"(?:^|[/_.-])(?:[a-z]*masks?|d?seg\d*|aseg|aparc|probseg|labels?)(?=[/_.+-])|(?:^|/)(?:labels|masks)t[rs]/",
     re.IGNORECASE,
@@ -91,7 +94,7 @@ def find(source: Path) -> tuple[str, list[Volume], list[str]]:
         raise UserError(
             f"{source}: holds no volumes; there are {seen or 'no files of volumes'}{maps}. neurite-OASIS has "
             "OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., "
-            "other volumes end in .nii or .nii.gz"
+            "other volumes end in .nii, .nii.gz, .mgz or .mgh"
         )
     used = {volume.name for volume in volumes}
     return NIFTI, sorted(volumes, key=_order), [name for name in sorted(names - used) if ANY.fullmatch(name)]
@@ -111,6 +114,15 @@ def _is_second_choice(name: str, names: set[str]) -> bool:
     return any(f"{folder}/{other}.nii.gz" in names for other in better)
 
 
+def _is_other_of_freesurfer(name: str, names: set[str]) -> bool:
+    """Whether a file in a subject's mri/ is not the one that is taken."""
+    match = FREESURFER.fullmatch(name)
+    if not match:
+        return False
+    folder, suffix = name.rpartition("/")[0], name[-4:]
+    return match["file"] != next((file for file in FREESURFER_CHOICE if f"{folder}/{file}{suffix}" in names), None)
+
+
 def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
     if not source.is_dir():
         raise UserError(f"{source}: no such folder or tar; name the download")
@@ -126,7 +138,7 @@ def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
         visited.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in (".gz", ".nii", ".hdr", ".img"):
+            if path.suffix.lower() in (".gz", ".nii", ".hdr", ".img", ".mgz", ".mgh"):
                 name = path.relative_to(source).as_posix()
                 yield name.encode("utf-8", "backslashreplace").decode(), path
 
@@ -165,7 +177,9 @@ def _any_nifti(files: list[tuple]) -> list[Volume]:
     Label maps and other contrasts than T1 are left out, and so are further runs of a scan, and copies of it in another
     space. Numeric labels are the cases, others are counted.
     """
+    names = {name for name, *_ in files}
     scans = [file for file in files if ANY.fullmatch(file[0]) and not LABELS.search(file[0])]
+    scans = [file for file in scans if not _is_other_of_freesurfer(file[0], names)]
     scans = [file for file in scans if not CONTRASTS.search(file[0])] or scans
     persons = _persons([name for name, *_ in scans])
     chosen = {}
@@ -195,15 +209,15 @@ def _persons(names: list[str]) -> list[tuple[str, str]]:
     In BIDS, equal labels below two folders, such as siteA and siteB, are two subjects, but not below derivatives.
     Where a publisher's names tell the person, but no session, each folder has a session of its own.
     """
-    stems = collections.Counter(ANY.fullmatch(name)["subject"] for name in names)
+    stems = collections.Counter((FREESURFER.fullmatch(name) or ANY.fullmatch(name))["subject"] for name in names)
     sites = collections.defaultdict(set)
     labelled = []
     for name in names:
         pattern = next((pattern for pattern in PERSONS if pattern.search(name)), None)
         session = SESSION.findall(name)
         if pattern is None:
-            stem = ANY.fullmatch(name)["subject"]
-            label = stem if stems[stem] == 1 else re.sub(r"(?i)\.nii(\.gz)?$", "", name)
+            stem = (FREESURFER.fullmatch(name) or ANY.fullmatch(name))["subject"]
+            label = stem if stems[stem] == 1 else re.sub(r"(?i)\.(nii(\.gz)?|mg[zh])$", "", name)
             labelled.append((label, session[-1] if session else "", ""))
             continue
         match = list(pattern.finditer(name))[-1]

@@ -1,4 +1,4 @@
-"""One brain volume: read from NIfTI or Analyze, turned to RAS, at 1 mm, and cut into slices."""
+"""One brain volume: read from NIfTI, FreeSurfer's MGH or Analyze, turned to RAS, at 1 mm, and cut into slices."""
 
 import gzip
 import hashlib
@@ -29,8 +29,10 @@ EDGE = 0.02  # share of white: what is brighter than that counts as foreground
 DARKER = 0.02  # share of the voxels that may be darker than the background: splines undershoot in up to 0.8 %
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # axes: across slices, rows, columns
 
+FEWEST_VALUES = 50  # different ones in a scan: label maps have fewer, and whole numbers
+
 MOST_VOXELS = 512**3
-GZIP = b"\x1f\x8b"  # how a gzip file begins
+GZIP, MGH = b"\x1f\x8b", b"\0\0\0\1"  # how these files begin
 MOST_BYTES = 2**30 * 2  # of a file
 MOST_HEADER = 2**24  # bytes, with its extensions
 
@@ -107,10 +109,11 @@ def _contents(volume: Volume) -> list[bytes]:
         raise VolumeError(f"{volume.name}: cannot be read ({error.strerror})") from None
 
 
-def read(volume: Volume) -> Scan:
+def read(volume: Volume, labels: bool = False) -> Scan:
     """Read a volume, turn it to RAS, and resample it linearly where its voxels are not of 1 mm.
 
-    Raises VolumeError if it is damaged, is not one three-dimensional volume, or has values that are not finite.
+    Raises VolumeError if it is damaged, is not one three-dimensional volume, has values that are not finite, or so few
+    that it is a label map; unless it is to be one, by `labels`.
     """
     try:
         image, notes = _open(volume)
@@ -125,6 +128,10 @@ def read(volume: Volume) -> Scan:
         if not all(0.2 <= zoom <= 5 for zoom in zooms):
             raise VolumeError(f"{volume.name}: has voxels of {zooms} mm; those of 0.2 to 5 mm can be used")
         image = nib.as_closest_canonical(nib.squeeze_image(image))
+        values = np.unique(image.dataobj[::2, ::2, ::2])
+        if 1 < len(values) < FEWEST_VALUES and (values == np.rint(values)).all() and not labels:
+            advice = "leave it out with --skip-bad, or remove it"
+            raise VolumeError(f"{volume.name}: has {len(values)} different values, as label maps and masks; {advice}")
         if any(abs(zoom - 1) > 0.01 for zoom in zooms):
             along = voxel_sizes(image.affine)
             target = tuple(math.ceil((n - 1) * zoom) + 1 for n, zoom in zip(image.shape, along, strict=True))
@@ -168,7 +175,7 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
         packed = contents[0].startswith(GZIP)  # whatever the name says
         data = _decompress(volume, contents[0]) if packed else contents[0]
         format = _format(volume, data)
-        data = _with_intercept(format, data)
+        data = data if format is nib.MGHImage else _with_intercept(format, data)
         image = format.from_bytes(data)
         contents = [data]
     size = _voxels(volume, image.shape) * image.get_data_dtype().itemsize
@@ -177,18 +184,24 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
     if len(contents) == 2:
         notes = [] if image.header.get_zooms()[:3] == (1, 1, 1) else ["its header has other voxels than 1 mm; ignored"]
         return nib.Nifti1Image(np.asanyarray(image.dataobj), ANALYZE), notes
+    if isinstance(image, nib.MGHImage):
+        return image, [] if image.header["goodRASFlag"] else [
+            "its header gives no orientation; FreeSurfer's was assumed"
+        ]
     codes = image.header["sform_code"], image.header["qform_code"]
     if codes[1] and not np.linalg.det(image.header.get_sform()[:3, :3]):  # an sform of zeros
         image = type(image)(image.dataobj, image.header.get_qform(), image.header)
     return image, [] if any(codes) else ["its header gives no orientation; LAS was assumed"]
 
 
-def _format(volume: Volume, start: bytes) -> type[nib.Nifti1Image]:
-    """NIfTI 1 or 2, by the start of the file."""
+def _format(volume: Volume, start: bytes) -> type[nib.spatialimages.SpatialImage]:
+    """NIfTI 1 or 2, or MGH, by the start of the file."""
     for format in (nib.Nifti1Image, nib.Nifti2Image):
         if format.header_class.may_contain_header(start):
             return format
-    raise VolumeError(f"{volume.name}: is not NIfTI; download it again")
+    if start.startswith(MGH):
+        return nib.MGHImage
+    raise VolumeError(f"{volume.name}: is not NIfTI and not MGH; download it again")
 
 
 def _with_intercept(format: type[nib.Nifti1Image], data: bytes | bytearray) -> bytes | bytearray:
@@ -206,7 +219,7 @@ def _decompress(volume: Volume, contents: bytes) -> bytearray:
         with gzip.GzipFile(fileobj=io.BytesIO(contents)) as file:
             start = file.read(1024)
             header = _format(volume, start).header_class.from_fileobj(io.BytesIO(start), check=False)
-            offset, voxels = int(header["vox_offset"]), _voxels(volume, header.get_data_shape())
+            offset, voxels = int(header.get_data_offset()), _voxels(volume, header.get_data_shape())
             if not 0 <= offset <= MOST_HEADER:
                 raise VolumeError(f"{volume.name}: announces voxels from byte {offset} on; correct its header")
             size = offset + voxels * header.get_data_dtype().itemsize

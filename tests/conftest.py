@@ -122,7 +122,8 @@ def write_heads(folder: Path, n: int = 3) -> np.ndarray:
     """Write n small volumes as sub-<i>.nii, bright in the middle. Returns the first's voxels (24, 24, 24) int16."""
     folder.mkdir(exist_ok=True)
     grid = np.stack(np.meshgrid(*3 * [np.arange(24) - 11.5], indexing="ij"))
-    head = (1000 * (np.linalg.norm(grid, axis=0) < 9)).astype(np.int16)
+    distance = np.linalg.norm(grid, axis=0)
+    head = ((1000 + 20 * grid[0] + 3 * grid[1] + grid[2]) * (distance < 9)).astype(np.int16)
     for i in range(n):
         nib.save(nib.Nifti1Image(np.roll(head, i, 0), np.eye(4)), folder / f"sub-{i + 1}.nii")
     return head

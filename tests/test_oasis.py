@@ -149,6 +149,34 @@ def test_slices_are_cut_as_a_plain_loop_would(heads):
         assert images[i, row, column] == pytest.approx(value * 255, abs=0.51)
 
 
+def test_of_a_freesurfer_subject_the_first_choice_is_taken_and_read_as_nifti_is(heads, tmp_path):
+    for i, head in enumerate(heads, 1):
+        for name in ("T1", "norm", "aseg", "orig", "wm"):
+            path = tmp_path / "source" / f"person{i}" / "mri" / f"{name}.mgz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.MGHImage(head.astype(np.int16), RAS), path)
+    kind, found, others = sources.find(tmp_path / "source")
+    assert [volume.name for volume in found] == [f"person{i}/mri/T1.mgz" for i in (1, 2, 3)]
+    assert [volume.subject for volume in found] == ["person1", "person2", "person3"] and len(others) == 12
+    expected = slices_of(write_nifti(tmp_path / "same.nii", heads[0]))
+    assert np.array_equal(volumes.cut(volumes.read(found[0]).voxels, "axial", 4, 0.8)[0], expected)
+    plain = tmp_path / "same.mgh"
+    nib.save(nib.MGHImage(heads[0].astype(np.int16), RAS), plain)
+    assert np.array_equal(slices_of(plain), expected)
+    whole = found[0].file.read_bytes()
+    found[0].file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(volumes.VolumeError, match="ends early"):
+        volumes.read(found[0])
+
+
+def test_a_label_map_that_no_name_tells_is_refused_by_its_values(heads, tmp_path):
+    for name, values in (("mask", heads[0] > 300), ("labels", heads[0] // 300)):
+        path = write_nifti(tmp_path / f"{name}1.nii.gz", values.astype(np.int16))
+        with pytest.raises(volumes.VolumeError, match=r"has \d+ different values, as label maps and masks"):
+            volumes.read(volume(path))
+        assert volumes.read(volume(path), labels=True).voxels.max() == values.max()
+
+
 @pytest.mark.parametrize("plane, top", [("axial", 0), ("coronal", 0), ("sagittal", 128)])
 def test_rows_and_columns_are_the_axes_in_their_order(plane, top):
     head = np.zeros((60, 60, 60), np.float32)
@@ -173,13 +201,13 @@ def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
     assert scan.zooms == (2, 1, 0.5) and scan.shape == (80, 80, 80)
     widths = [len(np.flatnonzero((scan.voxels > 500).any(axes))) for axes in ((1, 2), (0, 2), (0, 1))]
     assert widths == pytest.approx([118, 59, 29.5], abs=1.5)
-    ramp = np.broadcast_to(100 + 10 * np.arange(40, dtype=np.float32)[:, None, None], (40, 40, 40))
+    ramp = np.broadcast_to(100 + 10 * np.arange(120, dtype=np.float32)[:, None, None], (120, 40, 40))
     image = nib.Nifti1Image(ramp, np.diag([2.0, 2, 2, 1]))
     image.header["pixdim"][1:4] = 1  # which the affine contradicts
     nib.save(image, tmp_path / "ramp.nii")
     scan = volumes.read(volume(tmp_path / "ramp.nii"))
     assert scan.zooms == (2, 2, 2)
-    assert np.allclose(scan.voxels[:78, 40, 40], 100 + 5 * np.arange(78), atol=1e-3)  # linear between voxels
+    assert np.allclose(scan.voxels[:238, 40, 40], 100 + 5 * np.arange(238), atol=1e-3)  # linear between voxels
 
 
 @pytest.mark.parametrize("size", [1.0, 0.98, 2.0])
@@ -516,7 +544,7 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
         "cut.nii.gz": (good[: len(good) // 2], "damaged or ends early"),
         "tail.nii.gz": (good[:-4], "damaged or ends early"),
         "flipped.nii.gz": (flipped, "damaged or ends early"),
-        "page.nii.gz": (b"<html>403</html>", "not NIfTI; download it again"),
+        "page.nii.gz": (b"<html>403</html>", "not NIfTI and not MGH; download it again"),
         "empty.nii.gz": (b"", "not NIfTI"),
         "other.nii": (b"x" * 5000, "not NIfTI"),
         "huge.nii.gz": (gzip.compress(huge), "announces 27000000000000 voxels"),
@@ -582,7 +610,7 @@ def test_scans_that_contradict_each_other_and_incomplete_pairs_are_named(heads, 
 
 def test_volumes_without_a_skull_are_counted(tmp_path):
     head = np.zeros((170, 170, 170), np.int16)
-    head[15:155, 15:155, 15:155] = 100  # 2.7 litres
+    head[15:155, 15:155, 15:155] = 100 + np.add.outer(np.arange(140), np.arange(140))  # 2.7 litres
     for i in range(3):
         small = head[:100, :100, :100] if i else head
         write_nifti(tmp_path / "heads" / f"{i}.nii", small)
