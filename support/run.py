@@ -73,13 +73,6 @@ class Run(Saved):
         Raises UserError if another process has locked the folder, or if a resumed run began with other images.
         """
         self._lock()
-        try:
-            self._record(data, recipes, outdated)
-        except BaseException:
-            self.release()
-            raise
-
-    def _record(self, data: dict, recipes: dict, outdated: Iterable[Path]) -> None:
         here = environment(self.device)
         record = here | {"resumed": []}
         if (self.folder / RESUME_FILE).exists():

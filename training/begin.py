@@ -134,14 +134,18 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     folder = saved.folder or distributed.from_first(lambda: new_folder(options.out))
     run = Run(options, folder, saved.state, saved.rows, fast_path, device, train_set.phantoms)
     content = describe(train_set, validate_set)
-    print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
-    print(f"Device: {device}. Folder: {run.folder}. To resume it: {resume_command(run)}")
-    processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
-    print(f"Fast path: {processes}{fast_path}", flush=True)
-    if distributed.is_first():
-        digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
-        record = {"folder": options.data, "phantoms": run.phantoms, "content": content}
-        run.begin(record | {"images": counts, "digests": digests}, recipes_of(options) | recipes, _outdated(run))
+    digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
+    record = {"folder": options.data, "phantoms": run.phantoms, "content": content, "images": counts}
+    try:
+        if distributed.is_first():
+            run.begin(record | {"digests": digests}, recipes_of(options) | recipes, _outdated(run))
+        print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
+        print(f"Device: {device}. Folder: {run.folder}. To resume it: {resume_command(run)}")
+        processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
+        print(f"Fast path: {processes}{fast_path}", flush=True)
+    except BaseException:
+        run.release()
+        raise
     return run, train_set, validate_set
 
 
