@@ -18,7 +18,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dataset import DataError, ImageFolder, case_and_slice, equal_images, printable
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     device = choose_device(options.device)
     keep_freed_memory()
-    vqvae = load_vqvae(files.find(options.vqvae)).to(device, memory_format=torch.channels_last)
+    vqvae = load_vqvae(files.find(options.vqvae)).to(device)
     sides = {"REAL": options.real, "FAKE": options.fake} | ({"--train": options.train} if options.train else {})
     folders = {}
     for side, folder in sides.items():

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from modules import VQVAE
@@ -46,6 +47,8 @@ PRIOR_NAMES = " or ".join(prior.weights[0] for prior in PRIORS.values())
 def load_vqvae(path: str | Path) -> VQVAE:
     """The network in a vqvae.pth, in eval mode on the CPU, sized as its codebook says.
 
+    Its layout is channels_last, as in training: another one rounds otherwise, and two programs would differ in a digit.
+
     Raises UserError if the file cannot be read or does not hold a VQ-VAE with finite weights.
     """
 
@@ -56,7 +59,7 @@ def load_vqvae(path: str | Path) -> VQVAE:
             raise ValueError(f"it holds no VQ-VAE ({_what_is_there(state)})")
         vqvae = VQVAE(n_embeddings=shape[0], embeddings_dim=shape[1])
         files.load_state(vqvae, state)
-        return vqvae.eval()
+        return vqvae.eval().to(memory_format=torch.channels_last)
 
     return files.load(path, build)
 

@@ -105,8 +105,7 @@ def prior_of(contents: dict, vqvae: VQVAE) -> DCGANPrior:
         gain = checked(contents["gain"], "gain", (N_RINGS, space.rank, space.rank)).to(weight.device)
     generator = Generator(embeddings_dim=weight.shape[1])
     files.load_state(generator, contents["state_dict"])
-    for network in (generator, vqvae):  # as in training, for the same digits
-        network.to(weight.device, memory_format=torch.channels_last).eval()
+    generator.to(weight.device, memory_format=torch.channels_last).eval()  # as in training, for the same digits
     return DCGANPrior(generator, space, vqvae, bool(contents.get("phantoms", False)), gain)
 
 
