@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.generation import MEASURES
-from priors.checkpoints import load_vqvae
 from priors.latent_space import SPACE
-from support import console, files
+from support import console
 from support.console import SEED, UserError
-from support.run import RESUME_FILE, Run, open_run
+from support.run import RESUME_FILE, open_run
+from train import copy_vqvae
 from training import begin, options
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
@@ -74,10 +74,8 @@ TABLES = {
             "embeddings": (replace(BALANCED, quantized=True), {}),
             "no start": (replace(BALANCED, start_steps=0), {}),
             "12 directions": (replace(BALANCED, space=replace(SPACE, directions=12)), {}),
-            "61 directions": (
-                replace(BALANCED, space=replace(SPACE, directions=61)),
-                {},
-            ),  # 3 for the position
+            # the other three are for the position
+            "61 directions": (replace(BALANCED, space=replace(SPACE, directions=61)), {}),
             "no R1": (replace(BALANCED, r1=None), {}),
             "constant R1": (replace(BALANCED, r1=replace(BALANCED.r1, guard=0.0)), {}),
             "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
@@ -126,19 +124,10 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     saved = begin.prepare({"resume": runs[-1]} if runs else args | vqvae)
     run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
     try:
-        fit(table.stage(run, *vqvae_of(run, o), *splits, recipe=recipe, **table.further), run)
+        vqvaes = [copy_vqvae(run)] if o.vqvae else []
+        fit(table.stage(run, *vqvaes, *splits, recipe=recipe, **table.further), run)
     finally:
         run.release()
-
-
-def vqvae_of(run: Run, o: argparse.Namespace) -> list:
-    """The VQ-VAE that a prior's stage needs, as train.py has it in the run's folder."""
-    if not o.vqvae:
-        return []
-    path = run.folder / "vqvae.pth"
-    if not path.exists():
-        files.save(files.cpu_state(load_vqvae(o.vqvae)), path)
-    return [load_vqvae(path).to(run.device)]
 
 
 def folder_of(o: argparse.Namespace, name: str, seed: int) -> Path:

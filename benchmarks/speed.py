@@ -193,7 +193,8 @@ VALIDATION = {
 
 def few_images(device, folder: Path) -> tuple[VQVAE, OasisDataset]:
     torch.manual_seed(0)
-    vqvae, train_set = VQVAE().to(device), OasisDataset(folder, "train", device)
+    vqvae, train_set = VQVAE(), OasisDataset(folder, "train", device)
+    vqvae.to(device, memory_format=torch.channels_last)  # as `load_vqvae` gives it
     start_codebook(vqvae, images(folder, device))
     train_set.files, train_set.images = train_set.files[: 4 * BATCH], train_set.images[: 4 * BATCH]
     return vqvae, train_set

@@ -160,9 +160,7 @@ class AutoregressivePrior:
 
 
 def prior_of(contents: dict, vqvae: VQVAE) -> AutoregressivePrior:
-    """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if the contents are not one's."""
-    if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
-        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+    """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError if the contents are not one's."""
     codebook = vqvae.vector_quantizer.embedding.weight.detach()
     frame, state = checked_frame(contents["frame"], len(codebook)), contents["state_dict"]
     planes, settings = contents["planes"], contents["settings"]

@@ -85,6 +85,8 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     kind = contents.get("kind") if isinstance(contents, dict) else None
     if not isinstance(kind, str) or kind not in PRIORS:
         raise ValueError(f"it holds no prior (name a {PRIOR_NAMES})")
+    if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
+        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     return PRIORS[kind].of(contents, vqvae)
 
 

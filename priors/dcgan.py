@@ -95,10 +95,8 @@ class DCGANPrior:
 
 
 def prior_of(contents: dict, vqvae: VQVAE) -> DCGANPrior:
-    """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if the contents are not one's."""
+    """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError if the contents are not one's."""
     weight = vqvae.vector_quantizer.embedding.weight
-    if contents["codebook"] != files.digest(weight):
-        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     space = LatentSpace.from_tensors(contents, weight.shape[1]).to(weight.device)
     gain = None
     if "gain" in contents:

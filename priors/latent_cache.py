@@ -30,7 +30,7 @@ class LatentCache(Dataset):
     """
 
     def __init__(self, vqvae: VQVAE, dataset: Dataset, space: LatentSpace, quantized: bool = False, stored=None):
-        self.vqvae, self.dataset = vqvae.eval().to(memory_format=torch.channels_last), dataset
+        self.vqvae, self.dataset = vqvae, dataset
         self.space, self.quantized = space, quantized
         size = (len(dataset), *space.support.shape, space.rank)
         n_bytes = 2 * math.prod(size)

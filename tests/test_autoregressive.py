@@ -15,9 +15,8 @@ from priors.autoregressive import (
     fit_frame,
     halving,
     halving_distances,
-    prior_of,
 )
-from priors.checkpoints import load_prior
+from priors.checkpoints import load_prior, prior_of
 from priors.code_cache import CodeCache
 from support.console import UserError
 

@@ -46,7 +46,7 @@ class AutoregressiveStage(Stage):
         super().__init__(run)
         options, fast_path, self.recipe, self.average_decay = run.options, run.fast_path, recipe, recipe.average_decay
         self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
-        self.lr, self.vqvae = options.autoregressive_lr, vqvae.eval().to(memory_format=torch.channels_last)
+        self.lr, self.vqvae = options.autoregressive_lr, vqvae
         self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
         torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()

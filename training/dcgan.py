@@ -53,7 +53,6 @@ class DCGANStage(Stage):
         self.recipe = recipe or DCGAN[options.dcgan_training]
         self.epochs, self.batch_size = options.dcgan_epochs, options.dcgan_batch_size
         self.autocast, self.average_decay = fast_path.autocast, self.recipe.average_decay
-        vqvae = vqvae.eval().to(memory_format=torch.channels_last)
         self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs, n_measures)
         space, stored, gain = self._fit_or_restore(vqvae, train_set)
         self.space, quantized = space.to(run.device), self.recipe.quantized
