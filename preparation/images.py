@@ -16,9 +16,8 @@ import support.early  # isort: skip  # noqa: F401  before what takes long to imp
 import argparse
 import os
 import re
-import shlex
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +25,10 @@ import numpy as np
 from PIL import Image
 from skimage.transform import resize
 
-from preparation import sources
-from preparation.volumes import SIZE
+from preparation import folder
+from preparation.folder import SIZE
 from support import console, files
-from support.console import SEED, Number, UserError
+from support.console import Number, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 NOT_IMAGES = re.compile(r"(^|[/_. -])(masks?|labels?|seg|segmentations?)([/_. -]|$)", re.IGNORECASE)
@@ -37,7 +36,6 @@ SPLITS = {"train": "train", "training": "train", "val": "validate", "valid": "va
 SPLITS |= {"validation": "validate", "test": "test", "testing": "test"}
 FITS = ("pad", "crop", "resize")
 SIDE = Number(int, 8, f"a whole number from 8 to {SIZE}", below=SIZE + 1)
-PLAN = "conversion.json"
 
 
 class Item(NamedTuple):
@@ -71,7 +69,7 @@ def _in_npz(source: Path) -> dict[str, Callable[[], np.ndarray]]:
             arrays = {split: contents[key] for split, key in keys.items()}
     except Exception as error:  # a damaged archive shows itself in many ways
         raise UserError(f"{source}: cannot be read as .npz ({console.one_line(error)})") from None
-    if set(arrays) != set(sources.SHARES):
+    if set(arrays) != set(folder.SHARES):
         raise UserError(f"{source}: has no train_images, val_images and test_images, as files of MedMNIST have")
     if any(a.dtype != np.uint8 or a.ndim != 3 and a.shape[3:] != (3,) for a in arrays.values()):
         raise UserError(f"{source}: holds no images (N, H, W) or (N, H, W, 3) of 8 bits")
@@ -126,10 +124,10 @@ def split_of(items: list[Item], o: argparse.Namespace) -> tuple[str, dict[int, s
     """
     named = [SPLITS.get(item.name.split("/")[0].lower()) for item in items]
     if o.split is not None:
-        return f"as {o.split} says", sources.split_subjects(items, o.seed, o.split)
+        return f"as {o.split} says", folder.split_subjects(items, o.seed, o.split)
     if set(named) == {None}:
-        return "drawn", sources.split_subjects(items, o.seed)
-    if set(named) != set(sources.SHARES):
+        return "drawn", folder.split_subjects(items, o.seed)
+    if set(named) != set(folder.SHARES):
         raise UserError(f"{o.source}: has folders named as splits, but not all images are in train, val or test")
     splits: dict[int, str] = {}
     for item, split in zip(items, named, strict=True):
@@ -168,78 +166,47 @@ def main(argv: list[str] | None = None) -> None:
     examples = ", ".join(f"{item.subject} of {item.name}" for item in items[:: -(-len(items) // 3)])
     print(f"Subjects: {rule} ({examples})")
     how, splits = split_of(items, o)
-    counts = {split: list(splits.values()).count(split) for split in sources.SHARES}
-    numbers = ", ".join(f"{n} {split}" for split, n in counts.items())
-    print(f"{len(items)} images of {len(case)} subjects, split {how}: {numbers}")
+    print(f"{len(items)} images of {len(case)} subjects, split {how}: {folder.counted(splits, o)}")
     if passed_over:
         print(f"Passed over: {len(passed_over)} files, such as {passed_over[0]}")
-    if not all(counts.values()):
-        raise UserError(f"{o.split or source}: gives no subject to a split; train.py needs all three")
     if o.dry_run:
         print(f"{len(items)} images would be written to {dest} (--dry-run).")
         return
-    if not is_complete(dest, plan := plan_of(items, splits, source, o)):
-        convert(items, splits, dest, plan, o)
-    if o.preview:
-        draw_preview(dest)
-        print(f"Look at {dest / 'preview.png'}")
-    print(f"{dest} is complete. Train: python train.py --data {shlex.quote(str(dest))}")
-
-
-def plan_of(items: list[Item], splits: dict[int, str], source: Path, o: argparse.Namespace) -> dict:
-    """What decides the contents of DEST."""
     paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    return {
+    plan = {
         "images": [[item.name, item.subject, splits[item.case]] for item in items],
         "files": [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
         "fit": o.fit,
         "size": o.size,
     }
+    if not folder.is_complete(dest, plan):
+        with folder.begun(dest, plan) as unfinished:
+            convert_all(items, splits, unfinished, o)
+    folder.complete(dest, o.preview)
 
 
-def is_complete(dest: Path, plan: dict) -> bool:
-    """Whether DEST is there, made by the same plan. Raises UserError if it is something else."""
-    if not dest.exists() or dest.is_dir() and not any(dest.iterdir()):
-        return False
-    if files.read_json(dest / PLAN) != plan:
-        raise UserError(f"{dest}: was made of other images or with other options; name another DEST")
-    return True
+def convert_all(items: list[Item], splits: dict[int, str], unfinished: Path, o: argparse.Namespace) -> None:
+    """Write what is not there yet, and subjects.csv."""
+    in_threads = partial(folder.in_threads, items, n_threads=os.cpu_count() or 1, unit=" images")
+    depths = in_threads(lambda item: None if (x := item.read()).dtype == np.uint8 else x.max(), desc="Reading")
+    deep = [greatest for greatest in depths if greatest is not None]
+    factor = 255 / max(deep) if deep and max(deep) else 1.0
+    if deep:
+        print(f"{len(deep)} images have more than 8 bits; their greatest value, {max(deep):g}, becomes 255")
+    names = numbered(items, splits)
 
+    def write(item: Item) -> None:
+        path = unfinished / names[item.name]
+        if not path.exists():
+            values = item.read()
+            values = values if values.dtype == np.uint8 else values * factor
+            folder.write_slice(fitted(values, o.size, o.fit), path)
 
-def convert(items: list[Item], splits: dict[int, str], dest: Path, plan: dict, o: argparse.Namespace) -> None:
-    """Write what is not there yet, then give the folder its name."""
-    folder = dest.parent / f"{dest.name}.unfinished"
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.locked(folder):
-        if files.read_json(folder / PLAN) != plan:
-            if any(path.name[0] != "." for path in folder.iterdir()):
-                raise UserError(f"{folder}: was begun otherwise; remove it, or name another DEST")
-            files.write_json(folder / PLAN, plan)
-        depths = _each(items, lambda item: None if (x := item.read()).dtype == np.uint8 else x.max(), "Reading")
-        deep = [greatest for greatest in depths if greatest is not None]
-        factor = 255 / max(deep) if deep and max(deep) else 1.0
-        if deep:
-            print(f"{len(deep)} images have more than 8 bits; their greatest value, {max(deep):g}, becomes 255")
-        names = numbered(items, splits)
-
-        def write(item: Item) -> None:
-            path = folder / names[item.name]
-            if not path.exists():
-                values = item.read()
-                values = values if values.dtype == np.uint8 else values * factor
-                path.parent.mkdir(exist_ok=True)
-                with files.atomically(path) as temporary:
-                    Image.fromarray(fitted(values, o.size, o.fit)).save(temporary, format="PNG")
-
-        for _ in _each(items, write, "Writing"):
-            pass
-        rows = [(names[item.name], item.case, item.subject, splits[item.case], item.name) for item in items]
-        files.write_csv(folder / "subjects.csv", ("file", "case", "subject", "split", "source"), rows)
-        for path in folder.rglob(".*.tmp"):  # of a call that was killed
-            path.unlink()
-        if dest.exists():
-            dest.rmdir()  # empty
-        os.rename(folder, dest)
+    for _ in in_threads(write, desc="Writing"):
+        pass
+    columns = ("file", "case", "subject", "split", "source")
+    rows = [(names[item.name], item.case, item.subject, splits[item.case], item.name) for item in items]
+    files.write_csv(unfinished / "subjects.csv", columns, rows)
 
 
 def numbered(items: list[Item], splits: dict[int, str]) -> dict[str, str]:
@@ -252,49 +219,18 @@ def numbered(items: list[Item], splits: dict[int, str]) -> dict[str, str]:
     return names
 
 
-def _each(items: list[Item], work: Callable, desc: str):
-    """What `work` returns for each item, in threads; a signal takes effect between two of them."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = console.progress(pool.map(work, items), total=len(items), desc=desc, unit=" images")
-        try:
-            for result in results:
-                yield result
-                console.stop_if_signalled()
-        except console.Stopped:
-            print("Stopped. The same command goes on.", file=sys.stderr)
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def draw_preview(dest: Path) -> None:
-    """Write preview.png: 32 images, spread over the folder, eight a row."""
-    paths = sorted(dest.glob("keras_png_slices_*/*.png"), key=lambda path: files.natural(path.name))
-    sheet = Image.new("L", (8 * SIZE, 4 * SIZE))
-    for i, k in enumerate(sorted({i * len(paths) // 32 for i in range(32)})):
-        with Image.open(paths[k]) as image:
-            sheet.paste(image, (i % 8 * SIZE, i // 8 * SIZE))
-    with files.atomically(dest / "preview.png") as temporary:
-        sheet.save(temporary, format="PNG")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preparation.images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    folder.add_options(parser, "folder of images, or an .npz file of MedMNIST")
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder of images, or an .npz file of MedMNIST")
-    add("dest", metavar="DEST", help="folder to make")
     text = "regular expression that finds the subject in a path under SOURCE: its first group, else all of it"
     add("--group", metavar="REGEX", type=_regex, help=text)
     text = f"side of the square in the middle that a picture is fitted to (default: {SIZE})"
     add("--size", metavar="N", type=SIDE, default=SIZE, help=text)
     text = "pad (reduce what is larger), crop (fill the square) or resize (distort); default: pad"
     add("--fit", choices=FITS, default="pad", help=text)
-    add("--seed", metavar="S", type=SEED, default=0, help="draws the split (default: 0)")
-    add("--split", metavar="FILE", help="CSV file with columns subject and split, instead of drawing")
-    add("--dry-run", action="store_true", help="say what would be done, and stop")
-    add("--preview", action="store_true", help="also draw some images, as DEST/preview.png")
     return parser.parse_args(argv)
 
 

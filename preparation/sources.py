@@ -12,7 +12,6 @@ Three sources are told apart by the names in them (`find`):
 """
 
 import collections
-import csv
 import itertools
 import os
 import re
@@ -20,19 +19,18 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
+from preparation.folder import SHARES
 from preparation.volumes import Volume, VolumeError, digest
-from support.console import UserError, one_line
+from support.console import UserError
 from support.files import natural
 
 NEURITE_CHOICE = ("aligned_orig", "orig", "aligned_norm", "norm")
 FREESURFER_CHOICE = ("T1", "orig", "norm", "brain")  # those with a skull first
 FREESURFER = re.compile(r"(?:.*/)?(?P<subject>[^/]+)/mri/(?P<file>[^/]+)\.mg[zh]")
-NEURITE = re.compile(
+NEURITE_FILE = re.compile(
     r"(?:.*/)?(?P<subject>OASIS_OAS1_(?P<case>\d{4})_MR(?P<session>\d))/(?:aligned_)?(?:orig|norm)\.nii\.gz"
 )
-DISCS = re.compile(
+DISCS_FILE = re.compile(
     r"(?:.*/)?(?P<subject>OAS1_(?P<case>\d{4})_MR(?P<session>\d))/PROCESSED/MPRAGE/T88_111/"
     r"(?P=subject)_mpr_n\d+_anon_111_t88_gfc\.(?:hdr|img)"
 )
@@ -54,11 +52,11 @@ CONTRASTS = re.compile(  # not T1-weighted: by a part of the name, or by a folde
 )
 TWO_DIMENSIONAL = re.compile(r"(?:.*/)?slice_(?:norm|orig)\.nii\.gz")  # of neurite-OASIS
 ATLAS = "OASIS-1 discs"  # whose volumes are in the atlas of the PNG set
+NEURITE = "neurite-OASIS v1.0"
 KINDS = {  # how they are found, and what a file is called that should have been
-    "neurite-OASIS v1.0": (NEURITE, re.compile(r"(?:.*/)?(?:aligned_)?(?:orig|norm)\.nii\.gz")),
-    ATLAS: (DISCS, re.compile(r".*_t88_gfc\.(?:hdr|img)")),
+    NEURITE: (NEURITE_FILE, re.compile(r"(?:.*/)?(?:aligned_)?(?:orig|norm)\.nii\.gz")),
+    ATLAS: (DISCS_FILE, re.compile(r".*_t88_gfc\.(?:hdr|img)")),
 }
-SHARES = {"train": 302, "validate": 35, "test": 17}  # subjects of the PNG set
 LAST_CASES = {"train": 401, "validate": 440, "test": 9999}  # of OASIS-1's numbers, in the PNG set
 NIFTI = "NIfTI volumes"
 
@@ -263,55 +261,6 @@ def sets_own_split(volumes: list[Volume]) -> dict[int, str]:
     """The split that the PNG set has, by OASIS-1's numbers of subjects. {} if it leaves a split without any."""
     splits = {v.case: next(split for split, last in LAST_CASES.items() if v.case <= last) for v in volumes}
     return splits if set(splits.values()) == set(SHARES) else {}
-
-
-def split_subjects(volumes: list[Volume], seed: int, file: str | None = None) -> dict[int, str]:
-    """The split of each case: as the CSV file of --split says, else drawn in the proportions of the PNG set.
-
-    Raises UserError if there are too few subjects, or if the file does not name each of them.
-    """
-    subjects = {volume.case: volume.subject for volume in volumes}
-    if file is not None:
-        return _read_split(Path(file), volumes)
-    if len(subjects) < len(SHARES):
-        raise UserError(f"{len(subjects)} subjects cannot be split in three; at least one is needed for each split")
-    total = sum(SHARES.values())
-    n_validate, n_test = (max(1, round(len(subjects) * SHARES[name] / total)) for name in ("validate", "test"))
-    order = np.random.default_rng(seed).permutation(sorted(subjects)).tolist()
-    names = ["validate"] * n_validate + ["test"] * n_test + ["train"] * len(order)
-    return dict(zip(order, names, strict=False))
-
-
-def _read_split(path: Path, volumes: list[Volume]) -> dict[int, str]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            delimiter = max(",;\t", key=first.count)
-            header = next(csv.reader([first.strip()], delimiter=delimiter), [])
-            columns = [name.strip().lower() for name in header]
-            rows = list(csv.DictReader(file, columns, delimiter=delimiter))
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); name a CSV file with --split") from None
-    if not rows or not {"subject", "split"} <= rows[0].keys():
-        raise UserError(f"{path}: has no columns named subject and split, or no rows")
-    subjects = {volume.case: volume.subject for volume in volumes}
-    cases = {str(key): case for case in subjects for key in (case, f"{case:03d}", f"{case:04d}")}
-    for volume in volumes:  # a name counts before a number
-        names = {volume.subject, volume.subject.removeprefix("OASIS_")}
-        cases |= dict.fromkeys(names | {re.sub(r"_MR\d$", "", name) for name in names}, volume.case)
-    split_of_case: dict[int, str] = {}
-    for row in rows:
-        if row["split"] not in SHARES:
-            raise UserError(
-                f"{path}: {row['split']!r} of {row['subject']!r} is no split; there are {', '.join(SHARES)}"
-            )
-        case = cases.get(row["subject"])
-        if case is not None and split_of_case.setdefault(case, row["split"]) != row["split"]:
-            raise UserError(f"{path}: {row['subject']!r} is in two splits; remove one")
-    missing = [name for case, name in subjects.items() if case not in split_of_case]
-    if missing:
-        raise UserError(f"{path}: does not name {missing[0]} ({len(missing)} of {len(subjects)} subjects are missing)")
-    return split_of_case
 
 
 def identity(volume: Volume) -> list:

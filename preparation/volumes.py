@@ -16,6 +16,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 
+from preparation.folder import SIZE
 from preparation.layout import LABEL_STEP
 from support.console import UserError
 
@@ -23,7 +24,6 @@ from support.console import UserError
 # braindataprep take them: the first axis runs to the patient's left, the second to the front, the third upwards.
 ANALYZE = np.diag([-1.0, 1.0, 1.0, 1.0])
 
-SIZE = 256  # of a slice, in pixels and mm
 WHITE = 0.995  # quantile
 EDGE = 0.02  # share of white: what is brighter than that counts as foreground
 DARKER = 0.02  # share of the voxels that may be darker than the background: splines undershoot in up to 0.8 %
@@ -34,7 +34,6 @@ FEWEST_VALUES = 50  # different ones in a scan: label maps have fewer, and whole
 MOST_VOXELS = 512**3
 GZIP, MGH = b"\x1f\x8b", b"\0\0\0\1"  # how these files begin
 MOST_BYTES = 2**30 * 2  # of a file
-MOST_HEADER = 2**24  # bytes, with its extensions
 
 # nibabel reports what it mends in headers; what cannot be used is said here.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -204,7 +203,7 @@ def _format(volume: Volume, start: bytes) -> type[nib.spatialimages.SpatialImage
     raise VolumeError(f"{volume.name}: is not NIfTI and not MGH; download it again")
 
 
-def _with_intercept(format: type[nib.Nifti1Image], data: bytes | bytearray) -> bytes | bytearray:
+def _with_intercept(format: type[nib.Nifti1Image], data: bytes) -> bytes:
     """A file whose intercept is 0 if it was NaN, which nibabel refuses."""
     kind, start = format.header_class.template_dtype.fields["scl_inter"][:2]
     header = format.header_class.from_fileobj(io.BytesIO(data), check=False)
@@ -213,27 +212,16 @@ def _with_intercept(format: type[nib.Nifti1Image], data: bytes | bytearray) -> b
     return data[:start] + bytes(kind.itemsize) + data[start + kind.itemsize :]
 
 
-def _decompress(volume: Volume, contents: bytes) -> bytearray:
-    """What a .gz holds, with its checksum verified, and no more than its header announces."""
+def _decompress(volume: Volume, contents: bytes) -> bytes:
+    """What a .gz holds, with its checksum verified."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(contents)) as file:
-            start = file.read(1024)
-            header = _format(volume, start).header_class.from_fileobj(io.BytesIO(start), check=False)
-            offset, voxels = int(header.get_data_offset()), _voxels(volume, header.get_data_shape())
-            if not 0 <= offset <= MOST_HEADER:
-                raise VolumeError(f"{volume.name}: announces voxels from byte {offset} on; correct its header")
-            size = offset + voxels * header.get_data_dtype().itemsize
-            data = bytearray(start)  # grows in place: a volume is in memory once
-            while len(data) < size:
-                part = file.read(min(2**22, size - len(data)))
-                if not part:
-                    raise EOFError
-                data += part
-            if len(file.read(2**20)) == 2**20:
-                raise VolumeError(f"{volume.name}: holds more than its header announces")
-            return data
+            data = file.read(MOST_BYTES + 1)
     except (EOFError, OSError, zlib.error):
         raise VolumeError(f"{volume.name}: is damaged or ends early; download it again") from None
+    if len(data) > MOST_BYTES:
+        raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB")
+    return data
 
 
 def _voxels(volume: Volume, shape: tuple[int, ...]) -> int:
@@ -244,11 +232,14 @@ def _voxels(volume: Volume, shape: tuple[int, ...]) -> int:
     return voxels
 
 
-def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tuple[np.ndarray, list[int], dict]:
+def cut(
+    voxels: np.ndarray, plane: str, n_slices: int, least_brain: float, highest: bool = False
+) -> tuple[np.ndarray, list[int], dict]:
     """Slices of a volume (x, y, z) in RAS at 1 mm, of any unit, as the report's set has them.
 
-    Slices are 1 mm apart, in the middle of those that have `least_brain` of the largest one's foreground, and padded or
-    cropped about its centre. Rows and columns are the remaining axes in their order: axial slices have the front to the
+    Slices are 1 mm apart, in the middle or the highest of those with `least_brain` of the largest one's foreground, and
+    padded or cropped about its centre. In the set the highest slices have 0.89 of the largest one's brain, and 0.93
+    to 0.95 of its head. Rows and columns are the remaining axes in their order: axial slices have the front to the
     right and the patient's left at the top. Black is the background, the median of the border; what is darker is cut to
     it. Each slice is scaled by its own maximum.
 
@@ -278,7 +269,7 @@ def cut(voxels: np.ndarray, plane: str, n_slices: int, least_brain: float) -> tu
     low, high = int(enough[0]), int(enough[-1])
     if high - low + 1 < n_slices:
         raise ValueError(f"has {high - low + 1} slices with enough brain, not {n_slices}; lower --least-brain")
-    start = (low + high + 1 - n_slices) // 2
+    start = high + 1 - n_slices if highest else (low + high + 1 - n_slices) // 2
     between = brain.take(range(low, high + 1), across)
     middles = []
     for axis in inside:

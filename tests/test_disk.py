@@ -119,7 +119,7 @@ def test_a_conversion_goes_on_after_each_file_that_could_not_be_written(tmp_path
     heads = tmp_path_factory.mktemp("heads")
     write_heads(heads)
     words = (heads, tmp_path / "slices", *CONVERSION, "--preview")
-    for name in ("conversion.json", "case_002_slice_1.nii.png", "002_1.json", "subjects.csv", "preview.png"):
+    for name in ("conversion.json", "case_002_slice_1.nii.png", "volume_002_1.json", "subjects.csv", "preview.png"):
         failing(re.escape(name))
         done = run_program("preparation.oasis", *words, cwd=tmp_path)
         refused(done, f"{name}: No space left on device")

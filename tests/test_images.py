@@ -10,7 +10,8 @@ from conftest import refused, run_program
 from PIL import Image
 
 from dataset import OasisDataset, refuse_shared_cases
-from preparation import images, sources
+from preparation import folder as preparing
+from preparation import images
 
 
 def save(folder, names, value=lambda i: 60 + i, size=(256, 256)):
@@ -100,7 +101,7 @@ def test_no_group_is_ever_in_two_splits():
         items = [images.Item(name, s, numbers[s], None) for name, s in zip(names, subjects, strict=True)]
         if len(numbers) < 3:
             continue
-        splits = sources.split_subjects(items, int(draw.integers(100)))
+        splits = preparing.split_subjects(items, int(draw.integers(100)))
         if pattern.startswith(("s{0}", "{0}/", "{2}/{0}", "P{0}")):  # these say who is who
             for subject in range(n_subjects):
                 mine = {splits[item.case] for item in items if re.search(rf"(^|[sP/]){subject}[_/T]", item.name)}
@@ -179,7 +180,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     refused(convert(tmp_path), "No space left on device")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.unfinished").is_dir()
     monkeypatch.setattr(images, "fitted", real)
-    refused(convert(tmp_path, "--fit", "crop"), "out.unfinished", "begun otherwise")
+    refused(convert(tmp_path, "--fit", "crop"), "out.unfinished", "begun with other options")
     done = convert(tmp_path)
     assert done.returncode == 0, done.stderr
     files = [{p.relative_to(d): p.read_bytes() for p in d.rglob("*.*")} for d in (tmp_path / "whole", tmp_path / "out")]

@@ -37,7 +37,7 @@ from conftest import (
 
 import predict
 import train
-from preparation import oasis, phantoms
+from preparation import images, oasis, phantoms
 from priors.checkpoints import load_vqvae
 from support import console
 
@@ -75,6 +75,7 @@ MAINS = {
     "train without locks": train_without_locks,
     "predict": predict.main,
     "oasis": oasis.main,
+    "images": images.main,
     "phantoms": lambda words: phantoms.write(words[0], {"train": [1], "validate": [2], "test": [3]}, 4),
 }
 
@@ -220,7 +221,7 @@ def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, dat
     assert_same_history(alone, shared, ["vqvae"])
 
 
-@pytest.mark.parametrize("use", ["scores", "codes", "samples", "slices", "phantoms"])
+@pytest.mark.parametrize("use", ["scores", "codes", "samples", "slices", "images", "phantoms"])
 def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start, data, trained, heads, tmp_path, use):
     drawn = ("predict", trained[1] / "vqvae.pth", "--out", tmp_path / "out")
     predicted = (*drawn, "--data", data, "--split", "validate")
@@ -229,6 +230,7 @@ def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start,
         "codes": (*predicted, "--export-codes", tmp_path / "codes.npz"),
         "samples": (*drawn, "--samples", 3, "--prior", trained[1] / "generator.pth"),
         "slices": ("oasis", heads, tmp_path / "out", *CONVERSION),
+        "images": ("images", data, tmp_path / "out"),
         "phantoms": ("phantoms", tmp_path / "out"),
     }[use]
     rng, seconds = random.Random(1), 0
@@ -240,13 +242,8 @@ def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start,
         process.join()
         assert_nothing_is_torn(tmp_path)
         begun = time.monotonic()
-        for _ in range(50):  # workers of a conversion end by themselves, and hold the folder until then
-            again = start(tmp_path, *words)
-            again.join()
-            if again.exitcode == 0:
-                break
-            assert use == "slices"
-            time.sleep(0.1)
+        again = start(tmp_path, *words)
+        again.join()
         seconds = seconds or time.monotonic() - begun
         assert again.exitcode == 0
         assert_nothing_is_torn(tmp_path)

@@ -5,9 +5,7 @@ import errno
 import gzip
 import io
 import itertools
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,7 +20,7 @@ from fuzzing import bounded
 from PIL import Image
 
 from dataset import OasisDataset
-from preparation import phantoms, sources, volumes
+from preparation import folder, phantoms, sources, volumes
 from support import console, files
 from support.console import UserError
 from support.files import read_json
@@ -139,6 +137,8 @@ def test_slices_are_cut_as_a_plain_loop_would(heads):
     enough = [z for z in range(head.shape[2]) if brain[:, :, z].sum() >= 0.8 * brain.sum((0, 1)).max()]
     before, after = positions[0] - enough[0], enough[-1] - positions[-1]
     assert positions == list(range(positions[0], positions[0] + 4)) and 0 <= after - before <= 1
+    highest = volumes.cut(head, "axial", 4, 0.8, highest=True)[1]
+    assert highest == list(range(enough[-1] - 3, enough[-1] + 1)) != positions
     assert facts["litres"] == pytest.approx(brain.sum() / 1e6, abs=1e-3) and facts["black"] == 0
     x, y = (np.flatnonzero(brain[:, :, enough[0] : enough[-1] + 1].any(axes)) for axes in ((1, 2), (0, 2)))
     middle_x, middle_y = (x[0] + x[-1] + 1) // 2, (y[0] + y[-1] + 1) // 2
@@ -416,7 +416,7 @@ def test_what_was_seen_is_said_where_nothing_can_be_used(tmp_path):
 def test_a_table_of_splits_may_have_semicolons_and_capitals(tmp_path):
     found = [volumes.Volume("", f"sub-{i}", i, 1, Path()) for i in (1, 2, 3)]
     (tmp_path / "split.csv").write_text('"Subject";"Split"\n"sub-1";test\nsub-2;train\nsub-3;validate\n')
-    assert sources.split_subjects(found, 0, tmp_path / "split.csv") == {1: "test", 2: "train", 3: "validate"}
+    assert folder.split_subjects(found, 0, tmp_path / "split.csv") == {1: "test", 2: "train", 3: "validate"}
 
 
 def test_planes_that_are_too_few_are_said_to_be_so(tmp_path):
@@ -441,43 +441,30 @@ def test_from_oasis_to_scores(heads, tmp_path):
     with open(tmp_path / "slices" / "subjects.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["session"]) for row in rows] == [("8", "1"), ("9", "1"), ("9", "2"), ("10", "1")]
-    assert rows[1]["split"] == rows[2]["split"] and {row["split"] for row in rows} == set(sources.SHARES)
+    assert rows[1]["split"] == rows[2]["split"] and {row["split"] for row in rows} == set(folder.SHARES)
     assert (
         rows[0]["shape"] == "176x208x36x1" and rows[0]["zooms"] == "1.0x1.0x1.0" and len(rows[0]["slices"].split()) == 4
     )
     names = {f"keras_png_slices_{rows[1]['split']}/case_009_slice_{s}.nii.png" for s in range(8)}
     assert names <= pixels(tmp_path / "slices").keys() and len(pixels(tmp_path / "slices")) == 16 + 1
     with Image.open(tmp_path / "slices" / "preview.png") as image:
-        assert image.size == (5 * 256, 26 + 4 * 276)
+        assert image.size == (8 * 256, 4 * 256)
     words = ("--data", tmp_path / "slices", "--epochs", 1, "--only", "vqvae", "--batch-size", 4, "--device", "cpu")
     run = new_run(run_program("train.py", *words, cwd=tmp_path), tmp_path / "gen_imgs")
     assert "SSIM mean: " in run_program("predict.py", run / "vqvae.pth", cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda text: text.replace(",", ";"), lambda text: text.splitlines()[0], lambda text: text.replace("train", "", 1)],
-    ids=["semicolons", "no rows", "fewer columns"],
-)
-def test_a_table_of_subjects_that_was_changed_is_refused(converted, nifti_source, tmp_path, change):
-    dest = shutil.copytree(converted, tmp_path / "slices")
-    table = dest / "subjects.csv"
-    text = change(table.read_text())
-    table.write_text(text.replace(",,", ",") if ",," in text else text)
-    refused(convert(nifti_source, dest, "--preview"), f"{table}: was changed")
-
-
 def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
     found = [volumes.Volume("", f"OAS1_{i:04d}_MR1", i, 1, Path()) for i in range(1, 355)]
-    split = sources.split_subjects(found, 0)
-    counts = {name: list(split.values()).count(name) for name in sources.SHARES}
+    split = folder.split_subjects(found, 0)
+    counts = {name: list(split.values()).count(name) for name in folder.SHARES}
     assert counts == {"train": 302, "validate": 35, "test": 17}
-    assert split == sources.split_subjects(found[::-1], 0) != sources.split_subjects(found, 1)
+    assert split == folder.split_subjects(found[::-1], 0) != folder.split_subjects(found, 1)
     file = tmp_path / "split.csv"
     file.write_text(
         "\ufeffsubject,split\nOAS1_0001_MR1,test\nOAS1_0002,train\n0003,validate\n4,train\nOAS1_0999,test\n"
     )
-    assert sources.split_subjects(found[:4], 0, file) == {1: "test", 2: "train", 3: "validate", 4: "train"}
+    assert folder.split_subjects(found[:4], 0, file) == {1: "test", 2: "train", 3: "validate", 4: "train"}
     for text, words in (
         ("subject,split\n1,test\n", "does not name OAS1_0002_MR1 (3 of 4"),
         ("subject,split\n1,test\n0001,train\n", "'0001' is in two splits"),
@@ -487,10 +474,10 @@ def test_the_split_is_in_proportion_and_drawn_from_the_seed(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(UserError) as error:
-            sources.split_subjects(found[:4], 0, file)
+            folder.split_subjects(found[:4], 0, file)
         assert words in str(error.value) and str(file) in str(error.value)
     with pytest.raises(UserError, match="2 subjects cannot be split in three; at least one is needed for each"):
-        sources.split_subjects(found[:2], 0)
+        folder.split_subjects(found[:2], 0)
 
 
 def test_a_volume_that_would_not_fit_into_memory_at_1_mm_is_refused(tmp_path):
@@ -548,8 +535,7 @@ def damaged(head: np.ndarray, folder: Path) -> dict[str, str]:
         "empty.nii.gz": (b"", "not NIfTI"),
         "other.nii": (b"x" * 5000, "not NIfTI"),
         "huge.nii.gz": (gzip.compress(huge), "announces 27000000000000 voxels"),
-        "late.nii.gz": (gzip.compress(late), "announces voxels from byte 300000000 on"),
-        "longer.nii.gz": (gzip.compress(nib.Nifti1Image(head, RAS).to_bytes() + bytes(2**21)), "more than its header"),
+        "late.nii.gz": (gzip.compress(late), "damaged or ends early"),
         "short.nii": (nib.Nifti1Image(head, RAS).to_bytes()[:90000], "ends early"),
         "flat.nii": (nib.Nifti1Image(head[:, :, 0], RAS).to_bytes(), "176×208, not one volume"),
         "series.nii": (nib.Nifti1Image(np.stack([head] * 2, 3), RAS).to_bytes(), "176×208×36×2, not one volume"),
@@ -690,13 +676,9 @@ def test_a_complete_folder_stays_and_another_source_or_option_is_refused(nifti_s
     before = pixels(converted)
     done = convert(nifti_source, converted)
     assert done.returncode == 0 and "is complete" in done.stdout and pixels(converted) == before
-    refused(convert(nifti_source, converted, "--seed", 1), "slices", "was made with other options or volumes")
-    refused(convert(nifti_source, converted, "--plane", "coronal"), "slices", "was made with other options or volumes")
+    refused(convert(nifti_source, converted, "--seed", 1), "slices", "was made of other files or")
+    refused(convert(nifti_source, converted, "--plane", "coronal"), "slices", "was made of other files or")
     assert pixels(converted) == before and not converted.with_name("slices.unfinished").exists()
-    copy = converted.with_name("copy")
-    shutil.copytree(converted, copy)
-    next(copy.glob("*/case_002_slice_3.nii.png")).unlink()
-    refused(convert(nifti_source, copy), "copy", "has 11 slices, and had 12")
 
 
 def test_a_resumed_call_keeps_what_is_done_and_nothing_of_what_has_changed(nifti_source, heads, tmp_path):
@@ -723,9 +705,7 @@ def test_a_resumed_call_keeps_what_is_done_and_nothing_of_what_has_changed(nifti
         refused(convert(source, tmp_path / "slices"), "another process is at work there")
     assert (tmp_path / "slices.unfinished" / "conversion.json").read_text() == plan
     (tmp_path / "slices.unfinished" / "keras_png_slices_train" / "@eaDir").mkdir()  # of a network disk
-    (tmp_path / "slices.unfinished" / "records" / "009_1.json").write_text("{}")
-    record = tmp_path / "slices.unfinished" / "records" / "001_1.json"
-    record.write_text(json.dumps({"file": json.loads(record.read_text())["file"]}))
+    (tmp_path / "slices.unfinished" / "volume_009_1.json").write_text("{}")
     (tmp_path / "named").symlink_to(tmp_path / "slices")
     done = convert(source, tmp_path / "named", "--skip-bad")
     assert done.returncode == 0, done.stderr
@@ -736,7 +716,6 @@ def test_a_resumed_call_keeps_what_is_done_and_nothing_of_what_has_changed(nifti
     with Image.open(next(tmp_path.glob("slices/*/case_001_slice_2.nii.png"))) as image:
         assert np.array_equal(image, first[2])
     assert len(after) == 16 and not list(tmp_path.glob("slices/*/case_001_slice_8.nii.png"))
-    assert "but for 1 volumes that were left out, such as sub-04.nii.gz" in convert(source, tmp_path / "slices").stdout
 
 
 def test_a_full_disk_and_a_signal_cost_nothing(nifti_source, converted, tmp_path, monkeypatch):
@@ -761,7 +740,6 @@ def test_a_full_disk_and_a_signal_cost_nothing(nifti_source, converted, tmp_path
     assert not (tmp_path / "slices").exists()
     assert convert(nifti_source, tmp_path / "slices").returncode == 0
     assert pixels(tmp_path / "slices") == pixels(converted)
-    assert not (tmp_path / "slices" / "records").exists()
 
 
 def test_killed_and_called_again_it_gives_what_an_uninterrupted_call_gives(nifti_source, converted, tmp_path):
@@ -773,11 +751,7 @@ def test_killed_and_called_again_it_gives_what_an_uninterrupted_call_gives(nifti
     process.kill()
     process.wait()
     assert not (tmp_path / "slices").exists() and unfinished.is_dir()
-    for _ in range(100):  # its workers end by themselves
-        done = convert(nifti_source, tmp_path / "slices")
-        if "another process is at work" not in done.stderr:
-            break
-        time.sleep(0.1)
+    done = convert(nifti_source, tmp_path / "slices")
     assert done.returncode == 0, done.stderr
     assert pixels(tmp_path / "slices") == pixels(converted) and not unfinished.exists()
     assert {path.name for path in (tmp_path / "slices").iterdir()} == {path.name for path in converted.iterdir()}
