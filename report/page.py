@@ -23,6 +23,13 @@ TEMPLATE = jinja2.Environment(
 )
 
 
+TIMES = {  # columns of metrics.csv
+    "seconds": "steps",
+    "evaluation_seconds": "evaluation",
+    "other_seconds": "reading, starts, figures and saving",
+}
+
+
 def write(folder: Path, title: str, facts: dict[str, object], phantoms: bool = False) -> None:
     """Write index.html in the folder of a run of train.py or predict.py. If that fails, print a warning instead.
 
@@ -68,7 +75,7 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
         stage = options["prior"]
         title = {"dcgan": "DCGAN", "autoregressive": "Autoregressive prior"}[stage]
         facts[title] = f"{epochs.get(stage, 0)} of {options[f'{stage}_epochs']} epochs"
-    facts["Training time"] = f"{sum(float(row['seconds']) for row in rows) / 60:.1f} minutes"
+    facts["Time"] = _time(rows)
     images = ", ".join(f"{n} {split}" for split, n in data["images"].items())
     facts["Data"] = f"{data['folder']} ({images}): {data['content']}"
     facts["Seed"] = record["seed"]
@@ -79,6 +86,14 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
         commits = ", ".join(dict.fromkeys(part["commit"] for part in record["resumed"]))
         facts["Resumed"] = f"{len(record['resumed'])} times, at commit {commits}"
     return facts
+
+
+def _time(rows: list[dict[str, str]]) -> str:
+    """Where the time went, in minutes."""
+    seconds = {key: sum(float(row.get(key) or 0) for row in rows) for key in TIMES}
+    total = max(sum(seconds.values()), 1e-9)
+    parts = (f"{name} {seconds[key] / 60:.1f} ({seconds[key] / total:.0%})" for key, name in TIMES.items())
+    return f"{total / 60:.1f} minutes: {', '.join(parts)}"
 
 
 def environment_facts(record: dict) -> dict[str, str]:

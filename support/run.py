@@ -55,10 +55,12 @@ class Run(Saved):
     Attributes:
         device: where the networks are trained.
         phantoms: whether the data are phantoms. Every figure and every printed number says so.
+        clock: when the last epoch ended, or this process began.
     """
 
     device: torch.device = torch.device("cpu")
     phantoms: bool = False
+    clock: float = dataclasses.field(default_factory=time.perf_counter)
     _handle: int | None = None  # of the lock
 
     def begin(self, data: dict, recipes: dict, outdated: Iterable[Path] = ()) -> None:
@@ -115,6 +117,11 @@ class Run(Saved):
             path.unlink(missing_ok=True)  # of a process that was killed before it wrote resume.pth
         contents = {"options": dataclasses.asdict(self.options), "state": self.state, "rows": self.rows}
         files.save(contents | {"fast_path": self.fast_path._asdict()}, self.folder / RESUME_FILE)
+
+    def seconds_since_last(self) -> float:
+        """Seconds since `clock`, which is set to now."""
+        before, self.clock = self.clock, time.perf_counter()
+        return self.clock - before
 
     def say(self, line: str) -> None:
         """Print a line with a number."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
     kept = stage.best()
     assert all(torch.equal(value, seen[1][key]) for key, value in kept.state_dict().items())
     assert not torch.equal(kept.conv1.weight, seen[3]["conv1.weight"])
+
+
+def test_the_rows_say_where_the_time_went(data, tmp_path, monkeypatch):
+    for name, seconds in (("evaluate", 0.3), ("draw", 0.2)):
+        method = getattr(VQVAEStage, name)
+        slow = lambda *words, method=method, seconds=seconds: time.sleep(seconds) or method(*words)  # noqa: E731
+        monkeypatch.setattr(VQVAEStage, name, slow)
+    run = new_run(tmp_path, epochs=2, batch_size=15, n_embeddings=16, embeddings_dim=4)
+    stage = VQVAEStage(run, *(OasisDataset(data, split) for split in ("train", "validate")))
+    began = run.clock
+    fit.fit(stage, run)
+    assert all(row["evaluation_seconds"] > 0.3 and row["other_seconds"] > 0.2 for row in run.rows)
+    assert sum(row[key] for row in run.rows for key in page.TIMES) == pytest.approx(run.clock - began, abs=0.05)
 
 
 def test_a_run_that_ends_below_a_black_image_says_so(data, tmp_path, capsys):

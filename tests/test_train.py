@@ -49,6 +49,7 @@ def test_the_runs_folder(trained):
     expected |= {"vqvae.pth", "generator.pth", "discriminator.pth", "run.json", "metrics.csv", "resume.pth"}
     expected |= {"index.html"}
     assert {path.name for path in run.iterdir()} == expected
+    assert re.search(r"<dd>[\d.]+ minutes: steps [\d.]+ \(\d+%\), evaluation ", (run / "index.html").read_text())
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
     for path in run.glob("*.png"):
         assert np.asarray(Image.open(path)).std() > 1, path.name

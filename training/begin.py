@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shlex
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
 
     `recipes` are recorded instead of those that train.py uses, by stage.
     """
+    started = time.perf_counter()
     options, data, device = saved.options, Path(saved.options.data), choose_device(saved.options.device)
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
     if not options.allow_shared_cases:
@@ -132,7 +134,7 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     fast_path.set_up()
 
     folder = saved.folder or distributed.from_first(lambda: new_folder(options.out))
-    run = Run(options, folder, saved.state, saved.rows, fast_path, device, train_set.phantoms)
+    run = Run(options, folder, saved.state, saved.rows, fast_path, device, train_set.phantoms, started)
     content = describe(train_set, validate_set)
     digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
     record = {"folder": options.data, "phantoms": run.phantoms, "content": content, "images": counts}

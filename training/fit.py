@@ -124,7 +124,8 @@ def fit(stage: Stage, run: Run) -> None:
         # Train.
         started = time.perf_counter()
         losses = train_epoch(stage, data, epoch, run.options.seed)
-        seconds = time.perf_counter() - started
+        trained = time.perf_counter()
+        seconds = trained - started
 
         # Evaluate.
         sizes = batch_sizes(len(data), stage.batch_size)
@@ -133,6 +134,7 @@ def fit(stage: Stage, run: Run) -> None:
         row |= {column: mean_over_images(losses[:, i], sizes) for i, column in enumerate(stage.columns)}
         with exact_float32():
             row |= stage.evaluate(epoch)
+        evaluated = time.perf_counter()
         for i, column in enumerate(stage.columns):
             history[column] = history[column] + losses[:, i].tolist()
         state = {"epoch": epoch, "history": history} | stage.state_dict()
@@ -143,6 +145,8 @@ def fit(stage: Stage, run: Run) -> None:
             with exact_float32():
                 stage.draw(row, history)
             stage.save_weights(row)
+            row["evaluation_seconds"] = round(evaluated - trained, 2)
+            row["other_seconds"] = round(run.seconds_since_last() - (evaluated - started), 2)
             run.state[stage.name] = state
             run.save()
             page.write_run(run.folder)
