@@ -114,7 +114,7 @@ def dcgan_step(real_batch, device):
     bce = nn.BCELoss()
 
     def step() -> None:
-        real = real_batch().contiguous().requires_grad_(True)
+        real = real_batch().requires_grad_(True).clone(memory_format=torch.contiguous_format)
         fake = generator(torch.randn(len(real), 128, 1, 1, device=device))
         ones, zeros = torch.ones(len(real), 1, device=device), torch.zeros(len(real), 1, device=device)
         d_real = discriminator(real)
