@@ -64,6 +64,18 @@ class Figures:
         self._save(figure, name, "L")
 
     @_figure
+    def panels(self, name: str, images: dict, title: str) -> None:
+        """Maps (H, W) by what they are, four a row; each with its own range of grey, for their units differ."""
+        rows = -(-len(images) // 4)
+        figure, axes = _subplots(rows, 4, 11, 0.5 + 2.9 * rows)
+        figure.suptitle(self._with_note(title), fontsize=STYLE["axes.titlesize"])
+        for panel, (text, image) in zip(axes.flat, images.items(), strict=True):
+            panel.imshow(np.asarray(image.float().cpu()), cmap="gray", interpolation="nearest")
+            panel.set_title(text, fontsize=10)
+            panel.axis("off")
+        self._save(figure, name, "L")
+
+    @_figure
     def single_image(self, name: str, image, title: str) -> None:
         """One image (1, H, W), with the scale of its grey values and pixel axes."""
         figure, axes = self._axes(5.2, 4.8, title)

@@ -3,8 +3,9 @@
     python resources/update.py RUN PREDICT     # a folder of train.py, and one of predict.py with its weights
 
 A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and its data the upper rows of
-resources/strip.png, whose other rows the pretrained weights draw. A run on real scans goes to resources/oasis/ and
-gives only what shows no scan: scores, curves and generated images; and its weights go to resources/pretrained/.
+resources/strip.png and of resources/way.png, whose other rows the pretrained weights draw. A run on real scans goes to
+resources/oasis/ and gives only what shows no scan: scores, curves and generated images; and its weights go to
+resources/pretrained/.
 """
 
 import shutil
@@ -12,13 +13,14 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from dataset import OasisDataset  # noqa: E402
 from priors.autoregressive import alone  # noqa: E402
-from priors.checkpoints import PRIORS, load_autoregressive, load_vqvae  # noqa: E402
+from priors.checkpoints import PRIORS, load_autoregressive, load_prior, load_vqvae  # noqa: E402
 from report.plots import Figures  # noqa: E402
 from support import seeds  # noqa: E402
 from support.run import read_record  # noqa: E402
@@ -42,6 +44,7 @@ def main(run: Path, predicted: Path) -> None:
         for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
             names |= {f"epoch_{n}{kind}": f"epoch_{name}{kind}" for kind in ("", "_single")}
         draw_strip(Path(record["data"]["folder"]))
+        draw_way(Path(record["data"]["folder"]))
     else:
         target, names = HERE / "oasis", {name: name for name in OF_SCANS}
         if stage != "vqvae":
@@ -67,6 +70,40 @@ def draw_strip(data: Path) -> None:
     images = torch.cat([x, vqvae.decode(vqvae.encode(x)), brains, prior.decode(stack)])
     title = "Synthetic slices; decoded from 64×64 codes; new brains; planes of one new head"
     Figures(HERE).image_grid("strip.png", images, title)
+
+
+@torch.no_grad()
+def draw_way(data: Path) -> None:
+    """A validation phantom to its codes and back; and noise by the DCGAN to codes and a new slice."""
+    vqvae = load_vqvae(HERE / "pretrained" / "vqvae.pth")
+    prior = load_prior(HERE / "pretrained" / "generator.pth", vqvae)
+    dataset = OasisDataset(data, "validate")
+    x, noise = dataset.batch([len(dataset) // 2]), prior.noise(1, seeds.generator(0, "samples"))
+    z_e, codes, new_codes = vqvae.latents(x), vqvae.encode(x), prior.sample(noise)
+
+    def shown(z: Tensor) -> Tensor:
+        """What latents (1, D, 64, 64) are along the first direction of the prior's space, (64, 64)."""
+        return ((z - prior.space.shift) * prior.space.directions[:, 0, None, None]).sum(1)[0]
+
+    def embedded(codes: Tensor) -> Tensor:
+        return shown(vqvae.vector_quantizer.look_up(codes))
+
+    def decoded(codes: Tensor) -> Tensor:
+        return vqvae.decode(codes)[0, 0].clamp(0, 1)
+
+    coefficients = prior.coefficients(noise)
+    panels = {
+        "slice x, 256×256": x[0, 0],
+        "encoder: z_e, 64×64×64": shown(z_e),
+        "nearest embeddings: 64×64 codes": embedded(codes),
+        "decoder: x̂, 256×256": decoded(codes),
+        "noise z, 128": noise.view(8, 16),
+        f"generator: coefficients, 64×64×{coefficients.shape[1]}": coefficients[0, 0],
+        "latents, nearest embeddings: codes": embedded(new_codes),
+        "decoder: a new slice": decoded(new_codes),
+    }
+    title = "Above: a slice to its codes and back. Below: noise to the codes of a new slice"
+    Figures(HERE).panels("way.png", panels, title)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,14 @@ def test_images_stand_in_rows_of_eight_in_their_order(tmp_path):
     assert np.ravel(found) == pytest.approx(np.linspace(0, 0.9, 32) * 255, abs=2)
 
 
+def test_panels_are_named_in_their_order_each_with_its_own_range(figures):
+    maps = {f"map {i}": torch.arange(6.0).view(2, 3) * 10**i for i in range(8)}
+    FIGURES.panels("x.png", maps, "T")
+    panels = figures[0].axes
+    assert [axes.get_title() for axes in panels] == list(maps) and figures[0].get_suptitle() == "T"
+    assert [axes.images[0].get_clim() for axes in panels] == [(0, 5 * 10**i) for i in range(8)]
+
+
 def test_every_title_says_that_the_data_are_phantoms(figures, tmp_path):
     image, name, drawn = torch.rand(1, 64, 64), "x.png", Figures(tmp_path, phantoms=True)
     history = {key: [1.0, 0.5] for key in ("d_loss", "g_loss", "d_real", "d_fake")}
