@@ -23,6 +23,7 @@ from support.console import SEED, UserError
 SIZE = 256  # of a slice, in pixels
 SHARES = {"train": 302, "validate": 35, "test": 17}  # subjects of the PNG set
 PLAN = "conversion.json"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def add_options(parser: argparse.ArgumentParser, source: str) -> None:
@@ -64,10 +65,13 @@ def _read_split(path: Path, subjects: Sequence) -> dict[int, str]:
     if not rows or not {"subject", "split"} <= rows[0].keys():
         raise UserError(f"{path}: has no columns named subject and split, or no rows")
     by_case = {each.case: each.subject for each in subjects}
-    cases = {str(key): case for case in by_case for key in (case, f"{case:03d}", f"{case:04d}")}
-    for case, name in ((each.case, each.subject) for each in subjects):  # a name counts before a number
-        names = {name, name.removeprefix("OASIS_")}
-        cases |= dict.fromkeys(names | {re.sub(r"_MR\d$", "", name) for name in names}, case)
+    cases: dict[str, int] = {}
+    for case, name in by_case.items():  # a number tells a subject if it is the only one in its name
+        if [int(n) for n in re.findall(r"\d+", re.sub(r"^(OASIS_)?OAS1_|_MR\d$", "", name))] == [case]:
+            cases |= dict.fromkeys((f"{case}", f"{case:03d}", f"{case:04d}"), case)
+    for each in subjects:  # a name counts before a number
+        names = {each.subject, each.subject.removeprefix("OASIS_")}
+        cases |= dict.fromkeys(names | {re.sub(r"_MR\d$", "", name) for name in names}, each.case)
     splits: dict[int, str] = {}
     for row in rows:
         name, split = row["subject"], row["split"]
@@ -94,10 +98,17 @@ def is_complete(dest: Path, plan: dict) -> bool:
     if not dest.exists() or dest.is_dir() and not any(dest.iterdir()):
         return False
     before = files.read_json(dest / PLAN)
+    written, n = before.pop("written", 0), _n_slices(dest)
     if before != plan:
         how = "of other files or with other options" if before else "by another program"
         raise UserError(f"{dest}: was made {how}; name another DEST")
+    if written != n:
+        raise UserError(f"{dest}: has {n} slices, and had {written}; name another DEST")
     return True
+
+
+def _n_slices(folder: Path) -> int:
+    return len(list(folder.glob("keras_png_slices_*/case_*.png")))
 
 
 @contextlib.contextmanager
@@ -122,6 +133,7 @@ def begun(dest: Path, plan: dict, checked_later: str = "") -> Iterator[Path]:
             raise
         for path in folder.rglob(".*.tmp"):  # of a call that was killed
             path.unlink()
+        files.write_json(folder / PLAN, plan | {"written": _n_slices(folder)})
         if dest.exists():
             dest.rmdir()  # empty
         os.rename(folder, dest)
@@ -134,15 +146,20 @@ def write_slice(image: np.ndarray, path: Path) -> None:
         Image.fromarray(image).save(temporary, format="PNG")
 
 
-def in_threads(items: Sequence, work: Callable, n_threads: int, **bar) -> Iterator:
+def in_threads(items: Sequence, work: Callable, n_threads: int = CORES, **bar) -> Iterator:
     """What `work` returns for each item, in their order; a signal takes effect between two of them."""
-    with ThreadPoolExecutor(n_threads) as pool:
-        try:
-            for result in console.progress(pool.map(work, items), total=len(items), **bar):
-                yield result
-                console.stop_if_signalled()
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def stoppable(item):
+        console.stop_if_signalled()
+        return work(item)
+
+    pool = ThreadPoolExecutor(n_threads)
+    try:
+        for result in console.progress(pool.map(stoppable, items), total=len(items), **bar):
+            yield result
+            console.stop_if_signalled()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def complete(dest: Path, preview: bool) -> None:
@@ -155,5 +172,5 @@ def complete(dest: Path, preview: bool) -> None:
                 sheet.paste(image, (i % 8 * SIZE, i // 8 * SIZE))
         write_slice(np.asarray(sheet), dest / "preview.png")
         print(f"Look at {dest / 'preview.png'}")
-    print(f"{dest} is complete. The same command with --preview draws a sheet of some slices.")
+    print(f"{dest} is complete." + " The same command with --preview draws a sheet of some slices." * (not preview))
     print(f"Train: python train.py --data {shlex.quote(str(dest))}")

@@ -4,7 +4,7 @@
 
 SOURCE is a folder of PNG, JPEG or TIFF images, however nested, or an .npz file of MedMNIST. Images of one subject go to
 one split: the first line says how subjects are told apart, and --group says it better. Images become grey and 256x256;
-those that are so already keep their pixels. Deeper values than 8 bits are scaled by the set's own maximum. Interrupted
+those of 8 bits that are so already keep their pixels. Deeper values are scaled by the set's own maximum. Interrupted
 and called again, it goes on where it was: until all is done, everything is in DEST.unfinished.
 """
 
@@ -14,9 +14,7 @@ if not __package__:  # run as a file: its folder is the first in the path, not t
     sys.path[0] = sys.path[0].rpartition("preparation")[0] or "."
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
-import os
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,16 +37,16 @@ SIDE = Number(int, 8, f"a whole number from 8 to {SIZE}", below=SIZE + 1)
 
 
 class Item(NamedTuple):
-    """An image of the source: its name there, its subject, the subject's number, and how it is read."""
+    """An image of the source: its name there, its subject, the subject's number, and its file or its pixels."""
 
     name: str
     subject: str
     case: int
-    read: Callable[[], np.ndarray]
+    source: Path | np.ndarray
 
 
-def find(source: Path) -> tuple[dict[str, Callable[[], np.ndarray]], list[str]]:
-    """How each image of a source is read, by its name in natural order; and what was passed over."""
+def find(source: Path) -> tuple[dict[str, Path | np.ndarray], list[str]]:
+    """The file or the pixels of each image of a source, by its name in natural order; and what was passed over."""
     if source.suffix == ".npz" and source.is_file():
         return _in_npz(source), []
     if not source.is_dir():
@@ -57,12 +55,11 @@ def find(source: Path) -> tuple[dict[str, Callable[[], np.ndarray]], list[str]]:
     names = sorted((path.relative_to(source).as_posix() for path in paths), key=files.natural)
     kept = [n for n in names if n.lower().endswith(SUFFIXES) and not NOT_IMAGES.search(n)]
     kept = [n for n in kept if not any(part.startswith(".") for part in n.split("/"))]
-    readers = {name: lambda path=source / name: read(path) for name in kept}
-    readers = {name.encode("utf-8", "backslashreplace").decode(): reader for name, reader in readers.items()}
-    return readers, sorted(set(names) - set(kept))
+    found = {name.encode("utf-8", "backslashreplace").decode(): source / name for name in kept}
+    return found, sorted(set(names) - set(kept))
 
 
-def _in_npz(source: Path) -> dict[str, Callable[[], np.ndarray]]:
+def _in_npz(source: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(source) as contents:
             keys = {split: f"{key}_images" for key, split in SPLITS.items() if f"{key}_images" in contents}
@@ -73,19 +70,20 @@ def _in_npz(source: Path) -> dict[str, Callable[[], np.ndarray]]:
         raise UserError(f"{source}: has no train_images, val_images and test_images, as files of MedMNIST have")
     if any(a.dtype != np.uint8 or a.ndim != 3 and a.shape[3:] != (3,) for a in arrays.values()):
         raise UserError(f"{source}: holds no images (N, H, W) or (N, H, W, 3) of 8 bits")
-    named = {f"{split}/{i}": image for split, array in arrays.items() for i, image in enumerate(array)}
-    return {name: lambda image=image: grey(Image.fromarray(image)) for name, image in named.items()}
+    return {f"{split}/{i}": image for split, array in arrays.items() for i, image in enumerate(array)}
 
 
-def read(path: Path) -> np.ndarray:
-    """An image file as (H, W) grey values: uint8, or what is deeper. Raises UserError if it cannot be read."""
+def read(source: Path | np.ndarray) -> np.ndarray:
+    """An image as (H, W) grey values: uint8, or what is deeper. Raises UserError if its file cannot be read."""
+    if isinstance(source, np.ndarray):
+        return grey(Image.fromarray(source))
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if getattr(image, "n_frames", 1) != 1:
                 raise ValueError("it has several pages")
             return grey(image)
     except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError, zlib.error, …
-        raise UserError(f"{path}: cannot be used ({console.one_line(error)}); replace or remove it") from None
+        raise UserError(f"{source}: cannot be used ({console.one_line(error)}); replace or remove it") from None
 
 
 def grey(image: Image.Image) -> np.ndarray:
@@ -157,12 +155,12 @@ def main(argv: list[str] | None = None) -> None:
     source, dest = Path(o.source), Path(o.dest).resolve()
     if source.resolve() in (dest, *dest.parents):
         raise UserError(f"{dest}: lies in SOURCE; name another DEST")
-    readers, passed_over = find(source)
-    if not readers:
+    images, passed_over = find(source)
+    if not images:
         raise UserError(f"{source}: holds no PNG, JPEG or TIFF images")
-    rule, subjects = subjects_of(list(readers), o.group)
+    rule, subjects = subjects_of(list(images), o.group)
     case = {subject: i for i, subject in enumerate(dict.fromkeys(subjects), 1)}
-    items = [Item(name, s, case[s], reader) for (name, reader), s in zip(readers.items(), subjects, strict=True)]
+    items = [Item(name, s, case[s], image) for (name, image), s in zip(images.items(), subjects, strict=True)]
     examples = ", ".join(f"{item.subject} of {item.name}" for item in items[:: -(-len(items) // 3)])
     print(f"Subjects: {rule} ({examples})")
     how, splits = split_of(items, o)
@@ -172,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     if o.dry_run:
         print(f"{len(items)} images would be written to {dest} (--dry-run).")
         return
-    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    paths = [item.source for item in items] if source.is_dir() else [source]
     plan = {
         "images": [[item.name, item.subject, splits[item.case]] for item in items],
         "files": [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
@@ -187,8 +185,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert_all(items: list[Item], splits: dict[int, str], unfinished: Path, o: argparse.Namespace) -> None:
     """Write what is not there yet, and subjects.csv."""
-    in_threads = partial(folder.in_threads, items, n_threads=os.cpu_count() or 1, unit=" images")
-    depths = in_threads(lambda item: None if (x := item.read()).dtype == np.uint8 else x.max(), desc="Reading")
+    in_threads = partial(folder.in_threads, items, unit=" images")
+    depths = in_threads(lambda item: None if (x := read(item.source)).dtype == np.uint8 else x.max(), desc="Reading")
     deep = [greatest for greatest in depths if greatest is not None]
     factor = 255 / max(deep) if deep and max(deep) else 1.0
     if deep:
@@ -198,7 +196,7 @@ def convert_all(items: list[Item], splits: dict[int, str], unfinished: Path, o: 
     def write(item: Item) -> None:
         path = unfinished / names[item.name]
         if not path.exists():
-            values = item.read()
+            values = read(item.source)
             values = values if values.dtype == np.uint8 else values * factor
             folder.write_slice(fitted(values, o.size, o.fit), path)
 

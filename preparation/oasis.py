@@ -7,7 +7,7 @@ unpacked); or any folder of NIfTI volumes. `preparation.sources` says how they a
 again, it goes on where it was: until all is done, everything is in DEST.unfinished.
 
 Each volume is turned to RAS, resampled linearly where its voxels are not of 1 mm, and cut into slices of 256x256 pixels
-like those of the PNG set (`preparation.volumes`). Subjects with OASIS-1's numbers are split as there.
+like those of the PNG set (`preparation.volumes`). Subjects of OASIS-1's discs and of neurite-OASIS are split as there.
 """
 
 import sys
@@ -17,7 +17,6 @@ if not __package__:  # run as a file: its folder is the first in the path, not t
 import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import math
-import os
 from pathlib import Path
 
 from preparation import folder, sources
@@ -32,8 +31,8 @@ SLICES = Number(int, 2, "a whole number from 2 to 256", below=257)
 SHARE = Number(float, 0.01, "a number from 0.01 to 1", below=math.nextafter(1, 2))
 WORKERS = Number(int, 1, "a whole number from 1 to 256", below=257)
 OPTIONS = ("slices", "least_brain", "plane", "first_plane", "seed")  # which decide what is written, beside the split
-FACTS = ("shape", "zooms", "black", "white", "litres", "slices", "notes")
-COLUMNS = ("case", "subject", "session", "split", "source", *FACTS)
+COLUMNS = ("case", "subject", "session", "split", "source")
+COLUMNS += ("shape", "zooms", "black", "white", "litres", "slices", "notes")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,11 +53,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     plan = {name: getattr(o, name) for name in OPTIONS}
     plan |= {"kind": kind, "splits": {str(case): split for case, split in sorted(splits.items())}}
-    plan["volumes"] = [sources.identity(volume)[:2] for volume in scans]
+    plan["planes"] = "highest" if kind == sources.NEURITE else "middle"
+    plan["volumes"] = [[volume.name, *sources.sizes_and_times(volume)[0]] for volume in scans]
     if not folder.is_complete(dest, plan):
         # removing one of two volumes that contradict each other must not cost what is done
         with folder.begun(dest, plan, checked_later="volumes") as unfinished:
             convert_all(volumes, splits, unfinished, errors, kind, o)
+    for path in dest.glob("volume_*.json"):  # records of volumes, which an interrupted call needs until the very end
+        path.unlink()
     folder.complete(dest, o.preview)
 
 
@@ -74,12 +76,17 @@ def convert_all(volumes, splits: dict[int, str], unfinished: Path, errors: list[
             convert(volume, splits[volume.case], unfinished, kind, o)
         except VolumeError as error:
             return str(error)
+        except MemoryError:
+            return f"{volume.name}: does not fit into memory; give fewer --workers"
 
-    errors = errors + sorted(filter(None, folder.in_threads(todo, work, o.workers, unit=" volumes")))
+    bad = sorted(filter(None, folder.in_threads(todo, work, o.workers, unit=" volumes")))
+    errors = [*errors, *bad]
     if errors and not o.skip_bad:
         advice = "Replace them, or leave them out with --skip-bad; what is done is kept."
         raise UserError("\n  ".join([f"{len(errors)} volumes cannot be used:", *errors]) + f"\n{advice}")
     rows = [row for volume in volumes if (row := record(volume, unfinished))]
+    if changed := len(volumes) - len(bad) - len(rows):
+        raise UserError(f"{changed} volumes have changed meanwhile; the same command converts them again")
     if missing := folder.SHARES.keys() - {row["split"] for row in rows}:
         raise UserError(f"{unfinished}: no subject is left for {min(missing)}; train.py needs all three splits")
     remove_others(rows, unfinished, o)
@@ -97,6 +104,9 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
 
     Raises VolumeError if the volume cannot be used.
     """
+    paths, row = slice_paths(volume.case, volume.session, split, unfinished, o), known(volume)
+    for path in (record_path(volume, unfinished), *map(label_map, paths)):  # of a volume that was there before
+        path.unlink(missing_ok=True)
     scan = read(volume)
     in_atlas, highest = ((kind, o.plane) == (name, "axial") for name in (sources.ATLAS, sources.NEURITE))
     try:
@@ -106,7 +116,6 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
             images, positions, facts = cut(scan.voxels, o.plane, o.slices, o.least_brain, highest)
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from None
-    paths = slice_paths(volume.case, volume.session, split, unfinished, o)
     for path, image in zip(paths, images, strict=True):
         folder.write_slice(image, path)
     if in_atlas and (labels := sources.label_volume(volume)):
@@ -116,7 +125,7 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
         for path, image in zip(paths, cut_labels(tissue, positions), strict=True):
             folder.write_slice(image, label_map(path))
     shape, zooms = ("x".join(map(str, numbers)) for numbers in (scan.shape, scan.zooms))
-    row = known(volume) | facts | {"split": split, "shape": shape, "zooms": zooms, "notes": "; ".join(scan.notes)}
+    row |= facts | {"split": split, "shape": shape, "zooms": zooms, "notes": "; ".join(scan.notes)}
     files.write_json(record_path(volume, unfinished), row | {"slices": " ".join(map(str, positions))})
 
 
@@ -129,7 +138,7 @@ def slice_paths(case: int, session: int, split: str, unfinished: Path, o: argpar
 def known(volume: Volume) -> dict:
     """What a volume's record says of it before it is read."""
     facts = {"case": volume.case, "subject": volume.subject, "session": volume.session, "source": volume.name}
-    return {"file": sources.identity(volume)} | facts
+    return facts | {"files": sources.sizes_and_times(volume)}
 
 
 def record_path(volume: Volume, unfinished: Path) -> Path:
@@ -143,11 +152,11 @@ def record(volume: Volume, unfinished: Path) -> dict:
 
 
 def remove_others(rows: list[dict], unfinished: Path, o: argparse.Namespace) -> None:
-    """Remove records, and the slices of volumes that are no longer there."""
+    """Remove the slices of volumes that are no longer there."""
     paths = [slice_paths(row["case"], row["session"], row["split"], unfinished, o) for row in rows]
     kept = {path for volume in paths for path in volume}
     kept |= {label_map(path) for path in kept}
-    for path in [*{*unfinished.glob("keras_png_slices_*/*.png")} - kept, *unfinished.glob("volume_*.json")]:
+    for path in {*unfinished.glob("keras_png_slices_*/*.png")} - kept:
         path.unlink()
 
 
@@ -164,8 +173,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "of OASIS-1's discs: the number of the first slice's plane, from 1 (default: 73, as in the PNG set)"
     add("--first-plane", metavar="N", type=FIRST_PLANE, default=73, help=text)
     add("--skip-bad", action="store_true", help="leave out volumes that cannot be used, and list them")
-    cores = os.cpu_count() or 1
-    add("--workers", metavar="N", type=WORKERS, default=cores, help=f"volumes at a time (default: {cores}, the cores)")
+    text = f"volumes at a time (default: {folder.CORES}, the cores)"
+    add("--workers", metavar="N", type=WORKERS, default=folder.CORES, help=text)
     return parser.parse_args(argv)
 
 

@@ -263,8 +263,10 @@ def sets_own_split(volumes: list[Volume]) -> dict[int, str]:
     return splits if set(splits.values()) == set(SHARES) else {}
 
 
-def identity(volume: Volume) -> list:
-    """What tells that a volume is the one that was converted: its name, its size and when it was written."""
-    if not volume.file.exists():  # said when it is read
-        return [volume.name]
-    return [volume.name, volume.size or volume.file.stat().st_size, volume.file.stat().st_mtime_ns]
+def sizes_and_times(volume: Volume) -> list[list[int]]:
+    """The sizes of a volume's files and when they were written: its own, the other one of a pair, its label map's."""
+    paths = [volume.file, volume.file.with_suffix(".img")] if volume.file.suffix == ".hdr" else [volume.file]
+    if volume.file.suffix == ".hdr" and (labels := label_volume(volume)):
+        paths += [labels.file, labels.file.with_suffix(".img")]
+    found = [path.stat() for path in paths if path.is_file()]  # what is missing is said when it is read
+    return [[volume.size or each.st_size for each in found], [each.st_mtime_ns for each in found]]

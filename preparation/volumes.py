@@ -129,7 +129,7 @@ def read(volume: Volume, labels: bool = False) -> Scan:
         image = nib.as_closest_canonical(nib.squeeze_image(image))
         values = np.unique(image.dataobj[::2, ::2, ::2])
         if 1 < len(values) < FEWEST_VALUES and (values == np.rint(values)).all() and not labels:
-            advice = "leave it out with --skip-bad, or remove it"
+            advice = "leave it out with --skip-bad"
             raise VolumeError(f"{volume.name}: has {len(values)} different values, as label maps and masks; {advice}")
         if any(abs(zoom - 1) > 0.01 for zoom in zooms):
             along = voxel_sizes(image.affine)
@@ -177,7 +177,10 @@ def _open(volume: Volume) -> tuple[nib.spatialimages.SpatialImage, list[str]]:
         data = data if format is nib.MGHImage else _with_intercept(format, data)
         image = format.from_bytes(data)
         contents = [data]
-    size = _voxels(volume, image.shape) * image.get_data_dtype().itemsize
+    voxels = math.prod(map(int, image.shape))
+    if not 0 < voxels <= MOST_VOXELS:
+        raise VolumeError(f"{volume.name}: announces {voxels} voxels")
+    size = voxels * image.get_data_dtype().itemsize
     if size > len(contents[-1]) - image.dataobj.offset:  # nibabel would ask for the memory first
         raise VolumeError(f"{volume.name}: is damaged or ends early; download it again")
     if len(contents) == 2:
@@ -203,7 +206,7 @@ def _format(volume: Volume, start: bytes) -> type[nib.spatialimages.SpatialImage
     raise VolumeError(f"{volume.name}: is not NIfTI and not MGH; download it again")
 
 
-def _with_intercept(format: type[nib.Nifti1Image], data: bytes) -> bytes:
+def _with_intercept(format: type[nib.Nifti1Image], data: bytes | bytearray) -> bytes | bytearray:
     """A file whose intercept is 0 if it was NaN, which nibabel refuses."""
     kind, start = format.header_class.template_dtype.fields["scl_inter"][:2]
     header = format.header_class.from_fileobj(io.BytesIO(data), check=False)
@@ -212,24 +215,18 @@ def _with_intercept(format: type[nib.Nifti1Image], data: bytes) -> bytes:
     return data[:start] + bytes(kind.itemsize) + data[start + kind.itemsize :]
 
 
-def _decompress(volume: Volume, contents: bytes) -> bytes:
+def _decompress(volume: Volume, contents: bytes) -> bytearray:
     """What a .gz holds, with its checksum verified."""
+    data = bytearray()
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(contents)) as file:
-            data = file.read(MOST_BYTES + 1)
+            while part := file.read(2**22):  # a larger size would be allocated at once
+                data += part
+                if len(data) > MOST_BYTES:
+                    raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB")
     except (EOFError, OSError, zlib.error):
         raise VolumeError(f"{volume.name}: is damaged or ends early; download it again") from None
-    if len(data) > MOST_BYTES:
-        raise VolumeError(f"{volume.name}: is larger than {MOST_BYTES >> 30} GiB")
     return data
-
-
-def _voxels(volume: Volume, shape: tuple[int, ...]) -> int:
-    """The number of voxels that a header announces. Raises VolumeError if there are none or too many."""
-    voxels = math.prod(map(int, shape))
-    if not 0 < voxels <= MOST_VOXELS:
-        raise VolumeError(f"{volume.name}: announces {voxels} voxels")
-    return voxels
 
 
 def cut(

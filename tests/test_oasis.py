@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,7 +21,7 @@ from fuzzing import bounded
 from PIL import Image
 
 from dataset import OasisDataset
-from preparation import folder, phantoms, sources, volumes
+from preparation import folder, oasis, phantoms, sources, volumes
 from support import console, files
 from support.console import UserError
 from support.files import read_json
@@ -419,6 +420,13 @@ def test_a_table_of_splits_may_have_semicolons_and_capitals(tmp_path):
     assert folder.split_subjects(found, 0, tmp_path / "split.csv") == {1: "test", 2: "train", 3: "validate"}
 
 
+def test_a_number_names_a_subject_only_if_its_name_has_it(tmp_path):
+    found = [volumes.Volume("", f"P{i + 1}", i, 1, Path()) for i in (1, 2, 3)]  # counted from P2 on
+    (tmp_path / "split.csv").write_text("subject,split\n1,test\n2,train\n3,validate\n4,train\n")
+    with pytest.raises(UserError, match="does not name P2"):
+        folder.split_subjects(found, 0, tmp_path / "split.csv")
+
+
 def test_planes_that_are_too_few_are_said_to_be_so(tmp_path):
     path = write_nifti(tmp_path / "few.nii", np.ones((64, 64, 15), np.int16))
     with pytest.raises(UserError, match="few.nii: has 15 planes in one direction; 16 are needed"):
@@ -679,6 +687,10 @@ def test_a_complete_folder_stays_and_another_source_or_option_is_refused(nifti_s
     refused(convert(nifti_source, converted, "--seed", 1), "slices", "was made of other files or")
     refused(convert(nifti_source, converted, "--plane", "coronal"), "slices", "was made of other files or")
     assert pixels(converted) == before and not converted.with_name("slices.unfinished").exists()
+    copy = converted.with_name("copy")
+    shutil.copytree(converted, copy)
+    next(copy.glob("*/case_002_slice_3.nii.png")).unlink()
+    refused(convert(nifti_source, copy), "copy", "has 11 slices, and had 12")
 
 
 def test_a_resumed_call_keeps_what_is_done_and_nothing_of_what_has_changed(nifti_source, heads, tmp_path):
@@ -726,7 +738,7 @@ def test_a_full_disk_and_a_signal_cost_nothing(nifti_source, converted, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(image, path, **settings)
 
-    with monkeypatch.context() as patch:  # workers are forks, which have it as well
+    with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full)
         refused(convert(nifti_source, tmp_path / "slices"), "case_002_slice_0.nii.png", "No space left on device")
 
@@ -740,6 +752,44 @@ def test_a_full_disk_and_a_signal_cost_nothing(nifti_source, converted, tmp_path
     assert not (tmp_path / "slices").exists()
     assert convert(nifti_source, tmp_path / "slices").returncode == 0
     assert pixels(tmp_path / "slices") == pixels(converted)
+
+
+def test_what_is_done_is_kept_until_the_folder_has_its_name(nifti_source, tmp_path, monkeypatch):
+    """As where DEST is a mount point, or is open on Windows."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        assert convert(nifti_source, tmp_path / "slices").returncode == 1
+    unfinished = tmp_path / "slices.unfinished"
+    before = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*/*.png")}
+    assert convert(nifti_source, tmp_path / "slices").returncode == 0
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "slices").glob("*/*.png")}
+    assert {path.name for path in (tmp_path / "slices").iterdir() if path.is_file()} == {
+        "conversion.json",
+        "subjects.csv",
+    }
+
+
+def test_of_a_volume_that_changes_no_slice_is_mixed_with_what_it_was(heads, tmp_path, monkeypatch):
+    """Changed while it is converted; and a disc's image or label map, beside an equal header."""
+    for case, head in enumerate(heads, 1):
+        write_analyze(tmp_path / "discs" / disc(case), head)
+    labels = tmp_path / "discs" / disc(2).parents[3] / "FSL_SEG" / disc(2).name.replace("_gfc", "_masked_gfc_fseg")
+    write_analyze(labels, (heads[1] > 300).astype(np.int16))
+    image, cut_atlas = (tmp_path / "discs" / disc(1)).with_suffix(".img"), volumes.cut_atlas
+
+    def changing(*words):
+        os.utime(image, ns=(1, 1))
+        return cut_atlas(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(oasis, "cut_atlas", changing)
+        refused(convert(tmp_path / "discs", tmp_path / "slices", *LOW), "1 volumes have changed meanwhile")
+    unfinished = tmp_path / "slices.unfinished"
+    assert len(list(unfinished.glob("*/seg_002*"))) == 4
+    for path in (labels.with_suffix(".hdr"), labels.with_suffix(".img")):
+        path.unlink()
+    assert convert(tmp_path / "discs", tmp_path / "slices", *LOW).returncode == 0
+    assert not list((tmp_path / "slices").glob("*/seg_*")) and len(pixels(tmp_path / "slices")) == 12
 
 
 def test_killed_and_called_again_it_gives_what_an_uninterrupted_call_gives(nifti_source, converted, tmp_path):
