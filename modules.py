@@ -87,6 +87,8 @@ class Decoder(nn.Module):
 class VectorQuantizer(nn.Module):
     """Replace each latent vector by the nearest vector of a learned codebook (arXiv 1711.00937, eq. 1 and 2).
 
+    With the mean squared error of the reconstruction, its loss is eq. 3, in means over numbers instead of norms.
+
     The embeddings start uniform in ±1/n_embeddings. Most would then never be used: `training.codebook` moves them.
 
     `n_embeddings` is the size of the codebook, `embeddings_dim` the length D of an embedding, `beta` the weight β of

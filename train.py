@@ -2,7 +2,7 @@
 
     python train.py                                      # $OASIS_DIR or ./keras_png_slices_data, else a demo
     python train.py --data DIR                           # OASIS elsewhere
-    python train.py --resume gen_imgs/<run>              # continue where it was last saved
+    python train.py --resume gen_imgs/RUN              # continue where it was last saved
     python train.py --only dcgan --vqvae PATH/vqvae.pth    # the DCGAN alone
     python train.py --prior autoregressive               # a prior over the codes themselves instead of the DCGAN
     torchrun --nproc-per-node=8 train.py --data DIR      # several processes, one GPU each

@@ -2,7 +2,7 @@
 
     python -m evaluation REAL FAKE                   # folders of 256x256 grey PNGs
     python -m evaluation REAL FAKE --train TRAIN     # and whether FAKE has copies of what it was trained on
-    python -m evaluation DIR/keras_png_slices_test gen_imgs/<run>_predict/samples \\
+    python -m evaluation DIR/keras_png_slices_test gen_imgs/RUN_predict/samples \\
         --train DIR/keras_png_slices_train --vqvae PATH/vqvae.pth --reconstruct real    # as predict.py --data DIR
 
 REAL are images of subjects that the generator was not trained on. A file named case_C_slice_S… is of subject C, another

@@ -74,7 +74,7 @@ class DCGANPrior:
         prior.gain = transport(covariance_spectrum(generated), real)
         return prior
 
-    def measure_statistics(self, noise: Tensor) -> None:
+    def reset_batch_norm(self, noise: Tensor) -> None:
         """Set the statistics of the generator's BatchNorm to those that its weights have for noise (on the CPU).
 
         An average of the statistics of past weights is not that of averaged weights.

@@ -1,4 +1,4 @@
-"""The map between latents and the generator's range, and what a discriminator sees of them.
+"""The map between latents and the generator's range, and the position that a discriminator is told.
 
 The generator ends in tanh, so its range is [-1, 1]. `LatentSpace` is fitted on the training split and stored in
 generator.pth.
@@ -18,8 +18,8 @@ from priors.spectrum import power_spectrum
 from support.console import in_batches
 
 FIT_IMAGES = 128  # that a space is fitted on, spaced evenly over the split
-POSITIONS = 3  # channels that tell a discriminator where it is
-MARGIN = 2  # positions around heads
+POSITION_CHANNELS = 3  # that tell a discriminator where it is
+HEAD_MARGIN = 2  # rows and columns around heads that belong to them
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class SpaceRecipe:
         directions: from so many, images decode with the same SSIM as from all (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
         clipped: share of the heads' values that tanh's range cuts off.
-        outline: length of latents that belong to a head, as a share of the root mean square length in heads; 0 for no
-            outline. Real latents lose next to nothing by it (benchmarks/limits.py); generated ones lose speckle.
-        amplitudes_cut: share of real images below, and above, the range of generated amplitudes; None for no limits.
+        outline: length from which on latents show a head, as a share of the root mean square length in heads; 0 for no
+            outline. Far from heads latents then decode to black, where the filter would leave a faint pattern.
+        amplitudes_cut: share of real images at either end that generated amplitudes cannot have; None for no limits.
     """
 
     directions: int = 6
@@ -50,8 +50,10 @@ NO_LIMITS = torch.tensor([0.0, torch.finfo(torch.float32).max])  # of amplitudes
 class LatentSpace:
     """Latents z (B, D, H, W) <-> coefficients c (B, K, H, W) <- the generator's output t (B, D, H, W) in [-1, 1].
 
+    D is the length of an embedding, which the report's networks have as channels; K numbers at a position are kept.
+
     c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
-    z = shift + directions (scale⁻¹ * c) within `support`, and at most MARGIN positions from the head that z shows.
+    z = shift + directions (scale⁻¹ * c) within `support`, and at most HEAD_MARGIN positions from the head that z shows.
     Generated coefficients are mixᵀ t, times a factor that brings their `amplitude` into the range of real ones.
 
     Attributes:
@@ -133,11 +135,12 @@ class LatentSpace:
         return self.unmixed(self.mixed(c).clamp(-1, 1))
 
     def with_position(self, c: Tensor) -> Tensor:
-        """Coefficients (B, K, H, W) -> (B, K + POSITIONS, H, W): those, and the position.
+        """Coefficients (B, K, H, W) -> (B, K + POSITION_CHANNELS, H, W): those, and the position.
 
         A discriminator sees `basis` times these. A convolution does not know where it is, and with BatchNorm a
-        discriminator does not see how large the values are. So further channels tell it the row and the column in
-        [-0.5, 0.5], and 0.5. Where D is too small for it, there are fewer, and none where K = D.
+        discriminator does not see how large the values are. So further channels tell it the column and the row in
+        [-0.5, 0.5], and a constant, 0.5, to compare the values with. Where D is too small for it, there are fewer, and
+        none where K = D.
         """
         if self._all_kept:
             return c
@@ -146,9 +149,13 @@ class LatentSpace:
 
     @cached_property
     def basis(self) -> Tensor | None:
-        """(D, K + POSITIONS), orthonormal columns: `mix`, and those of the position. None where K = D."""
+        """(D, K + POSITION_CHANNELS), orthonormal columns: `mix`, and those of the position. None where K = D."""
         dim, n = self.mix.shape
-        return None if self._all_kept else torch.cat([self.mix, _cosines(dim)[:, n : n + POSITIONS].to(self.mix)], 1)
+        return (
+            None
+            if self._all_kept
+            else torch.cat([self.mix, _cosines(dim)[:, n : n + POSITION_CHANNELS].to(self.mix)], 1)
+        )
 
     @property
     def _all_kept(self) -> bool:
@@ -157,7 +164,7 @@ class LatentSpace:
 
     @cached_property
     def _position(self) -> Tensor:
-        """(POSITIONS, H, W) within `support`."""
+        """(POSITION_CHANNELS, H, W) within `support`."""
         dim, n = self.mix.shape
         along = torch.linspace(-0.5, 0.5, len(self.support)).to(self.support).expand_as(self.support)
         return torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
@@ -182,7 +189,8 @@ class LatentSpace:
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
           and all by one factor, so that tanh's range cuts off the share `clipped` of the heads' values.
         - mix: the first functions of a cosine transform, which spread each coefficient over all channels.
-        - support: where z differs from `shift` in any of the images, and MARGIN positions around.
+        - support: where z differs from `shift`, by a tenth of their length in heads, in any of the images, and
+          HEAD_MARGIN around.
         - amplitudes: the range of those of the images, but for `amplitudes_cut` at either end.
         - outline: the recipe's share of the root mean square length of z - shift in heads.
         """
@@ -261,8 +269,8 @@ def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _around(head: Tensor) -> Tensor:
-    """1 at most MARGIN positions, along both axes, from where head (..., H, W) is true, else 0."""
-    return F.max_pool2d(head.float(), 2 * MARGIN + 1, 1, MARGIN)
+    """1 at most HEAD_MARGIN positions, along both axes, from where head (..., H, W) is true, else 0."""
+    return F.max_pool2d(head.float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)
 
 
 def _filter(c: Tensor, gain: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
 import subprocess
@@ -94,7 +95,10 @@ class Run(Saved):
                 path.unlink(missing_ok=True)
         options = dataclasses.asdict(self.options)
         record |= {"options": options, "seed": options["seed"], "data": data, "fast_path": self.fast_path._asdict()}
-        record["recipes"] = recipes
+        recipes = json.loads(json.dumps(recipes))  # as they are read again
+        before = record.setdefault("recipes", recipes)
+        if before != recipes:  # of another commit: epochs from here on have these
+            record["resumed"][-1]["recipes"] = recipes
         files.write_json(self.folder / "run.json", record)
 
     def _lock(self) -> None:
@@ -118,7 +122,7 @@ class Run(Saved):
         contents = {"options": dataclasses.asdict(self.options), "state": self.state, "rows": self.rows}
         files.save(contents | {"fast_path": self.fast_path._asdict()}, self.folder / RESUME_FILE)
 
-    def seconds_since_last(self) -> float:
+    def take_seconds(self) -> float:
         """Seconds since `clock`, which is set to now."""
         before, self.clock = self.clock, time.perf_counter()
         return self.clock - before

@@ -64,7 +64,7 @@ def test_calibration_gives_generated_latents_the_covariance_of_real_ones(vqvae, 
 def test_batch_statistics_are_measured_for_the_weights_as_they_are(vqvae, latents):
     generator = Generator(embeddings_dim=8).apply(dcgan_init)
     prior, noise = DCGANPrior(generator, latents.space, vqvae), torch.randn(64, 128, 1, 1)
-    prior.measure_statistics(noise)
+    prior.reset_batch_norm(noise)
     first, after = generator.net[0][0], generator.net[0][1]
     with torch.no_grad():
         mean = torch.stack([first(part).mean((0, 2, 3)) for part in noise.split(32)]).mean(0)

@@ -132,7 +132,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqv
     sets = [OasisDataset(data, split) for split in ("train", "validate")]
     words = {f"{kind.name}_{key}": value for key, value in (("epochs", 1), ("batch_size", 4))}
     monkeypatch.setattr(page, "write_run", lambda folder: None)
-    for method in ("begin", "are_measured", "draw", "report"):  # figures and measures take most of the time
+    for method in ("begin", "are_measured", "draw", "print_measures"):  # figures and measures take most of the time
         monkeypatch.setattr(Samples, method, lambda *words: False)
     runs = [new_run(tmp_path / name, embeddings_dim=8, **words) for name in ("whole", "stopped")]
     whole, stopped = (kind(run, copy.deepcopy(vqvae), *sets, n_measures=1) for run in runs)
@@ -211,6 +211,7 @@ def test_the_rate_is_constant_at_first_and_falls_along_a_cosine():
     assert rates[80] == pytest.approx((1 + 0.01) / 2)  # half way down
     assert rates[70] == pytest.approx(0.01 + 0.99 * (2 + 2**0.5) / 4)  # a quarter
     assert rates[100] == pytest.approx(0.01) == fit.falling_rate(1000, 100, 0.6, 0.01)
+    assert {fit.falling_rate(step, 100, constant=1.0, last=0.01) for step in range(100)} == {1.0}
 
 
 def test_a_step_sees_the_box_of_the_pictures_at_the_rate_of_the_step(data, tmp_path):

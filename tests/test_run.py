@@ -110,6 +110,18 @@ def test_what_is_no_run_json_is_refused(tmp_path, text):
         read_record(tmp_path)
 
 
+def test_recipes_that_changed_before_a_run_was_resumed_are_recorded_beside_the_first(tmp_path):
+    run = Run(Options(), tmp_path, fast_path=FastPath("cpu"))
+    data = {"folder": "d", "phantoms": False, "content": "", "images": {}, "digests": {}}
+    for recipes in ({"vqvae": {"dilations": (1, 2)}}, {"vqvae": {"dilations": (1, 2)}}, {"vqvae": {"dilations": (4,)}}):
+        run.begin(data, recipes)
+        run.save()
+        run.release()
+    record = read_record(tmp_path)
+    assert record["recipes"] == {"vqvae": {"dilations": [1, 2]}}
+    assert [part.get("recipes") for part in record["resumed"]] == [None, {"vqvae": {"dilations": [4]}}]
+
+
 def test_a_package_under_another_name_costs_nothing(monkeypatch):
     def version(name: str) -> str:
         if name == "pillow":

@@ -142,7 +142,7 @@ class AutoregressiveStage(Stage):
         bits, rows, title = history["bits"], self.run.rows_of(self.name), "Training of the autoregressive prior"
         columns, unit = ("bits", "validation_bits"), "bits an image"
         self.samples.figures.losses("autoregressive_losses.png", bits, rows, title, *columns, unit=unit)
-        self.samples.report(rows)
+        self.samples.print_measures(rows)
 
     def save_weights(self, row: dict) -> None:
         if row is self._best_row():

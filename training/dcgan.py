@@ -23,15 +23,17 @@ from training.recipes import DCGAN, DCGANRecipe
 from training.samples import Samples
 from training.start import start_generator
 
-CALIBRATION = 512  # samples at most, and not more than there are training latents
+CALIBRATION_SAMPLES = 512  # whose covariances calibration compares, at most; as many as of real latents
 
 
 class DCGANStage(Stage):
     """Train the generator and the discriminator against each other. generator.pth has the EMA of the generator.
 
+    Both sides are coefficients (B, K, 64, 64): K numbers at each position, which `LatentSpace` makes of latents.
+
     Args:
         run, vqvae, train_set, validate_set: all on the run's device.
-        recipe: what the options do not say; by default the one of `--dcgan-training`.
+        recipe: constants of the training, beside the options; by default the one of `--dcgan-training`.
         n_measures: how often in a run samples are measured.
     """
 
@@ -70,13 +72,17 @@ class DCGANStage(Stage):
         self.averages = {"generator": self.average}
         self.optimizers = {}
         for name, network in self.networks.items():
+            # in place: several processes then share BatchNorm's statistics
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
         self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
     def _fit_or_restore(self, vqvae: VQVAE, train_set: OasisDataset) -> tuple[LatentSpace, bool | None, Tensor | None]:
-        """The space, whether latents are stored (None for as memory allows), and the calibration's gain."""
+        """The space, whether latents are stored (None for as memory allows), and the calibration's gain.
+
+        On resuming they are the saved ones, and so is what `samples` needs. Raises UserError for another VQ-VAE.
+        """
         if self.name in self.run.state:
             with self.run.restoring():
                 saved = self.run.state[self.name]["extra"]
@@ -95,11 +101,12 @@ class DCGANStage(Stage):
         return self.latents
 
     def start(self) -> None:
-        """Fit the generator to real latents."""
+        """Fit the generator to real latents by mean squared error, for at most half as many steps as follow."""
         n_steps = min(self.recipe.start_steps, self.n_steps // 2)
         lr, seed = self.recipe.start_lr, self.run.options.seed
-        settings = (self.latents, n_steps, self.batch_size, lr, self.run.fast_path, seed)
-        weights = distributed.from_first(lambda: start_generator(self.average, *settings))  # whose BatchNorm is local
+        arguments = (self.latents, n_steps, self.batch_size, lr, self.run.fast_path, seed)
+        # the average's BatchNorm is local; the generator's would wait for the other processes
+        weights = distributed.from_first(lambda: start_generator(self.average, *arguments))
         for generator in (self.average, self.generator):
             generator.load_state_dict(weights)
         self.samples.begin(self.prior)
@@ -111,13 +118,13 @@ class DCGANStage(Stage):
         generated latents go through the discriminator in separate batches.
 
         Returns:
-            (4,): the discriminator's loss, mean D(x) and mean D(G(z)) before its step, and the generator's loss.
+            (4,): the discriminator's loss without R1, mean D(x) and mean D(G(z)) before its step, the generator's loss.
         """
         r1, weight = self.recipe.r1, distributed.weight(n)
         noise = move(distributed.part(self.prior.noise(n, rng)), batch.device)
         real = batch.requires_grad_(r1 is not None)
 
-        # (1) Update D: minimise -log D(x) - log(1 - D(G(z))) + γ/2 |∇D(x)|²
+        # (1) Update D: minimise -log D(x) - log(1 - D(G(z))) + γ/2 |∇x logit D(x)|²
         with self.autocast():
             fake = self.space.from_generator(self.generator(noise))
         d_real = self._logits(self.discriminator, real)
@@ -147,8 +154,8 @@ class DCGANStage(Stage):
 
     def _logits(self, discriminator: Discriminator, c: Tensor) -> Tensor:
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
-        with self.autocast():  # anew for each call: it keeps a copy of the weights until it ends
-            if self.recipe.position:
+        with self.autocast():  # anew for each call: it keeps bfloat16 copies of the weights, which change between calls
+            if self.recipe.position:  # the first also multiplies by `mix`, within D's first convolution
                 logits = discriminator.logits(self.space.with_position(c), self.space.basis)
             else:
                 logits = discriminator.logits(self.space.mixed(c))
@@ -156,11 +163,11 @@ class DCGANStage(Stage):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior, and measure it when that is due."""
-        columns = {"ahead": self.lead.item()} if self.recipe.r1 else {}
+        columns = {"lead": self.lead.item()} if self.recipe.r1 else {}
         columns["d_validate"] = self._judge_validation()
-        noise = self.samples.noise(self.prior, min(CALIBRATION, len(self.latents)), "calibration")
+        noise = self.samples.noise(self.prior, min(CALIBRATION_SAMPLES, len(self.latents)), "calibration")
         if self.recipe.average_decay:
-            self.prior.measure_statistics(noise)
+            self.prior.reset_batch_norm(noise)
         if self.recipe.calibrated:
             self.prior = self.prior.calibrated(self.latents.covariance, noise)
         return columns | self.samples.measure(self.prior, epoch)
@@ -182,7 +189,7 @@ class DCGANStage(Stage):
         self.run.say(f"D(x): {row['d_real']:.3f}, D(G(z)): {row['d_fake']:.3f}")
         self.run.say(f"D(x) of the validation split: {row['d_validate']:.3f}")
         self.samples.figures.gan_losses("gan_losses.png", history)
-        self.samples.report(self.run.rows_of(self.name))
+        self.samples.print_measures(self.run.rows_of(self.name))
 
     def save_weights(self, row: dict) -> None:
         files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")

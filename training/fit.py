@@ -19,13 +19,13 @@ CHECK_EVERY = 50  # steps between checks for NaN and infinity (each check synchr
 
 
 class Stage:
-    """What `fit` trains. A stage implements `data` and `step`; the rest is optional. See CONTRIBUTING.md.
+    """What `fit` trains. A stage sets the attributes, and implements `data` and `step`; other methods are optional.
 
     Attributes:
-        name, title: in files (and a stream of `support.seeds`), and on the console.
+        name, title: in files (and a key of `support.seeds.STREAMS`), and on the console.
         columns: tuple of names of the values that `step` returns; their means over images go into metrics.csv.
         epochs, batch_size: number of epochs, and images in a step of all processes together.
-        average_decay: of the EMA of the weights.
+        average_decay: of the exponential moving average (EMA) of the weights.
         chosen_by: the column that chooses the epoch whose weights are kept; None if that is the last.
         networks, optimizers: dicts of what is trained, by name.
         averages: dict of the EMA copies of networks, under the same names.
@@ -37,10 +37,10 @@ class Stage:
         self.run = run
 
     def start(self) -> None:
-        """Called once, not on resuming: fit what depends on the data, draw what is drawn before training."""
+        """Fit what depends on the data, and draw what is drawn before training; not called once that is saved."""
 
     def data(self) -> Dataset:
-        """The data set that batches are drawn from; called after `start` or `load_state_dict`."""
+        """The data set that batches are drawn from."""
         raise NotImplementedError
 
     @property
@@ -83,8 +83,9 @@ class Stage:
 
     def state_dict(self) -> dict[str, dict]:
         """Everything that resuming needs, under the same keys for every stage."""
-        parts = {key: getattr(self, key) for key in ("networks", "averages", "optimizers")}
-        state = {key: {name: each.state_dict() for name, each in part.items()} for key, part in parts.items()}
+        state = {}
+        for key in ("networks", "averages", "optimizers"):
+            state[key] = {name: each.state_dict() for name, each in getattr(self, key).items()}
         return state | {"extra": self.extra_state()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
@@ -108,6 +109,7 @@ def fit(stage: Stage, run: Run) -> None:
             saved = run.state[stage.name]
             stage.load_state_dict(saved)
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
+            # resume.pth may have been edited
             if stage.chosen_by and not all(isinstance(r[stage.chosen_by], float) for r in run.rows_of(stage.name)):
                 raise ValueError(f"{stage.chosen_by} is not a number in each of its rows")
     else:
@@ -146,14 +148,14 @@ def fit(stage: Stage, run: Run) -> None:
                 stage.draw(row, history)
             stage.save_weights(row)
             row["evaluation_seconds"] = round(evaluated - trained, 2)
-            row["other_seconds"] = round(run.seconds_since_last() - (evaluated - started), 2)
+            row["other_seconds"] = round(run.take_seconds() - (evaluated - started), 2)
             run.state[stage.name] = state
             run.save()
             page.write_run(run.folder)
 
 
 def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
-    """Train one epoch. Returns the values of each step, summed over ranks: (steps, columns) on the CPU."""
+    """Train one epoch. Returns the values of each step, means over its batch: (steps, columns) on the CPU."""
     rng = seeds.generator(seed, stage.name, epoch)
     loader = make_loader(data, stage.batch_size, rng)
     sizes = batch_sizes(len(data), stage.batch_size)
@@ -185,7 +187,7 @@ def falling_rate(step: int, n_steps: int, constant: float, last: float) -> float
     It is 1 for a share `constant` of the steps and then falls to `last` along half a period of a cosine (Loshchilov and
     Hutter 2017, arXiv 1608.03983, eq. 5). After n_steps it stays there.
     """
-    progress = (step / n_steps - constant) / (1 - constant)
+    progress = (step / n_steps - constant) / max(1 - constant, 1e-9)  # 1 never falls
     return last + (1 - last) * (1 + math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2
 
 
@@ -193,7 +195,8 @@ def falling_rate(step: int, n_steps: int, constant: float, last: float) -> float
 def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Update the EMA of the weights and of BatchNorm's statistics after step 1, 2, … of a stage.
 
-    The decay is warmed up: the mean age of what is averaged is a quarter of the steps, at most 1 / (1 - decay).
+    The decay is warmed up, so that the mean age of what is averaged is about a quarter of the steps until that of
+    `decay`, 1 / (1 - decay), is reached.
     """
     pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
     kept, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)

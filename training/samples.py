@@ -97,7 +97,7 @@ class Samples:
         title = f"{len(images)} fixed noise vectors, decoded {when}"
         self.figures.image_grid(f"{self.prefix}_epoch_{epoch}.png", images, title)
 
-    def report(self, rows: list[dict]) -> None:
+    def print_measures(self, rows: list[dict]) -> None:
         """Print the measures of the last of a stage's rows, if it has them, and draw those of all."""
         row = rows[-1]
         measured = [each for each in rows if "swd" in each]
