@@ -163,16 +163,17 @@ def test_autocast_changes_nothing_but_the_precision_of_the_networks(new_stage):
 def test_the_generator_and_its_average_start_from_the_same_weights(new_stage, monkeypatch, epochs, n_steps):
     asked = []
 
-    def start(generator, latents, n_steps, *rest):
-        asked.append(n_steps)
-        return {key: value + 1 for key, value in generator.state_dict().items()}
+    def start(generator, optimizer, latents, steps, *rest):
+        asked.append(steps)
+        generator.load_state_dict({key: value + 1 for key, value in generator.state_dict().items()})
+        return []
 
     monkeypatch.setattr(dcgan, "start_generator", start)
     stage = new_stage(dcgan_epochs=epochs)
     before = copy.deepcopy(stage.average.state_dict())
     monkeypatch.setattr(stage.samples, "begin", lambda prior: None)
     stage.start()
-    assert asked == [n_steps]  # at most half as many as follow, of four batches an epoch
+    assert asked == [range(n_steps)]  # at most half as many as follow, of four batches an epoch
     for network in (stage.average, stage.generator):
         assert all(torch.equal(value, before[key] + 1) for key, value in network.state_dict().items())
 

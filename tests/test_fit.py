@@ -13,11 +13,11 @@ from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
 from modules import Generator
 from report import page
-from support import files
+from support import console, files
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run, open_run
-from training import fit
+from training import dcgan, fit, start
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.options import Options
@@ -149,6 +149,35 @@ def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqv
     fit.fit(stage, again)
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped", [f"{name}.pth" for name in names])
     assert_same_history(tmp_path / "whole", tmp_path / "stopped", [kind.name])
+
+
+def test_a_start_that_was_interrupted_goes_on_to_the_same_weights(data, vqvae, tmp_path, monkeypatch):
+    sets = [OasisDataset(data, split) for split in ("train", "validate")]
+    monkeypatch.setattr(start, "SAVE_EVERY", 2)
+    monkeypatch.setattr(Samples, "begin", lambda *words: None)
+
+    def stop(stage, run, complete):
+        fit.save_start(stage, run, complete)
+        if stage.begun["step"] == 4:
+            raise console.Stopped(143)
+
+    weights = {}
+    for interrupted in (False, True):
+        run = new_run(tmp_path / str(interrupted), embeddings_dim=8, dcgan_epochs=4, dcgan_batch_size=4)
+        torch.save(vqvae.state_dict(), run.folder / "vqvae.pth")
+        if interrupted:
+            with monkeypatch.context() as patch, pytest.raises(console.Stopped):
+                patch.setattr(dcgan, "save_start", stop)
+                fit.fit(DCGANStage(run, copy.deepcopy(vqvae), *sets), run)
+            run = Run(**vars(open_run(run.folder, Options, ["dcgan"])))
+            assert not run.state["dcgan"]["started"]
+        stage = DCGANStage(run, copy.deepcopy(vqvae), *sets)
+        monkeypatch.setattr(stage, "step", lambda *words: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit.fit(stage, run)
+        assert run.state["dcgan"]["started"] and run.state["dcgan"]["extra"]["begun"] == {}
+        weights[interrupted] = stage.generator.state_dict()
+    assert all(torch.equal(value, weights[True][key]) for key, value in weights[False].items())
 
 
 class OneWeight(fit.Stage):

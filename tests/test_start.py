@@ -34,10 +34,11 @@ def test_a_started_generator_resembles_latents(latents):
     torch.manual_seed(0)
     generator, c = Generator(embeddings_dim=8).apply(dcgan_init), latents.batch(range(15))
     before = {key: value.clone() for key, value in generator.state_dict().items()}
-    kept = start_generator(generator, latents, 0, 4, 1e-3, FastPath("cpu"), seed=0)
-    assert all(torch.equal(kept[key], value) for key, value in before.items())
-    state = start_generator(generator, latents, 40, 8, 1e-3, FastPath("cpu"), seed=0)
-    state = {key: value.clone() for key, value in state.items()}
+    optimizer = torch.optim.Adam(generator.parameters(), 1e-3)
+    assert not list(start_generator(generator, optimizer, latents, range(0), 4, FastPath("cpu"), seed=0))
+    assert all(torch.equal(generator.state_dict()[key], value) for key, value in before.items())
+    assert not list(start_generator(generator, optimizer, latents, range(40), 8, FastPath("cpu"), seed=0))
+    state = {key: value.clone() for key, value in generator.state_dict().items()}
     noise, mean = torch.randn(64, 128, 1, 1, generator=torch.Generator().manual_seed(0)), c.mean(0)
     for weights, low, high in ((before, -0.1, 0.1), (state, 0.4, 1.0)):
         generator.load_state_dict(weights)

@@ -18,7 +18,7 @@ from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
 from support.run import Run
-from training.fit import Stage
+from training.fit import Stage, save_start
 from training.recipes import DCGAN, DCGANRecipe
 from training.samples import Samples
 from training.start import start_generator
@@ -76,6 +76,7 @@ class DCGANStage(Stage):
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
         self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
+        self.begun: dict = {}  # what a start that was interrupted goes on from
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
     def _fit_or_restore(self, vqvae: VQVAE, train_set: OasisDataset) -> tuple[LatentSpace, bool | None, Tensor | None]:
@@ -102,14 +103,26 @@ class DCGANStage(Stage):
 
     def start(self) -> None:
         """Fit the generator to real latents by mean squared error, for at most half as many steps as follow."""
-        n_steps = min(self.recipe.start_steps, self.n_steps // 2)
-        lr, seed = self.recipe.start_lr, self.run.options.seed
-        arguments = (self.latents, n_steps, self.batch_size, lr, self.run.fast_path, seed)
         # the average's BatchNorm is local; the generator's would wait for the other processes
-        weights = distributed.from_first(lambda: start_generator(self.average, *arguments))
+        weights = distributed.from_first(self._start_average)
         for generator in (self.average, self.generator):
             generator.load_state_dict(weights)
+        self.begun = {}
         self.samples.begin(self.prior)
+
+    def _start_average(self) -> dict[str, Tensor]:
+        fast_path, n_steps = self.run.fast_path, min(self.recipe.start_steps, self.n_steps // 2)
+        optimizer, first = fast_path.adam(self.average, self.recipe.start_lr), 0
+        if self.begun:
+            with self.run.restoring():
+                fast_path.load_adam(optimizer, self.begun["optimizer"])
+                first = int(self.begun["step"])
+        steps = range(first, n_steps)
+        arguments = (self.latents, steps, self.batch_size, fast_path, self.run.options.seed)
+        for step in start_generator(self.average, optimizer, *arguments):
+            self.begun = {"step": step, "optimizer": optimizer.state_dict()}
+            save_start(self, self.run, complete=False)
+        return files.cpu_state(self.average)
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update of each network on coefficients of real latents (B, K, 64, 64).
@@ -197,10 +210,11 @@ class DCGANStage(Stage):
 
     def extra_state(self) -> dict:
         space = {"space": self.space.to("cpu").tensors(), "stored": self.latents.stored}
-        return self.samples.state_dict() | space | {"lead": self.lead, "gain": self.prior.gain}
+        return self.samples.state_dict() | space | {"lead": self.lead, "gain": self.prior.gain, "begun": self.begun}
 
     def load_extra_state(self, state: dict) -> None:
         self.lead.copy_(state["lead"])
+        self.begun = state.get("begun", {})
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:

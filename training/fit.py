@@ -37,7 +37,10 @@ class Stage:
         self.run = run
 
     def start(self) -> None:
-        """Fit what depends on the data, and draw what is drawn before training; not called once that is saved."""
+        """Fit what depends on the data, and draw what is drawn before training; not called once that is saved.
+
+        A long one may call `save_start` with complete=False, and go on from there.
+        """
 
     def data(self) -> Dataset:
         """The data set that batches are drawn from."""
@@ -104,21 +107,18 @@ def fit(stage: Stage, run: Run) -> None:
     Raises UserError if a loss or weight is not finite, or if the run's state does not fit the stage.
     """
     done, history = run.epochs_of(stage.name), {column: [] for column in stage.columns}
-    if stage.name in run.state:
+    saved = run.state.get(stage.name)
+    if saved:
         with run.restoring():
-            saved = run.state[stage.name]
             stage.load_state_dict(saved)
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
             # resume.pth may have been edited
             if stage.chosen_by and not all(isinstance(r[stage.chosen_by], float) for r in run.rows_of(stage.name)):
                 raise ValueError(f"{stage.chosen_by} is not a number in each of its rows")
-    else:
+    if not saved or not saved.get("started", True):
         with exact_float32():
             stage.start()
-        state = {"epoch": 0, "history": history} | stage.state_dict()
-        if distributed.is_first():
-            run.state[stage.name] = state
-            run.save()
+        save_start(stage, run)
     with exact_float32():
         data = stage.data()
 
@@ -139,7 +139,7 @@ def fit(stage: Stage, run: Run) -> None:
         evaluated = time.perf_counter()
         for i, column in enumerate(stage.columns):
             history[column] = history[column] + losses[:, i].tolist()
-        state = {"epoch": epoch, "history": history} | stage.state_dict()
+        state = {"epoch": epoch, "started": True, "history": history} | stage.state_dict()
 
         # Draw and save. The epoch is complete when run.save() returns; interrupted before, it is trained again.
         if distributed.is_first():
@@ -152,6 +152,15 @@ def fit(stage: Stage, run: Run) -> None:
             run.state[stage.name] = state
             run.save()
             page.write_run(run.folder)
+
+
+def save_start(stage: Stage, run: Run, complete: bool = True) -> None:
+    """Save a stage before its first epoch. One whose start is not complete is asked to `start` again on resuming."""
+    history = {column: [] for column in stage.columns}
+    state = {"epoch": 0, "started": complete, "history": history} | stage.state_dict()
+    if distributed.is_first():
+        run.state[stage.name] = state
+        run.save()
 
 
 def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:

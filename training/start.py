@@ -1,53 +1,57 @@
 """The start of the generator from data, before it meets a discriminator."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 
 from modules import Generator
 from priors.latent_cache import LatentCache
-from support import console, files, seeds
+from support import console, seeds
 from support.device import FastPath, move
 
 MOST_IMAGES = 10_000  # whose components are computed
+SAVE_EVERY = 300  # steps: some minutes on a CPU
 
 
 def start_generator(
     generator: Generator,
+    optimizer: Optimizer,
     latents: LatentCache,
-    n_steps: int,
+    steps: range,
     batch_size: int,
-    lr: float,
     fast_path: FastPath,
     seed: int,
-) -> dict[str, Tensor]:
+) -> Iterator[int]:
     """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
+
+    Yields how many steps are done, every SAVE_EVERY: what has been saved then goes on from there.
 
     These scores are distributed somewhat like noise: so the generator begins with heads that vary as real ones do.
     Fine detail is hardly determined by its noise, and is left to adversarial training. Minimises mean squared error
     with Adam.
 
     Args:
-        generator: on the device of the run, in its layout; updated in place.
+        generator, optimizer: on the device of the run, in its layout; updated in place.
         latents: the coefficients that it is fitted to.
-        n_steps: 0 leaves the generator as it is.
+        steps: those that are left, to the last.
         batch_size: of this process alone.
-        lr: of Adam.
-        fast_path: of the run.
-        seed: of the run.
-
-    Returns the generator's `state_dict`, on the CPU.
+        fast_path, seed: of the run.
     """
-    if not n_steps:
-        return files.cpu_state(generator)
+    if not steps:
+        return
     rng, n = seeds.generator(seed, "dcgan start"), min(len(latents), MOST_IMAGES)
     picked = torch.tensor([i * len(latents) // n for i in range(n)])
     noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
-    optimizer, space = fast_path.adam(generator, lr), latents.space
+    space = latents.space
     generator.train()
-    order = torch.randint(n, (n_steps, min(batch_size, n)), generator=rng)
-    with console.progress(total=n_steps, desc="Start of the generator", unit=" steps", leave=False) as bar:
-        for indices in order:
+    order = torch.randint(n, (steps.stop, min(batch_size, n)), generator=rng)
+    bar = {"total": steps.stop, "initial": steps.start, "unit": " steps", "leave": False}
+    with console.progress(desc="Start of the generator", **bar) as bar:
+        for step in steps:
+            indices = order[step]
             with fast_path.autocast():
                 made = space.unmixed(generator(move(noise[indices], space.support.device)[:, :, None, None]))
             optimizer.zero_grad()
@@ -55,7 +59,8 @@ def start_generator(
             optimizer.step()
             bar.update(1)
             console.stop_if_signalled()
-    return files.cpu_state(generator)
+            if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps.stop:
+                yield step + 1
 
 
 def principal_scores(latents: LatentCache, picked: Tensor, n: int, rng: torch.Generator) -> Tensor:
