@@ -209,7 +209,7 @@ def timed(work: Work, device: torch.device) -> float:
 
 
 def layers(work: Work) -> list[tuple[str, float, float]]:
-    """Name, seconds and operations of each convolution, forward and first backward, in one step on a CPU."""
+    """Name, share of the time, and operations of each convolution, forward and first backward, in a step on a CPU."""
     seconds: dict[str, float] = {}
     operations: dict[str, float] = {}
     hooks = []
@@ -236,10 +236,10 @@ def layers(work: Work) -> list[tuple[str, float, float]]:
                         output.grad_fn.register_hook(partial(add, name, started))
 
                 hooks += [layer.register_forward_pre_hook(partial(start, started)), layer.register_forward_hook(after)]
-    work.once()
+    total = timed(work, torch.device("cpu"))
     for hook in hooks:
         hook.remove()
-    return [(name, seconds[name], operations[name]) for name in seconds]
+    return [(name, seconds[name] / total, operations[name]) for name in seconds]
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -316,13 +316,13 @@ def report(part: str, found: dict[str, dict]) -> None:
     for name, most in flops.items():
         print(f"\n{name.capitalize()}: {most / 1e9:.0f} GFLOP/s ({PRODUCT} x {PRODUCT} x {PRODUCT} matrix product).")
     if found["ours"]["layers"]:
-        total, operations = statistics.median(found["ours"]["seconds"]), found["ours"]["operations"]
-        shares = [(f"`{name}`", t / total, n / operations) for name, t, n in found["ours"]["layers"]]
+        operations = found["ours"]["operations"]
+        shares = [(f"`{name}`", t, n / operations) for name, t, n in found["ours"]["layers"]]
         shares.append(("not convolutions", *(1 - sum(each[i] for each in shares) for i in (1, 2))))
         print(f"\n| layers with {LEAST_SHARE:.0%} and more | share of the time | of the arithmetic |\n|---|---:|---:|")
-        for name, seconds, arithmetic in shares:
-            if seconds >= LEAST_SHARE:
-                print(f"| {name} | {seconds:.0%} | {arithmetic:.0%} |")
+        for name, time_share, arithmetic in shares:
+            if time_share >= LEAST_SHARE:
+                print(f"| {name} | {time_share:.0%} | {arithmetic:.0%} |")
     sys.stdout.flush()
 
 
