@@ -143,15 +143,10 @@ def print_table(o: argparse.Namespace) -> None:
         found = []
         for seed in o.seeds:
             path = next(folder_of(o, name, seed).glob(f"*/{RESUME_FILE}")).parent
-            found.append(kept(table.stage, open_run(path, Options, options.STAGES).rows_of(o.stage)))
+            rows = open_run(path, Options, options.STAGES).rows_of(o.stage)
+            found.append(rows[-1] | table.stage.kept_row(rows))  # with the measures of the last
         cells = [" ".join(format(row[key], form) for row in found) for key, form in table.columns.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-def kept(stage: type, rows: list[dict]) -> dict:
-    """The row of the epoch whose weights are kept, with the measures of the last."""
-    best = {"ssim_mean": max, "validation_bits": min}.get(stage.chosen_by)
-    return rows[-1] | (best(rows, key=lambda row: row[stage.chosen_by]) if best else {})
 
 
 def parse() -> argparse.Namespace:

@@ -32,7 +32,7 @@ class AutoregressiveStage(Stage):
     """
 
     name, title = "autoregressive", "Autoregressive prior"
-    columns, chosen_by = ("bits",), "validation_bits"
+    columns, chosen_by = ("bits",), ("validation_bits", min)
 
     def __init__(
         self,
@@ -145,18 +145,15 @@ class AutoregressiveStage(Stage):
         self.samples.print_measures(rows)
 
     def save_weights(self, row: dict) -> None:
-        if row is self._best_row():
+        if row is self.kept_row(self.run.rows_of(self.name)):
             files.save(self.prior.checkpoint(), self.run.folder / "autoregressive.pth")
-
-    def _best_row(self) -> dict:
-        return min(self.run.rows_of(self.name), key=lambda row: row[self.chosen_by])  # the earliest of equal ones
 
     def best(self) -> AutoregressivePrior:
         """The prior in autoregressive.pth, on the run's device."""
         return prior_of(distributed.from_first(self._best_contents), self.vqvae)
 
     def _best_contents(self) -> dict:
-        row = self._best_row()
+        row = self.kept_row(self.run.rows_of(self.name))
         self.run.say(f"Best epoch: {row['epoch']}, {row['validation_bits']:.0f} bits of a validation image")
         return files.load(self.run.folder / "autoregressive.pth")
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,12 @@ class Stage:
         columns: tuple of names of the values that `step` returns; their means over images go into metrics.csv.
         epochs, batch_size: number of epochs, and images in a step of all processes together.
         average_decay: of the exponential moving average (EMA) of the weights.
-        chosen_by: the column that chooses the epoch whose weights are kept; None if that is the last.
+        chosen_by: the column that chooses the epoch whose weights are kept, and `max` or `min`; None keeps the last.
         networks, optimizers: dicts of what is trained, by name.
         averages: dict of the EMA copies of networks, under the same names.
     """
 
-    chosen_by: str | None = None
+    chosen_by: tuple[str, Callable] | None = None
 
     def __init__(self, run: Run):
         self.run = run
@@ -45,6 +46,14 @@ class Stage:
     def data(self) -> Dataset:
         """The data set that batches are drawn from."""
         raise NotImplementedError
+
+    @classmethod
+    def kept_row(cls, rows: list[dict]) -> dict:
+        """Of this stage's rows of metrics.csv that of the epoch whose weights are kept, the earliest of equal ones."""
+        if cls.chosen_by is None:
+            return rows[-1]
+        column, best = cls.chosen_by
+        return best(rows, key=lambda row: row[column])
 
     @property
     def n_steps(self) -> int:
@@ -112,9 +121,9 @@ def fit(stage: Stage, run: Run) -> None:
         with run.restoring():
             stage.load_state_dict(saved)
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
-            # resume.pth may have been edited
-            if stage.chosen_by and not all(isinstance(r[stage.chosen_by], float) for r in run.rows_of(stage.name)):
-                raise ValueError(f"{stage.chosen_by} is not a number in each of its rows")
+            column = stage.chosen_by and stage.chosen_by[0]
+            if column and not all(isinstance(row[column], float) for row in run.rows_of(stage.name)):  # it was edited
+                raise ValueError(f"{column} is not a number in each of its rows")
     if not saved or not saved.get("started", True):
         with exact_float32():
             stage.start()

@@ -33,7 +33,7 @@ class VQVAEStage(Stage):
     """
 
     name, title = "vqvae", "VQ-VAE"
-    columns, chosen_by = ("training_loss", "vq_loss"), "ssim_mean"
+    columns, chosen_by = ("training_loss", "vq_loss"), ("ssim_mean", max)
 
     def __init__(
         self,
@@ -124,11 +124,8 @@ class VQVAEStage(Stage):
         self.figures.losses("train_recon_losses.png", losses, rows, title, "training_loss")
 
     def save_weights(self, row: dict) -> None:
-        if row is self._best_row():
+        if row is self.kept_row(self.run.rows_of(self.name)):
             files.save(files.cpu_state(self.average), self.run.folder / "vqvae.pth")
-
-    def _best_row(self) -> dict:
-        return max(self.run.rows_of(self.name), key=lambda row: row[self.chosen_by])  # the earliest of equal ones
 
     def _print(self, row: dict) -> None:
         print(f"Epoch: {row['epoch']}")
@@ -153,7 +150,7 @@ class VQVAEStage(Stage):
         """The network in vqvae.pth, on the run's device. Prints the epoch that it is of."""
         vqvae = distributed.from_first(lambda: load_vqvae(self.run.folder / "vqvae.pth")).to(self.run.device)
         if distributed.is_first():
-            row = self._best_row()
+            row = self.kept_row(self.run.rows_of(self.name))
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
             if row["ssim_mean"] < row.get("ssim_black", 0):
                 self.run.say(f"That is less than a black image has, {row['ssim_black']:.4f}; try a lower --lr")
