@@ -41,11 +41,11 @@ def split_subjects(subjects: Sequence, seed: int, file: str | None = None) -> di
 
     Raises UserError if there are too few subjects, or if the file does not name each of them.
     """
-    if file is not None:
-        return _read_split(Path(file), subjects)
     cases = sorted({each.case for each in subjects})
     if len(cases) < len(SHARES):
         raise UserError(f"{len(cases)} subjects cannot be split in three; at least one is needed for each split")
+    if file is not None:
+        return _read_split(Path(file), subjects)
     total = sum(SHARES.values())
     n_validate, n_test = (max(1, round(len(cases) * SHARES[name] / total)) for name in ("validate", "test"))
     order = np.random.default_rng(seed).permutation(cases).tolist()

@@ -36,9 +36,10 @@ DISCS_FILE = re.compile(
 )
 ANY = re.compile(r"(?:.*/)?(?P<subject>[^/]+?)\.(?:nii(?:\.gz)?|mg[zh])", re.IGNORECASE)
 LABELS = re.compile(  # not scans: by a part of the name, or by a folder
-    r"(?:^|[/_.-])(?:[a-z]*masks?|d?seg\d*|aseg|aparc|probseg|labels?)(?=[/_.+-])|(?:^|/)(?:labels|masks)t[rs]/",
-    re.IGNORECASE,
+    r"(?:^|[/_.-])(?:d?seg\d*|aseg|aparc|probseg|labels?)(?=[/_.+-])|(?:^|/)(?:labels|masks)t[rs]/", re.IGNORECASE
 )
+# Where there is nothing else these may be scans that a mask was applied to; a mask has two values.
+MASKS = re.compile(r"(?:^|[/_.-])[a-z]*masks?(?=[/_.+-])", re.IGNORECASE)
 # How publishers name a person, wherever it stands in a path: BIDS, ADNI, OASIS-3, OASIS-1, IXI
 BIDS = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")
 PERSONS = [BIDS] + [
@@ -59,6 +60,7 @@ KINDS = {  # how they are found, and what a file is called that should have been
 }
 LAST_CASES = {"train": 401, "validate": 440, "test": 9999}  # of OASIS-1's numbers, in the PNG set
 NIFTI = "NIfTI volumes"
+SUFFIXES = (".gz", ".nii", ".hdr", ".img", ".mgz", ".mgh")
 
 
 def find(source: Path) -> tuple[str, list[Volume], list[str]]:
@@ -88,11 +90,13 @@ def find(source: Path) -> tuple[str, list[Volume], list[str]]:
     if not volumes:
         kinds = collections.Counter(Path(name).suffix.lower() for name in names)
         seen = ", ".join(f"{n} files {kind}" for kind, n in kinds.most_common(4))
-        maps = f" ({sum(map(bool, map(LABELS.search, names)))} are label maps by their names)" if names else ""
+        maps = sum(map(bool, map(LABELS.search, names)))
+        seen += f" ({maps} are label maps by their names)" if maps else ""
+        pairs = "; of pairs .hdr and .img only those of OASIS-1's discs are read, convert others to .nii"
         raise UserError(
-            f"{source}: holds no volumes; there are {seen or 'no files of volumes'}{maps}. neurite-OASIS has "
-            "OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., "
-            "other volumes end in .nii, .nii.gz, .mgz or .mgh"
+            f"{source}: holds no volumes; there are {seen or 'no files of volumes'}{pairs if kinds['.hdr'] else ''}. "
+            "neurite-OASIS has OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have "
+            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other volumes end in .nii, .nii.gz, .mgz or .mgh"
         )
     used = {volume.name for volume in volumes}
     return NIFTI, sorted(volumes, key=_order), [name for name in sorted(names - used) if ANY.fullmatch(name)]
@@ -136,7 +140,7 @@ def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
         visited.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in (".gz", ".nii", ".hdr", ".img", ".mgz", ".mgh"):
+            if path.suffix.lower() in SUFFIXES:
                 name = path.relative_to(source).as_posix()
                 yield name.encode("utf-8", "backslashreplace").decode(), path
 
@@ -161,10 +165,12 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
             raise UserError(f"{source}: ends early; download it again") from None
         with open(source, "rb") as file:
             start = file.read(64).lstrip()
-        if source.suffix in (".gz", ".nii", ".hdr", ".img") and not source.name.endswith((".tar.gz", ".tgz")):
+        if source.suffix.lower() in SUFFIXES and not source.name.endswith(".tar.gz"):
             raise UserError(f"{source}: is one volume; name the folder that holds it") from None
         if start.startswith(b"\x1f\x8b"):
             raise UserError(f"{source}: is compressed; unpack it, and name the folder") from None
+        if start.startswith(b"PK\x03\x04"):
+            raise UserError(f"{source}: is a zip archive; unpack it, and name the folder") from None
         what = "a web page" if start.startswith(b"<") else "no tar archive"
         raise UserError(f"{source}: is {what}; download it again, or name a folder") from None
 
@@ -177,6 +183,7 @@ def _any_nifti(files: list[tuple]) -> list[Volume]:
     """
     names = {name for name, *_ in files}
     scans = [file for file in files if ANY.fullmatch(file[0]) and not LABELS.search(file[0])]
+    scans = [file for file in scans if not MASKS.search(file[0])] or scans
     scans = [file for file in scans if not _is_other_of_freesurfer(file[0], names)]
     scans = [file for file in scans if not CONTRASTS.search(file[0])] or scans
     persons = _persons([name for name, *_ in scans])

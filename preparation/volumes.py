@@ -97,6 +97,9 @@ def _contents(volume: Volume) -> list[bytes]:
             return [contents]
         paths = [volume.file.with_suffix(suffix) for suffix in (".hdr", ".img")] if pair else [volume.file]
         for path in paths:
+            if path.is_symlink() and not path.exists():
+                advice = "fetch it, as by `datalad get`"
+                raise VolumeError(f"{volume.name}: is a link to contents that are not there; {advice}")
             if pair and not path.is_file():
                 raise VolumeError(f"{volume.name}: {path.name} is missing beside it; an Analyze volume has both files")
             if path.is_fifo():  # which would be waited for

@@ -266,6 +266,14 @@ def test_sources_are_told_apart_by_their_names(tmp_path):
     assert [(v.subject, v.case) for v in found] == [("b\\udcff", 1), ("p1/T1", 2), ("p2/T1", 3)]
 
 
+def test_scans_with_a_mask_applied_are_taken_where_there_is_nothing_else(tmp_path):
+    names = ["mask_applied/sub1.nii.gz", "mask_applied/sub2.nii.gz", "sub3_brainmask.nii.gz"]
+    _, found, strange = sources.find(touch(tmp_path, *names, "sub3_seg.nii.gz"))
+    assert [volume.name for volume in found] == names and strange == ["sub3_seg.nii.gz"]
+    _, found, strange = sources.find(touch(tmp_path, "sub4.nii.gz"))
+    assert [volume.name for volume in found] == ["sub4.nii.gz"] and len(strange) == 4
+
+
 @pytest.mark.parametrize(
     "scans, others",
     [
@@ -410,6 +418,13 @@ def test_what_a_spline_puts_below_the_background_is_cut(heads):
 def test_what_was_seen_is_said_where_nothing_can_be_used(tmp_path):
     with pytest.raises(UserError, match="there are 2 files .gz .2 are label maps"):
         sources.find(touch(tmp_path / "a", "labelsTr/1.nii.gz", "2_seg.nii.gz"))
+    with pytest.raises(UserError, match="3 files .hdr; of pairs .hdr and .img only those of OASIS-1's discs are read"):
+        sources.find(touch(tmp_path / "c", *(f"OAS2_{i}_MR1/RAW/mpr-1.nifti.hdr" for i in range(3))))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "sub-01_T1w.nii.gz").symlink_to("../.git/annex/objects/x")
+    (found,) = sources.find(tmp_path / "d")[1]
+    with pytest.raises(UserError, match="is a link to contents that are not there; fetch it"):
+        volumes.read(found)
     with pytest.raises(UserError, match="2-D edition of neurite-OASIS"):
         sources.find(touch(tmp_path / "b", "OASIS_OAS1_0001_MR1/slice_norm.nii.gz"))
 
@@ -651,6 +666,8 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
     (tmp_path / "cut3.tar").write_bytes(whole[: last + 200])
     (tmp_path / "flipped.tar").write_bytes(whole[: last + 20] + b"~" + whole[last + 21 :])
     (tmp_path / "one.nii.gz").write_bytes(b"x" * 2000)
+    (tmp_path / "norm.mgz").write_bytes(b"\x1f\x8bx" * 2000)
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04" + bytes(2000))
     for name, words in (
         ("none", "no such folder or tar"),
         ("empty", "holds no volumes"),
@@ -662,6 +679,8 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
         ("cut3.tar", "ends early, or is damaged"),
         ("flipped.tar", "ends early, or is damaged"),
         ("one.nii.gz", "is one volume; name the folder"),
+        ("norm.mgz", "is one volume; name the folder"),
+        ("x.zip", "is a zip archive; unpack it"),
     ):
         refused(convert(tmp_path / name, tmp_path / "slices"), name, words)
     for dest in ("empty/..", "foreign"):
