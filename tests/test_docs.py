@@ -45,7 +45,7 @@ def test_the_tour_runs_and_is_kept_without_outputs(monkeypatch):
     assert not any(cell.get("outputs") for cell in tour.cells)
     NotebookClient(tour, timeout=300, resources={"metadata": {"path": TOUR.parent}}).execute()
     outputs = [output for cell in tour.cells for output in cell.get("outputs", ())]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
     assert "AUC of texture" in "".join(output.get("text", "") for output in outputs)
 
 

@@ -93,7 +93,7 @@ def test_no_scan_is_tracked():
 
 def test_the_pretrained_weights_are_those_that_their_page_describes():
     folder = PROJECT / "resources" / "pretrained"
-    for name, size in (("vqvae.pth", 1_000_000), ("autoregressive.pth", 8_000_000)):
+    for name, size in (("vqvae.pth", 1_000_000), ("generator.pth", 17_000_000), ("autoregressive.pth", 8_000_000)):
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         assert f"| SHA-256 | `{digest}` |" in (folder / "README.md").read_text()
         assert (folder / name).stat().st_size < size
