@@ -90,7 +90,7 @@ def compare(on_cpu: dict[str, float], on_gpu: dict[str, float]) -> str:
 
 
 def speed(device: str) -> str:
-    return run("benchmarks/speed.py", "step", "dcgan", "--device", device)
+    return run("benchmarks/speed.py", "vqvae", "dcgan", "--device", device)
 
 
 PARTS = {part.__name__: part for part in (tests, epochs, speed)}

@@ -148,7 +148,8 @@ def record_path(volume: Volume, unfinished: Path) -> Path:
 def record(volume: Volume, unfinished: Path) -> dict:
     """The record of a volume that is done, else {}."""
     row = files.read_json(record_path(volume, unfinished))
-    return row if row and row | known(volume) == row else {}
+    complete = row.keys() >= set(COLUMNS) and row["split"] in list(folder.SHARES)
+    return row if complete and row | known(volume) == row else {}
 
 
 def remove_others(rows: list[dict], unfinished: Path, o: argparse.Namespace) -> None:

@@ -98,8 +98,7 @@ def _contents(volume: Volume) -> list[bytes]:
         paths = [volume.file.with_suffix(suffix) for suffix in (".hdr", ".img")] if pair else [volume.file]
         for path in paths:
             if path.is_symlink() and not path.exists():
-                advice = "fetch it, as by `datalad get`"
-                raise VolumeError(f"{volume.name}: is a link to contents that are not there; {advice}")
+                raise VolumeError(f"{volume.name}: is a link to contents that are not there; fetch it (datalad get)")
             if pair and not path.is_file():
                 raise VolumeError(f"{volume.name}: {path.name} is missing beside it; an Analyze volume has both files")
             if path.is_fifo():  # which would be waited for
@@ -132,8 +131,8 @@ def read(volume: Volume, labels: bool = False) -> Scan:
         image = nib.as_closest_canonical(nib.squeeze_image(image))
         values = np.unique(image.dataobj[::2, ::2, ::2])
         if 1 < len(values) < FEWEST_VALUES and (values == np.rint(values)).all() and not labels:
-            advice = "leave it out with --skip-bad"
-            raise VolumeError(f"{volume.name}: has {len(values)} different values, as label maps and masks; {advice}")
+            what = f"has {len(values)} different values, as label maps and masks"
+            raise VolumeError(f"{volume.name}: {what}; leave it out with --skip-bad")
         if any(abs(zoom - 1) > 0.01 for zoom in zooms):
             along = voxel_sizes(image.affine)
             target = tuple(math.ceil((n - 1) * zoom) + 1 for n, zoom in zip(image.shape, along, strict=True))

@@ -141,6 +141,11 @@ def test_the_limits_table_ends_with_what_all_directions_give(data, monkeypatch, 
     assert shares == sorted(shares)
 
 
+def test_the_gpu_check_asks_for_parts_that_the_speed_benchmark_has(monkeypatch):
+    monkeypatch.setattr(gpu_check, "run", lambda script, *words: words[: words.index("--device")])
+    assert set(gpu_check.speed("cpu")) <= speed.PARTS.keys()
+
+
 def test_the_gpu_check_refuses_a_machine_without_one_and_values_beyond_bounds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -737,6 +738,9 @@ def test_a_resumed_call_keeps_what_is_done_and_nothing_of_what_has_changed(nifti
     assert (tmp_path / "slices.unfinished" / "conversion.json").read_text() == plan
     (tmp_path / "slices.unfinished" / "keras_png_slices_train" / "@eaDir").mkdir()  # of a network disk
     (tmp_path / "slices.unfinished" / "volume_009_1.json").write_text("{}")
+    record = tmp_path / "slices.unfinished" / "volume_001_1.json"
+    saved = json.loads(record.read_text())
+    record.write_text(json.dumps({key: saved[key] for key in ("files", "case", "subject", "session", "source")}))
     (tmp_path / "named").symlink_to(tmp_path / "slices")
     done = convert(source, tmp_path / "named", "--skip-bad")
     assert done.returncode == 0, done.stderr
