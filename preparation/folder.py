@@ -98,7 +98,7 @@ def is_complete(dest: Path, plan: dict) -> bool:
     if not dest.exists() or dest.is_dir() and not any(dest.iterdir()):
         return False
     before = files.read_json(dest / PLAN)
-    written, n = before.pop("written", 0), len(_slices(dest))
+    written, n = before.pop("written", 0), len(slices(dest))
     if before != plan:
         how = "of other files or with other options" if before else "by another program"
         raise UserError(f"{dest}: was made {how}; name another DEST")
@@ -107,7 +107,8 @@ def is_complete(dest: Path, plan: dict) -> bool:
     return True
 
 
-def _slices(folder: Path) -> list[Path]:
+def slices(folder: Path) -> list[Path]:
+    """The slices of all splits."""
     return list(folder.glob("keras_png_slices_*/case_*.png"))
 
 
@@ -133,7 +134,7 @@ def begun(dest: Path, plan: dict, checked_later: str = "") -> Iterator[Path]:
             raise
         for path in folder.rglob(".*.tmp"):  # of a call that was killed
             path.unlink()
-        files.write_json(folder / PLAN, plan | {"written": len(_slices(folder))})
+        files.write_json(folder / PLAN, plan | {"written": len(slices(folder))})
         if dest.exists():
             dest.rmdir()  # empty
         os.rename(folder, dest)
@@ -165,7 +166,7 @@ def in_threads(items: Sequence, work: Callable, n_threads: int = CORES, **bar) -
 def complete(dest: Path, preview: bool) -> None:
     """Draw preview.png if asked to, 32 slices spread over DEST, eight a row; and say what comes next."""
     if preview:
-        paths = sorted(_slices(dest), key=lambda path: files.natural(path.name))
+        paths = sorted(slices(dest), key=lambda path: files.natural(path.name))
         sheet = Image.new("L", (8 * SIZE, 4 * SIZE))
         for i, k in enumerate(sorted({i * len(paths) // 32 for i in range(32)})):
             with Image.open(paths[k]) as image:

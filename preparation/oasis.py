@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         # removing one of two volumes that contradict each other must not cost what is done
         with folder.begun(dest, plan, checked_later="volumes") as unfinished:
             convert_all(volumes, splits, unfinished, errors, kind, o)
+    elif left_out := len(volumes) - len(folder.slices(dest)) // o.slices:
+        print(f"Left out when {dest} was made: {left_out} volumes. Its subjects.csv lists the others.")
     for path in dest.glob("volume_*.json"):  # records of volumes, which an interrupted call needs until the very end
         path.unlink()
     folder.complete(dest, o.preview)
