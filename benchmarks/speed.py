@@ -6,7 +6,7 @@
 
 Each side runs in a process of its own, so that none profits from another's settings. The processes wait while one of
 them works, and take turns: in each round every side does its work once. Before the first round each does it three
-times (compiling, caches, allocators). What is printed is the median over rounds, with the smallest and the largest; and
+times (caches, allocators). What is printed is the median over rounds, with the smallest and the largest; and
 for our steps, which share of the time and of the arithmetic each layer has. bfloat16 is tried where it is fast.
 """
 
@@ -75,7 +75,7 @@ class Work(NamedTuple):
 
 def new_run(device, **fast_path) -> Run:
     """A run with default options whose folder is never made."""
-    chosen = choose_run_fast_path(Saved(Options()), device, 9664)._replace(**fast_path)
+    chosen = choose_run_fast_path(Saved(Options()), device)._replace(**fast_path)
     return Run(Options(), Path(), fast_path=chosen, device=device)
 
 
@@ -167,7 +167,7 @@ def matrix_product(dtype: torch.dtype, device, folder: Path) -> Work:
     return Work(lambda: a @ b, 1)
 
 
-PLAIN = {"plain": True, "bfloat16": False, "compiled": False}
+PLAIN = {"plain": True, "bfloat16": False}
 PARTS: dict[str, dict[str, Callable[..., Work]]] = {
     "vqvae": {
         "ours": our_vqvae,

@@ -54,7 +54,7 @@ def batches(train_set: OasisDataset) -> Iterator[Tensor]:
 def ours(train_set: OasisDataset, validate_set: OasisDataset) -> tuple[Callable[[Tensor], None], nn.Module]:
     """A step of train.py on a batch, and the averaged network that it scores."""
     options, device = Options(), torch.device("cpu")
-    fast_path = choose_run_fast_path(Saved(options), device, len(train_set))
+    fast_path = choose_run_fast_path(Saved(options), device)
     run = Run(options, Path(), fast_path=fast_path, device=device)
     run.fast_path.set_up()
     stage, rng, n_steps = VQVAEStage(run, train_set, validate_set), seeds.generator(0, "vqvae", 1), 0

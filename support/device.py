@@ -4,8 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +13,6 @@ from torch import Tensor, nn
 
 from support import distributed
 from support.console import UserError
-
-# Compiling takes about half a minute. On a CPU it saves nothing once freed memory is kept (benchmarks/speed.py).
-COMPILING_REPAYS = 1000  # steps on a GPU
 
 
 def choose_device(name: str) -> torch.device:
@@ -91,23 +87,21 @@ class FastPath(NamedTuple):
 
     Attributes:
         device: the type of device that it was chosen for.
-        plain: none of the rest: standard layout, float32 without TF32, eager, the C library's own allocator.
+        plain: none of the rest: standard layout, float32 without TF32, the C library's own allocator.
         bfloat16: the networks run under autocast, but for the quantizer and the decoder's last layer.
-        compiled: encoder and decoder are compiled.
     """
 
     device: str
     plain: bool = False
     bfloat16: bool = False
-    compiled: bool = False
 
     def __str__(self) -> str:
         if self.plain:
-            return "standard layout, float32, not compiled (--plain)"
+            return "standard layout, float32 (--plain)"
         float32 = "float32 (TF32)" if self.device == "cuda" else "float32"
         precision = "bfloat16 but for quantizer and last layer" if self.bfloat16 else float32
         layout = "channels_last" if self.layout == torch.channels_last else "standard layout"
-        return f"{layout}, {precision}, {'compiled' if self.compiled else 'not compiled'}"
+        return f"{layout}, {precision}"
 
     @property
     def layout(self) -> torch.memory_format:
@@ -137,11 +131,6 @@ class FastPath(NamedTuple):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
-    def compile(self, *networks: nn.Module) -> None:
-        """Compile networks in place if that was chosen: their structure and the keys of their weights stay."""
-        for network in networks if self.compiled else ():
-            network.compile()
-
     def set_up(self) -> None:
         """Make the settings that hold for the whole process."""
         torch.backends.cudnn.allow_tf32 = not self.plain  # for convolutions
@@ -151,31 +140,16 @@ class FastPath(NamedTuple):
             keep_freed_memory()
 
 
-def choose_fast_path(
-    device: torch.device,
-    precision: str,
-    plain: bool,
-    n_steps: int,
-    compute_loss: Callable[[FastPath], Tensor],
-    kept: FastPath | None = None,
-) -> FastPath:
-    """The fast path for a device and a run of `n_steps`, the same in all processes.
+def choose_fast_path(device: torch.device, precision: str, plain: bool) -> FastPath:
+    """The fast path for a device, the same in all processes.
 
     Precision "auto" is bfloat16 on GPUs that have it, for before Ampere it is emulated, which is slow, and on CPUs with
-    AMX, for on others it is slower than float32. Networks are compiled on a GPU where that repays and where
-    `compute_loss`, the loss of new networks on a fast path, can be computed and differentiated. On resuming, `kept` is
-    the fast path so far: its precision stays, and compiling is given up where it does not work now.
+    AMX, for on others it is slower than float32.
     """
     if plain:
         return FastPath(device.type, plain=True)
-    cuda = device.type == "cuda"
-    if kept is not None:
-        bfloat16 = kept.bfloat16
-    else:
-        bfloat16 = precision == "bfloat16" or precision == "auto" and distributed.everywhere(has_fast_bfloat16(device))
-    compiled = FastPath(device.type, bfloat16=bfloat16, compiled=True)
-    wanted = cuda and n_steps >= COMPILING_REPAYS if kept is None else kept.compiled
-    return compiled._replace(compiled=wanted and distributed.everywhere(can_train(compiled, compute_loss)))
+    auto = precision == "auto" and distributed.everywhere(has_fast_bfloat16(device))
+    return FastPath(device.type, bfloat16=auto or precision == "bfloat16")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -185,21 +159,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
         return torch.cpu._is_amx_tile_supported() and (allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def can_train(fast_path: FastPath, compute_loss: Callable[[FastPath], Tensor]) -> bool:
-    """Whether a fast path's loss can be computed and differentiated here, found by trying.
-
-    Compiling needs a C++ compiler, and Triton on a GPU; and some versions of PyTorch fail at these networks alone
-    (pytorch issue 171622).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compute_loss(fast_path).backward()
-        return True
-    except Exception:  # each missing part has an error of its own
-        return False
 
 
 def keep_freed_memory() -> None:

@@ -14,7 +14,7 @@ Inside, the code under test runs as it is. These mistakes are errors, as they ar
 `waits` lists the operations at which the host would wait for the GPU: results that go to the host, shapes that depend
 on values, blocking copies to CUDA. (Copies to MPS always wait.)
 
-It cannot show what the numbers of a GPU are (TF32, bfloat16), compiling, memory, or NCCL.
+It cannot show what the numbers of a GPU are (TF32, bfloat16), memory, or NCCL.
 
 How: `_There` is a wrapper subclass ("Extending PyTorch" in PyTorch's manual). Below autograd, each operation comes to
 `_compute`, which runs it on the values. For autograd's C++ code the tensors are on the device "lazy", which has no

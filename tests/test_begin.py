@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from support import device
 from support.console import UserError
 from support.device import FastPath
 from support.run import Run, open_run
@@ -12,32 +11,12 @@ from training.options import Options
 
 
 def test_the_fast_path_is_kept_on_resuming_and_chosen_anew_for_another_kind_of_device(tmp_path, monkeypatch):
-    works = {"compiled": True}
-    monkeypatch.setattr(device, "can_train", lambda fast_path, compute_loss: works["compiled"])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-    chosen = begin.choose_run_fast_path
-
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    run = Run(Options(precision="bfloat16"), tmp_path, fast_path=FastPath("cpu", bfloat16=True))
-    assert chosen(run, cpu, 9664) == FastPath("cpu", bfloat16=True)
-    run.options.precision = "auto"
-    assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True, compiled=True)
-    assert chosen(run, cuda, 640) == FastPath("cuda", bfloat16=True)  # 240 steps do not repay it
-    best = FastPath("cuda", bfloat16=True, compiled=True)
-    run.fast_path = best._replace(compiled=False)
-    assert chosen(run, cuda, 9664) == run.fast_path  # nothing is added to a run that has begun
-    run.fast_path = best
-    assert chosen(run, cuda, 640) == best
-    works["compiled"] = False  # as on a cluster's other machine
-    assert chosen(run, cuda, 9664) == best._replace(compiled=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True)  # its precision stays
-    run.fast_path, run.options.only = None, "dcgan"
-    assert chosen(run, cuda, 9664) == FastPath("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    works["compiled"] = True
-    assert chosen(run, cuda, 9664) == FastPath("cuda", bfloat16=True)  # the DCGAN is not compiled
+    chosen, cpu, cuda = begin.choose_run_fast_path, torch.device("cpu"), torch.device("cuda")
+    run = Run(Options(), tmp_path, fast_path=FastPath("cpu", bfloat16=True))
+    assert chosen(run, cpu) == FastPath("cpu", bfloat16=True)  # whatever this processor has
+    for capability, bfloat16 in ((9, True), (7, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: (c, 0))
+        assert chosen(run, cuda) == FastPath("cuda", bfloat16=bfloat16)
 
 
 @pytest.mark.parametrize(

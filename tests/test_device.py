@@ -24,7 +24,6 @@ def one_step(fast_path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
     model = VQVAE().to(memory_format=fast_path.layout)
     with torch.no_grad():  # codes that are far apart, so that rounding does not change which one is nearest
         model.vector_quantizer.embedding.weight.normal_(generator=torch.Generator().manual_seed(1))
-    fast_path.compile(model.encoder, model.decoder)
     with fast_path.autocast():
         vq_loss, x_hat, _, _ = model(x)
     recon_loss = F.mse_loss(x_hat, x)
@@ -34,12 +33,11 @@ def one_step(fast_path: FastPath, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "fast_path, tolerance",
-    [(FastPath("cpu"), 1e-4), (FastPath("cpu", compiled=True), 1e-4), (FastPath("cpu", bfloat16=True), 2**-5)],
+    [(FastPath("cpu"), 1e-4), (FastPath("cpu", bfloat16=True), 2**-5)],
     ids=str,
 )
 def test_fast_paths_equal_the_plain_one_within_their_rounding(fast_path, tolerance, images):
     expected, found = one_step(PLAIN, images[:2]), one_step(fast_path, images[:2])
-    assert found.keys() == expected.keys()  # compiled or not: no prefix
     for key, value in expected.items():
         error = (found[key] - value).norm() / value.norm()
         assert error <= tolerance, (key, error)
@@ -110,25 +108,12 @@ def test_moments_of_other_weights_are_refused_and_rates_stay(n, moments, said):
 
 def test_what_is_chosen(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    tried = []
-
-    def loss(fast_path):
-        tried.append(fast_path)
-        return torch.ones((), requires_grad=True)
-
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert module.choose_fast_path(cpu, "auto", False, 10**6, loss) == FastPath("cpu")
-    kept = FastPath("cpu", bfloat16=True)  # begun on another processor
-    assert module.choose_fast_path(cpu, "auto", False, 10, loss, kept) == kept
-    assert module.choose_fast_path(cpu, "bfloat16", False, 10, loss) == FastPath("cpu", bfloat16=True)
-    assert module.choose_fast_path(cpu, "auto", True, 10, loss) == PLAIN and not tried
+    assert module.choose_fast_path(cpu, "bfloat16", False) == FastPath("cpu", bfloat16=True)
+    assert module.choose_fast_path(cpu, "auto", True) == PLAIN
     for capability, bfloat16 in (((7, 5), False), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        for n_steps, compiled in ((100, False), (3624, True)):
-            chosen = module.choose_fast_path(cuda, "auto", False, n_steps, loss)
-            assert chosen == FastPath("cuda", bfloat16=bfloat16, compiled=compiled)
-        assert tried.pop() == chosen and not tried
-    assert not module.choose_fast_path(cuda, "float32", False, 10, loss).bfloat16
+        assert module.choose_fast_path(cuda, "auto", False) == FastPath("cuda", bfloat16=bfloat16)
+    assert not module.choose_fast_path(cuda, "float32", False).bfloat16
 
 
 @pytest.mark.parametrize(
@@ -150,24 +135,7 @@ def test_bfloat16_is_fast_on_cpus_with_amx_alone(has_amx, variable, fast, monkey
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", variable)
     cpu = torch.device("cpu")
     assert module.has_fast_bfloat16(cpu) == fast
-    chosen = module.choose_fast_path(cpu, "auto", False, 10, lambda fast_path: None)
-    assert chosen == FastPath("cpu", bfloat16=fast)
-    assert module.choose_fast_path(cpu, "auto", False, 10, lambda fast_path: None, FastPath("cpu")) == FastPath("cpu")
-
-
-def test_what_fails_in_backward_alone_is_not_compiled():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.sum()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            raise AssertionError("as Inductor's backward of transposed convolutions")
-
-    path = FastPath("cpu", compiled=True)
-    assert not module.can_train(path, lambda path: Fails.apply(torch.ones(2, requires_grad=True)))
-    assert module.can_train(path, lambda path: torch.ones((), requires_grad=True).sum())
+    assert module.choose_fast_path(cpu, "auto", False) == FastPath("cpu", bfloat16=fast)
 
 
 def python(code: str, **variables) -> str:
@@ -175,20 +143,6 @@ def python(code: str, **variables) -> str:
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_without_a_compiler_nothing_is_compiled(tmp_path):
-    code = """
-        import functools, torch
-        from support import device
-        from training import vqvae
-        from training.options import Options
-        loss = functools.partial(vqvae.first_loss, Options(batch_size=1), torch.device("cpu"), (256, 256))
-        path = device.FastPath("cpu", compiled=True)
-        print(device.can_train(path._replace(compiled=False), loss), device.can_train(path, loss))
-    """
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    assert python(code, PATH="/nonexistent", CXX="/nonexistent/c++", **cache).split()[-2:] == ["True", "False"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")

@@ -25,9 +25,9 @@ from training.samples import Samples
 from training.vqvae import VQVAEStage
 
 
-def new_run(folder: Path, compiled: bool = False, **options) -> Run:
+def new_run(folder: Path, **options) -> Run:
     folder.mkdir(exist_ok=True)
-    return Run(Options(**options), folder, fast_path=FastPath("cpu", compiled=compiled))
+    return Run(Options(**options), folder, fast_path=FastPath("cpu"))
 
 
 def test_average_follows_the_weights_and_batchnorm_statistics():
@@ -95,20 +95,6 @@ def test_a_run_that_ends_below_a_black_image_says_so(data, tmp_path, capsys):
         run.rows = [{"stage": "vqvae", "epoch": 1, "ssim_mean": ssim, "ssim_black": black}]
         stage.best()
         assert (f"less than a black image has, {black:.4f}; try a lower --lr" in capsys.readouterr().out) == warned
-
-
-def test_training_compiled_gives_what_training_eager_gives(data, tmp_path):
-    """And compiling leaves no prefix in the keys of vqvae.pth."""
-    train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
-    losses = []
-    for compiled in (False, True):
-        run = new_run(tmp_path / str(compiled), compiled, epochs=1, batch_size=8, n_embeddings=16, embeddings_dim=8)
-        stage = VQVAEStage(run, train_set, validate_set)
-        fit.fit(stage, run)
-        losses.append(run.rows[0]["training_loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    keys = list(torch.load(tmp_path / "True" / "vqvae.pth", weights_only=True))
-    assert keys == list(torch.load(tmp_path / "False" / "vqvae.pth", weights_only=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name():

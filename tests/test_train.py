@@ -91,7 +91,7 @@ def test_run_json(trained, data):
     }
     assert record["seed"] == 5 and record["options"]["batch_size"] == 4 and record["options"]["lr"] == 1e-3
     bfloat16 = has_fast_bfloat16(torch.device("cpu"))
-    assert record["fast_path"] == {"device": "cpu", "plain": False, "bfloat16": bfloat16, "compiled": False}
+    assert record["fast_path"] == {"device": "cpu", "plain": False, "bfloat16": bfloat16}
     assert record["torch"] == torch.__version__ and record["device"] == "cpu" and record["resumed"] == []
     assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", record["commit"])
 

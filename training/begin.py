@@ -5,7 +5,6 @@ import math
 import shlex
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from dataset import (
     describe,
     find_data,
     list_scans,
-    picture_box,
     refuse_equal_images,
     refuse_shared_cases,
 )
@@ -29,7 +27,6 @@ from support.device import FastPath, choose_device, choose_fast_path, has_fast_b
 from support.run import RESUME_FILE, Run, Saved, new_folder, open_run
 from training.options import FIELDS, STAGES, Options, flag, option, stages
 from training.recipes import recipes_of
-from training.vqvae import first_loss
 
 
 def prepare(args: dict[str, Any]) -> Saved:
@@ -129,8 +126,7 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
         counts[dataset.split] = len(dataset)
     if not options.allow_shared_cases:
         refuse_equal_images(train_set, validate_set)
-    size = train_set.images[(..., *picture_box(train_set.images))].shape[2:]
-    fast_path = choose_run_fast_path(saved, device, len(train_set), size)
+    fast_path = choose_run_fast_path(saved, device)
     fast_path.set_up()
 
     folder = saved.folder or distributed.from_first(lambda: new_folder(options.out))
@@ -158,26 +154,15 @@ def _outdated(run: Run) -> list[Path]:
     return [path for pattern in patterns for path in run.folder.glob(pattern)]
 
 
-def choose_run_fast_path(
-    saved: Saved, device: torch.device, n_images: int, size: tuple[int, int] = (256, 256)
-) -> FastPath:
-    """A run's fast path: kept as far as it works when it is resumed, chosen anew on another type of device.
-
-    `size` is that of the training images, inside their box.
-    """
-    options = saved.options
-    kept = saved.fast_path if saved.fast_path and saved.fast_path.device == device.type else None
-    if kept and kept.bfloat16 and not has_fast_bfloat16(device):
-        print(
-            "warning: the run was begun in bfloat16, which is slow here; it stays, for the same numbers",
-            file=sys.stderr,
-        )
-    if kept and saved.epochs_of("vqvae") >= options.epochs:  # only the prior is left
-        return kept
-    # priors are not compiled
-    n_steps = 0 if options.only in PRIORS else options.epochs * math.ceil(n_images / options.batch_size)
-    compute_loss = partial(first_loss, options, device, size)
-    return choose_fast_path(device, options.precision, options.plain, n_steps, compute_loss, kept)
+def choose_run_fast_path(saved: Saved, device: torch.device) -> FastPath:
+    """A run's fast path: kept when it is resumed, chosen anew on another type of device."""
+    kept = saved.fast_path
+    if kept is None or kept.device != device.type:
+        return choose_fast_path(device, saved.options.precision, saved.options.plain)
+    if kept.bfloat16 and not has_fast_bfloat16(device):
+        text = "the run was begun in bfloat16, which is slow here; it stays, for the same numbers"
+        print(f"warning: {text}", file=sys.stderr)
+    return kept
 
 
 def print_plan(args: dict[str, Any]) -> None:

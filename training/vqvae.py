@@ -15,7 +15,7 @@ from report import page
 from report.plots import Figures
 from support import distributed, files, seeds
 from support.console import in_batches
-from support.device import FastPath, exact_float32
+from support.device import exact_float32
 from support.run import Run
 from training import codebook, recipes
 from training.fit import Stage, batch_sizes, check_finite, falling_rate
@@ -56,7 +56,6 @@ class VQVAEStage(Stage):
         self.codebook = method(self.vqvae.vector_quantizer, self.optimizer, recipe.codebook)
         self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
         self.optimizers = {"vqvae": self.optimizer}
-        self.fast_path.compile(self.vqvae.encoder, self.vqvae.decoder)
         self.box = picture_box(train_set.images)
         n_shown = min(32, len(train_set))
         self.shown = train_set.batch([i * len(train_set) // n_shown for i in range(n_shown)])
@@ -171,14 +170,3 @@ class VQVAEStage(Stage):
         decoded = vqvae.decode(codes)[0]
         self.figures.single_image("decoded.png", decoded, "First validation image, decoded from its codes")
         page.write_run(self.run.folder)
-
-
-def first_loss(options, device: torch.device, size: tuple[int, int], fast_path: FastPath) -> Tensor:
-    """The loss of a new VQ-VAE on a batch of black images of a size: shows whether a fast path works in training."""
-    vqvae = VQVAE(options.n_embeddings, options.embeddings_dim, options.beta)
-    vqvae.to(device, memory_format=fast_path.layout)
-    fast_path.compile(vqvae.encoder, vqvae.decoder)
-    x = torch.zeros(max(1, options.batch_size // distributed.world_size()), 1, *size, device=device)
-    with fast_path.autocast():
-        vq_loss, x_hat, _, _ = vqvae(x)
-    return F.mse_loss(x_hat, x) + vq_loss
