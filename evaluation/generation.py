@@ -12,7 +12,7 @@ from torch import Tensor
 from evaluation import memorisation
 from evaluation.memorisation import Copies
 from evaluation.texture import features, laplacian_pyramid
-from evaluation.two_sample import Interval, mean_indices, numbered, two_sample_measures
+from evaluation.two_sample import Interval, mean_coherence, numbered, two_sample_measures
 from modules import VQVAE
 from support import seeds
 from support.console import stop_if_signalled
@@ -29,10 +29,8 @@ BATCH = 32  # images that a network sees at once; fixed, so that a measure does 
 MEASURES = {
     "swd": "sliced Wasserstein distance × 10³",
     "coherence": "coherence of texture in the head",
-    "kurtosis": "kurtosis of detail in the head",
     "texture_auc": "AUC of texture, windows of 64 pixels",
     "anatomy_auc": "AUC of anatomy, images four times smaller",
-    "kernel_distance": "kernel distance of the encoder's moments",
     "coverage": "coverage of the encoder's moments",
 }
 NEAREST = "distance to the nearest training image, 5th percentile"
@@ -146,9 +144,9 @@ class Reference:
         self.vqvae, self.images, self.seed = vqvae, images, seed
         self.features = features(vqvae, images.pixels, images.subjects)
 
-    def indices(self) -> dict[str, Interval]:
-        """The mean indices of texture of the real images."""
-        return mean_indices(self.features, seeds.generator(self.seed, "resampling"))
+    def coherence(self) -> Interval:
+        """That of the real images."""
+        return mean_coherence(self.features, seeds.generator(self.seed, "resampling"))
 
     def measure(self, images: Images) -> dict[str, Interval]:
         """`compared` of images."""
@@ -157,7 +155,7 @@ class Reference:
     def compared(self, other: "Reference") -> dict[str, Interval]:
         """MEASURES of other images by name. Those that need FEWEST_COMPARED a side are NaN where there are fewer."""
         rng = seeds.generator(self.seed, "resampling")
-        measures = mean_indices(other.features, rng)
+        measures = {"coherence": mean_coherence(other.features, rng)}
         n = min(len(other.images), len(self.images))
         if n >= FEWEST_COMPARED:
             measures |= two_sample_measures(self.features, other.features, rng)
@@ -232,7 +230,7 @@ def _missing(rows: list[Row], counterpart: Images, real: Images, fake: Images, t
     reasons = []
     n = min(len(real), len(fake))
     if n < FEWEST_COMPARED:
-        reasons.append(f"AUC, kernel distance and coverage need {FEWEST_COMPARED} images a side; here are {n}")
+        reasons.append(f"AUC and coverage need {FEWEST_COMPARED} images a side; here are {n}")
     if len(set(real.subjects)) == 1:
         reasons.append("real images are of one subject: nothing can be compared over subjects")
     if FEWEST_COMPARED > len(counterpart) and not reasons:

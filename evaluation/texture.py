@@ -25,7 +25,7 @@ class Features(NamedTuple):
 
     Attributes:
         subjects: the subject of each image.
-        indices: what `texture_indices` returns.
+        coherence: (N,), the mean `coherence` inside the head.
         moments: what `encoder_moments` returns.
         anatomy: (N, 4096), the images four times smaller.
         windows, window_image: features (M, F) of the texture of windows inside heads, and the image (M,) of each. The
@@ -33,7 +33,7 @@ class Features(NamedTuple):
     """
 
     subjects: list[Hashable]
-    indices: dict[str, Tensor]
+    coherence: Tensor
     moments: Tensor
     anatomy: Tensor
     windows: Tensor
@@ -53,13 +53,11 @@ def features(vqvae: VQVAE, images: Tensor, subjects: Sequence[Hashable]) -> Feat
         powers = log_band_powers(cut[0].reshape(-1, 1, WINDOW, WINDOW)).view(*chosen.shape, -1)
         windows = torch.cat([powers, cut[2].mean((3, 4))[..., None], moments], 3)[chosen]
         small, counts = F.avg_pool2d(part, 4).flatten(1), chosen.sum((1, 2))
-        columns = texture_indices(part, inside, direction)
-        parts.append((columns, *(each.cpu().double() for each in (moments, small, windows)), counts.cpu()))
+        means = (direction * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)
+        parts.append([*(each.cpu().double() for each in (means, moments, small, windows)), counts.cpu()])
         stop_if_signalled()
-    columns, moments, small, windows, counts = zip(*parts, strict=True)
-    columns = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
-    image = torch.arange(len(images)).repeat_interleave(torch.cat(counts))
-    return Features(list(subjects), columns, torch.cat(moments), torch.cat(small), torch.cat(windows), image)
+    *columns, counts = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Features(list(subjects), *columns, torch.arange(len(images)).repeat_interleave(counts))
 
 
 def _windows(images: Tensor) -> Tensor:
@@ -136,23 +134,6 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
         levels.append(images - blur(spread))
         images = half
     return [*levels, images]
-
-
-def texture_indices(images: Tensor, inside: Tensor, direction: Tensor) -> dict[str, Tensor]:
-    """Indices of texture of each image (N, 1, 256, 256), given its `head` and `coherence`: (N,) float64 on the CPU.
-
-    coherence: its mean inside the head.
-    kurtosis: of the finest level of the Laplacian pyramid inside the head, 3 for Gaussian noise.
-    """
-    detail = laplacian_pyramid(images)[0]
-    kurtosis = _mean(detail**4, inside) / _mean(detail**2, inside).square().clamp(min=1e-12)
-    columns = {"coherence": _mean(direction, inside), "kurtosis": kurtosis}
-    return {name: value.cpu().double() for name, value in columns.items()}
-
-
-def _mean(values: Tensor, weight: Tensor) -> Tensor:
-    """The weighted mean over each image: (N,)."""
-    return (values * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp(min=1)
 
 
 def encoder_moments(vqvae: VQVAE, images: Tensor) -> Tensor:

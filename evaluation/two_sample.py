@@ -1,4 +1,4 @@
-"""How far apart two sets of images are: indices of texture, classifier two-sample tests, kernel distance, coverage.
+"""How far apart two sets of images are: coherence of texture, classifier two-sample tests, coverage.
 
 The slices of a subject are alike. So folds and confidence intervals are over subjects, and neighbours are of other
 subjects. Measures are functions of weights (R, N): how often each of N rows counts in each of R samples.
@@ -47,10 +47,10 @@ class Interval(NamedTuple):
         return f"{self.value:.4f}" + ("" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]")
 
 
-def mean_indices(side: Features, rng: torch.Generator) -> dict[str, Interval]:
-    """Means of `texture.texture_indices` by name."""
+def mean_coherence(side: Features, rng: torch.Generator) -> Interval:
+    """The mean over images of their coherence."""
     weights = resample(numbered(side.subjects), rng)
-    return {name: interval(weights @ column / weights.sum(1)) for name, column in side.indices.items()}
+    return interval(weights @ side.coherence / weights.sum(1))
 
 
 def two_sample_measures(real: Features, fake: Features, rng: torch.Generator) -> dict[str, Interval]:
@@ -58,9 +58,9 @@ def two_sample_measures(real: Features, fake: Features, rng: torch.Generator) ->
 
     - texture_auc, anatomy_auc: `two_sample_auc` of windows, and of `principal_components` of the images four times
       smaller.
-    - kernel_distance, coverage: of `texture.encoder_moments`, each divided by its standard deviation over the real
-      images, or by its channel's mean one if that is more. The limits of coverage are over samples of the real side
-      alone, for coverage falls where fake images are repeated.
+    - coverage: of `texture.encoder_moments`, each divided by its standard deviation over the real images, or by its
+      channel's mean one if that is more. Its limits are over samples of the real side alone, for coverage falls where
+      fake images are repeated.
     """
     both = _resampled(real, fake, rng)
     values = {"texture_auc": two_sample_auc(*_window_rows(both))}
@@ -74,7 +74,6 @@ def two_sample_measures(real: Features, fake: Features, rng: torch.Generator) ->
     mean, std = real.moments.mean(0), real.moments.std(0, correction=0)
     std = std.maximum(std.mean((0, 1))).clamp(min=1e-6)  # in squares of background alone it is near 0
     x, y = (Rows(((side.moments - mean) / std).flatten(1), *rest) for side, *rest in both)
-    values["kernel_distance"] = kernel_distance(x, y)
     values["coverage"] = coverage(x, y.values)
     return {name: interval(value) for name, value in values.items()}
 
@@ -179,22 +178,6 @@ def fit_logistic(x: Tensor, label: Tensor) -> Tensor:
             size /= 2
         weight = weight - size * step
     return weight
-
-
-def kernel_distance(real: Rows, fake: Rows) -> Tensor:
-    """Unbiased squared maximum mean discrepancy of two sides with the kernel (a·b / F + 1)³: (R,).
-
-    That of the kernel inception distance (Binkowski et al. 2018, arXiv 1801.01401, section 4): 0 on average for equal
-    distributions, and negative at times. Within a side only rows of different subjects are paired, for those of one
-    are alike.
-    """
-
-    def mean(a: Rows, b: Rows) -> Tensor:
-        kernel = (a.values @ b.values.T / a.values.shape[1] + 1) ** 3
-        paired = a.subjects[:, None] != b.subjects if a is b else torch.ones_like(kernel)
-        return _bilinear(a.weights, kernel * paired, b.weights) / _bilinear(a.weights, paired.double(), b.weights)
-
-    return mean(real, real) + mean(fake, fake) - 2 * mean(real, fake)
 
 
 def coverage(real: Rows, fake: Tensor) -> Tensor:

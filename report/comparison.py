@@ -12,7 +12,7 @@ SIDES = ("scored", "other subjects", "reconstructions")
 SHOWN = 16  # pairs with the nearest training images
 # What a paper that uses the measures refers to.
 SOURCES = (
-    "classifier two-sample tests (AUC): arXiv 1610.06545; kernel distance: arXiv 1801.01401; coverage: arXiv "
+    "classifier two-sample tests (AUC): arXiv 1610.06545; coverage: arXiv "
     "2002.09797; sliced Wasserstein distance: arXiv 1710.10196; this project: CITATION.cff"
 )
 
