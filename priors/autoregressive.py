@@ -10,7 +10,7 @@ from torch import Tensor
 from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
 from priors.code_cache import CodeCache
 from support import console, files
-from support.device import move
+from support.device import move, one_thread
 
 RARE = 1e-3  # share of the training images up to which a position outside the head may differ from the others
 AT_ONCE = 32  # images whose logits are held at once: 2 MB each
@@ -88,6 +88,7 @@ class AutoregressivePrior:
         return torch.rand(n, *self.frame.codes.shape, generator=rng)
 
     @torch.no_grad()
+    @one_thread()
     def sample(self, noise: Tensor, condition: Condition) -> Tensor:
         """Noise (B, 64, 64) -> codes (B, 64, 64) of slices with a condition."""
         inside = self.network.eval().sample(move(noise, self.device)[:, *self.frame.box], self._cut(condition))

@@ -82,6 +82,17 @@ def exact_float32() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A single thread on the CPU, for thousands of small steps: more would wait for one another. Also a decorator."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
+
+
 class FastPath(NamedTuple):
     """What makes training fast: chosen once for a run and kept when it is resumed on the same type of device.
 
