@@ -10,10 +10,12 @@
 Everything is written to a new folder, gen_imgs/<date_time>_predict/. docs/usage.md says what is in it.
 """
 
-try:
-    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
-except ModuleNotFoundError:
-    raise SystemExit("error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without") from None
+if __name__ == "__main__":
+    try:
+        import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+    except ModuleNotFoundError:
+        text = "error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without"
+        raise SystemExit(text) from None
 import argparse
 import math
 import re
@@ -69,9 +71,9 @@ def main(argv: list[str] | None = None) -> None:
 def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Print the report's four lines, and draw the split's scores, its best and its worst image."""
     dataset = open_split(o, vqvae)
-    labels = dataset.labels
+    labels, folder = dataset.labels, new_folder(o.out, "_predict")  # which may fail, before the scores take their time
     scores = reconstruction.score(vqvae, dataset, labels)
-    ssim, folder = scores.ssim, new_folder(o.out, "_predict")
+    ssim = scores.ssim
     columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
     columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
     columns["ssim"] = ssim.tolist()
@@ -200,7 +202,7 @@ def new_slices(prior: Prior, n: int, rng: torch.Generator, planes: Sequence[int]
             if len(planes) > 1:
                 codes = prior.sample_stacks(noise.unflatten(0, (len(heads), -1)), planes).flatten(0, 1)
                 images = torch.cat([prior.decode(part) for part in codes.to(prior.device).split(SCORE_BATCH)])
-                names = [f"{name}_slice_{plane}" for name in names for plane in planes]
+                names = [f"{name}_slice_{plane:02d}" for name in names for plane in planes]
             else:
                 images = prior.sample_images(noise, *planes)
             yield [f"{name}.png" for name in names], images
@@ -265,7 +267,7 @@ def open_split(o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
     recorded = read_record(o.path.parent).get("data", {}).get("folder")  # what train.py wrote beside the checkpoint
     data = Path(recorded) if o.data is None and recorded else find_data(o.data)
     if data is None:
-        raise DataError("no data: name the OASIS folder with --data (no run.json beside the checkpoint records it)")
+        raise DataError("no data: name its folder with --data; python -m preparation.phantoms DIR makes one")
     if not data.is_dir():
         raise DataError(f"{recorded}: the folder that run.json records is not there; name the data with --data")
     return open_folder(data, o.split, o, vqvae)
@@ -310,8 +312,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
     group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)
     o = parser.parse_args(argv)
-    if o.export_codes and (Path(o.export_codes).is_dir() or not Path(o.export_codes).parent.is_dir()):
-        parser.error(f"argument --export-codes: {o.export_codes}: is a folder, or in one that is not there")
+    codes = Path(o.export_codes or "codes.npz")
+    if codes.exists() and not codes.is_file() or not codes.parent.is_dir():
+        parser.error(f"argument --export-codes: {codes}: is no file, or in a folder that is not there")
     if o.export_codes and o.prior:
         parser.error("--export-codes and --prior contradict each other; give one of them")
     of_priors = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice))

@@ -10,10 +10,12 @@
 Everything is written to a new folder, gen_imgs/<date_time>/. docs/usage.md lists its files.
 """
 
-try:
-    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
-except ModuleNotFoundError:
-    raise SystemExit("error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without") from None
+if __name__ == "__main__":
+    try:
+        import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+    except ModuleNotFoundError:
+        text = "error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without"
+        raise SystemExit(text) from None
 import sys
 
 from dataset import OasisDataset
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         if run:
             run.release()
-    print(f"Done. Look at {run.folder}")
+    print(f"Done. Look at {run.folder / 'index.html'}")
     distributed.stop()
 
 

@@ -11,9 +11,10 @@ one of its own. Everything is written to a new folder, gen_imgs/<date_time>_eval
 
 import sys
 
-if not __package__:  # run as a file: its folder is the first in the path, not the project's
-    sys.path[0] = sys.path[0].rpartition("evaluation")[0] or "."
-import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+if __name__ == "__main__":
+    if not __package__:  # run as a file: the project's folder is not in the path
+        sys.path.insert(0, __file__.rpartition("evaluation")[0])
+    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 from pathlib import Path
 
@@ -52,9 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     if train is not None:
         refuse_equal_images(folders["REAL"], folders["--train"], "--train")
         refuse_shared_subjects(folders["REAL"], folders["--train"])
+    folder = new_folder(options.out, "_evaluation")  # which may fail, before the measures take their time
     comparison = compare(real, fake, vqvae, train, options.seed, options.reconstruct)
-
-    folder = new_folder(options.out, "_evaluation")
     comparisons.write(folder, comparison, train, "", phantoms=False)
     figures = Figures(folder)
     for name, side, text in (("fake.png", fake, options.fake), ("real.png", real, options.real)):

@@ -118,6 +118,8 @@ def begun(dest: Path, plan: dict, checked_later: str = "") -> Iterator[Path]:
 
     Raises UserError if it was begun by another plan, but for what is under the key `checked_later`.
     """
+    if os.path.ismount(dest):
+        raise UserError(f"{dest}: a disk is mounted there; name a folder on it")
     folder = dest.parent / f"{dest.name}.unfinished"
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
@@ -138,6 +140,26 @@ def begun(dest: Path, plan: dict, checked_later: str = "") -> Iterator[Path]:
         if dest.exists():
             dest.rmdir()  # empty
         os.rename(folder, dest)
+
+
+def walk(source: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a folder, but for hidden ones: the name in it, as text, and the path. Links are followed.
+
+    Raises UserError if a folder in it cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    visited = set()
+    for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            yield path.relative_to(source).as_posix().encode("utf-8", "backslashreplace").decode(), path
 
 
 def write_slice(image: np.ndarray, path: Path) -> None:

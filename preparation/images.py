@@ -10,9 +10,10 @@ and called again, it goes on where it was: until all is done, everything is in D
 
 import sys
 
-if not __package__:  # run as a file: its folder is the first in the path, not the project's
-    sys.path[0] = sys.path[0].rpartition("preparation")[0] or "."
-import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+if __name__ == "__main__":
+    if not __package__:  # run as a file: the project's folder is not in the path
+        sys.path.insert(0, __file__.rpartition("preparation")[0])
+    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import re
 from functools import partial
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage.transform import resize
 
 from preparation import folder
@@ -51,12 +52,10 @@ def find(source: Path) -> tuple[dict[str, Path | np.ndarray], list[str]]:
         return _in_npz(source), []
     if not source.is_dir():
         raise UserError(f"{source}: is no folder and no .npz file; unpack an archive first")
-    paths = [path for path in source.rglob("*") if path.is_file()]
-    names = sorted((path.relative_to(source).as_posix() for path in paths), key=files.natural)
+    paths = dict(folder.walk(source))
+    names = sorted(paths, key=files.natural)
     kept = [n for n in names if n.lower().endswith(SUFFIXES) and not NOT_IMAGES.search(n)]
-    kept = [n for n in kept if not any(part.startswith(".") for part in n.split("/"))]
-    found = {name.encode("utf-8", "backslashreplace").decode(): source / name for name in kept}
-    return found, sorted(set(names) - set(kept))
+    return {name: paths[name] for name in kept}, sorted(set(names) - set(kept))
 
 
 def _in_npz(source: Path) -> dict[str, np.ndarray]:
@@ -68,7 +67,7 @@ def _in_npz(source: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{source}: cannot be read as .npz ({console.one_line(error)})") from None
     if set(arrays) != set(folder.SHARES):
         raise UserError(f"{source}: has no train_images, val_images and test_images, as files of MedMNIST have")
-    if any(a.dtype != np.uint8 or a.ndim != 3 and a.shape[3:] != (3,) for a in arrays.values()):
+    if any(a.dtype != np.uint8 or a.ndim != 3 and a.shape[3:] != (3,) or 0 in a.shape[1:] for a in arrays.values()):
         raise UserError(f"{source}: holds no images (N, H, W) or (N, H, W, 3) of 8 bits")
     return {f"{split}/{i}": image for split, array in arrays.items() for i, image in enumerate(array)}
 
@@ -87,13 +86,17 @@ def read(source: Path | np.ndarray) -> np.ndarray:
 
 
 def grey(image: Image.Image) -> np.ndarray:
-    """(H, W) uint8, or float64 of images of 16 and 32 bits."""
+    """(H, W) uint8, or float64 of images of 16 and 32 bits, turned as EXIF says."""
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         values = np.asarray(image, np.float64)
         if not np.isfinite(values).all() or values.min() < 0:
             raise ValueError("values below 0 or not finite")
         return values
-    return np.asarray(image.convert("L"))
+    values = np.asarray(image.convert("L"))
+    if "A" in image.getbands() and np.ptp(values) == 0 < np.ptp(np.asarray(image.getchannel("A"))):
+        raise ValueError("its picture is in the alpha channel alone")
+    return values
 
 
 def subjects_of(names: list[str], group: re.Pattern | None) -> tuple[str, list[str]]:
@@ -157,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{dest}: lies in SOURCE; name another DEST")
     images, passed_over = find(source)
     if not images:
-        raise UserError(f"{source}: holds no PNG, JPEG or TIFF images")
+        raise UserError(
+            f"{source}: holds no PNG, JPEG or TIFF images; convert others (DICOM by dcm2niix, for preparation.oasis)"
+        )
     rule, subjects = subjects_of(list(images), o.group)
     case = {subject: i for i, subject in enumerate(dict.fromkeys(subjects), 1)}
     items = [Item(name, s, case[s], image) for (name, image), s in zip(images.items(), subjects, strict=True)]

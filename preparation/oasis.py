@@ -12,9 +12,10 @@ like those of the PNG set (`preparation.volumes`). Subjects of OASIS-1's discs a
 
 import sys
 
-if not __package__:  # run as a file: its folder is the first in the path, not the project's
-    sys.path[0] = sys.path[0].rpartition("preparation")[0] or "."
-import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
+if __name__ == "__main__":
+    if not __package__:  # run as a file: the project's folder is not in the path
+        sys.path.insert(0, __file__.rpartition("preparation")[0])
+    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import math
 from pathlib import Path

@@ -13,13 +13,12 @@ Three sources are told apart by the names in them (`find`):
 
 import collections
 import itertools
-import os
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from preparation.folder import SHARES
+from preparation.folder import SHARES, walk
 from preparation.volumes import Volume, VolumeError, digest
 from support.console import UserError
 from support.files import natural
@@ -96,7 +95,8 @@ def find(source: Path) -> tuple[str, list[Volume], list[str]]:
         raise UserError(
             f"{source}: holds no volumes; there are {seen or 'no files of volumes'}{pairs if kinds['.hdr'] else ''}. "
             "neurite-OASIS has OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have "
-            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other volumes end in .nii, .nii.gz, .mgz or .mgh"
+            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other volumes end in .nii, .nii.gz, .mgz or .mgh; "
+            "dcm2niix makes .nii of DICOM"
         )
     used = {volume.name for volume in volumes}
     return NIFTI, sorted(volumes, key=_order), [name for name in sorted(names - used) if ANY.fullmatch(name)]
@@ -128,21 +128,7 @@ def _is_other_of_freesurfer(name: str, names: set[str]) -> bool:
 def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
     if not source.is_dir():
         raise UserError(f"{source}: no such folder or tar; name the download")
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    visited = set()
-    for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
-        if os.path.realpath(folder) in visited:  # a link that leads back
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in SUFFIXES:
-                name = path.relative_to(source).as_posix()
-                yield name.encode("utf-8", "backslashreplace").decode(), path
+    return ((name, path) for name, path in walk(source) if path.suffix.lower() in SUFFIXES)
 
 
 def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
@@ -153,8 +139,11 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
                 name = member.name.removeprefix("./").encode("utf-8", "backslashreplace").decode()
                 if name.startswith("/") or ".." in Path(name).parts:
                     raise UserError(f"{source}: its member {member.name!r} points outside; download it again")
-                if member.isreg() and not any(part.startswith(".") for part in Path(name).parts):
-                    yield name, source, member.offset_data, member.size
+                if member.isdir() or any(part.startswith(".") for part in Path(name).parts):
+                    continue
+                if not member.isreg() or member.issparse():  # a link, or packed in a way of its own
+                    raise UserError(f"{source}: {name!r} in it is a link or sparse; unpack it, and name the folder")
+                yield name, source, member.offset_data, member.size
             end = tar.offset
         with open(source, "rb") as file:  # tarfile stops at a damaged header as if it were the end
             file.seek(end)

@@ -150,6 +150,8 @@ def run_program(main: Callable[[], None], name: str) -> None:
     except (MemoryError, RuntimeError) as error:
         if distributed.is_lost(error):
             _fail(f"{name}: error: another process of this run has ended; see what it said, then resume the run")
+        if "can't start new thread" in str(error):
+            _fail(f"{name}: error: no more threads can be started; raise the limit (ulimit -u)")
         if not is_out_of_memory(error):
             raise
         _fail(f"{name}: error: out of memory; try a smaller batch, codebook or number of samples")

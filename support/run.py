@@ -235,11 +235,15 @@ def _version(package: str) -> str:
 def _commit() -> str:
     project = Path(__file__).parent.parent
 
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
     def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", project, *args], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", project, *args], capture_output=True, text=True, env=variables)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
+        if not (project / ".git").exists():  # git would name the repository around it
+            return ""
         return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
     except OSError:  # no git on this machine
         return ""

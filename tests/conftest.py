@@ -167,7 +167,7 @@ def refused(done: Done, *words: str) -> None:
 def new_run(done: Done, out: Path) -> Path:
     """The folder under `out` of a run that train.py says is done."""
     assert done.returncode == 0, done.stderr
-    return out / re.search(r"Done\. Look at .*/(\S+)$", done.stdout, re.M)[1]
+    return out / re.search(r"Done\. Look at .*/(\S+)/index\.html$", done.stdout, re.M)[1]
 
 
 def rows(run: Path, stage: str) -> list[dict[str, str]]:

@@ -38,11 +38,13 @@ NAMES = [f"sub-{subject}_slice_{s}.png" for subject in range(1, 11) for s in ran
 def test_slices_of_subjects_become_the_three_folders(tmp_path):
     save(tmp_path / "in", [*NAMES, "masks/sub-1_slice_0.png", "sub-1_slice_0_mask.png", ".hidden/a_1_1.png"])
     (tmp_path / "in" / "notes.txt").write_text("")
+    (tmp_path / "in" / "sub-1_slice_0.png").rename(tmp_path / "sub-1_slice_0.png")
+    (tmp_path / "in" / "sub-1_slice_0.png").symlink_to(tmp_path / "sub-1_slice_0.png")
     done = convert(tmp_path, "--preview")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Subjects: the name without its last number (sub-1 of sub-1_slice_0.png, ")
     assert "30 images of 10 subjects, split drawn: 8 train, 1 validate, 1 test" in done.stdout
-    assert "Passed over: 4 files" in done.stdout and (tmp_path / "out" / "preview.png").exists()
+    assert "Passed over: 3 files" in done.stdout and (tmp_path / "out" / "preview.png").exists()
     refuse_shared_cases(tmp_path / "out")
     where = {row["source"]: row for row in rows(tmp_path)}
     assert len({row["subject"] for row in where.values()}) == 10
@@ -189,9 +191,36 @@ def test_an_interrupted_call_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     refused(convert(tmp_path, "--fit", "crop"), "out: was made", "name another DEST")
 
 
+def test_folders_are_followed_where_links_lead_and_exif_turns(tmp_path):
+    save(tmp_path / "elsewhere", NAMES)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert "30 images of 10 subjects" in convert(tmp_path, "--dry-run").stdout
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(images.read(tmp_path / "turned.png"), values[::-1, ::-1])
+
+
+def test_a_folder_on_which_a_disk_is_mounted_is_refused_before_any_work(tmp_path, monkeypatch):
+    save(tmp_path / "in", NAMES)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    refused(convert(tmp_path), "out: a disk is mounted there")
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def save_alpha(folder) -> None:
+    save(folder / "in", NAMES)
+    alpha = Image.fromarray(np.arange(256, dtype=np.uint8)[None].repeat(256, 0))
+    Image.merge("LA", [Image.new("L", (256, 256)), alpha]).save(folder / "in" / "z_1_1.png")
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
+        (save_alpha, ("z_1_1.png", "in the alpha channel alone")),
         (lambda folder: None, ("in", "is no folder")),
         (lambda folder: (folder / "in").mkdir(), ("in", "holds no PNG")),
         (lambda folder: save(folder / "in", ["a.png", "b.png"]), ("2 subjects cannot be split",)),

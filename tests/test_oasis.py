@@ -656,6 +656,15 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
     (tmp_path / "packed.tar").write_bytes(gzip.compress(b"x" * 2000))
     with tarfile.open(tmp_path / "outside.tar", "w") as file:
         file.addfile(tarfile.TarInfo("../OASIS_OAS1_0001_MR1/norm.nii.gz"), io.BytesIO())
+    link = tarfile.TarInfo("OASIS_OAS1_0001_MR1/norm.nii.gz")
+    link.type, link.linkname = tarfile.LNKTYPE, "OASIS_OAS1_0002_MR1/norm.nii.gz"
+    sparse = tarfile.TarInfo("GNUSparseFile.0/norm.nii.gz")  # as `tar -S` writes it
+    sparse.pax_headers = {f"GNU.sparse.{key}": value for key, value in (("major", "1"), ("minor", "0"))}
+    sparse.pax_headers |= {"GNU.sparse.name": link.name, "GNU.sparse.realsize": "9"}
+    sparse.size = 1024
+    for name, member in (("link.tar", link), ("sparse.tar", sparse)):
+        with tarfile.open(tmp_path / name, "w", format=tarfile.PAX_FORMAT) as file:
+            file.addfile(member, io.BytesIO(b"1\n0\n9\n".ljust(1024, b"\0")))
     with tarfile.open(tmp_path / "whole.tar", "w") as file:
         for i, path in enumerate(sorted(nifti_source.iterdir())):
             file.add(path, f"OASIS_OAS1_000{i}_MR1/norm.nii.gz")
@@ -675,6 +684,8 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
         ("page.tar", "is a web page"),
         ("packed.tar", "is compressed; unpack it"),
         ("outside.tar", "points outside"),
+        ("link.tar", "is a link or sparse; unpack it"),
+        ("sparse.tar", "is a link or sparse; unpack it"),
         ("cut.tar", "ends"),
         ("cut2.tar", "ends early, or is damaged"),
         ("cut3.tar", "ends early, or is damaged"),

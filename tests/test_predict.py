@@ -33,6 +33,13 @@ def test_predict_gives_what_training_printed(trained, folder):
     assert (out / "validate_ssim_scores.png").is_file()
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_scores_take_their_time(trained, folder, monkeypatch):
+    monkeypatch.setattr(predict.reconstruction, "score", lambda *_: pytest.fail("it was scored"))
+    (folder / "file").touch()
+    done = run_program("predict.py", trained[1] / "vqvae.pth", "--out", "file", cwd=folder)
+    assert done.returncode == 1 and "file: cannot make a folder there" in done.stderr
+
+
 def test_predict_on_the_test_split(trained, folder, data):
     _, run = trained
     done = run_program("predict.py", f"{run.name}/vqvae.pth", "--out", "t", cwd=folder)  # found under gen_imgs/

@@ -1,12 +1,13 @@
 """The folder of a run: names, the lock, the record, resuming; and seeds."""
 
-import re
+import subprocess
 import time
 from dataclasses import dataclass
 from importlib import metadata
 
 import pytest
 import torch
+from conftest import PROJECT
 
 from support import files, seeds
 from support.console import UserError
@@ -22,6 +23,13 @@ class Options:
     data: str | None = None
 
 
+def test_the_commit_is_that_of_this_project_whatever_the_environment_says(tmp_path, monkeypatch):
+    expected = subprocess.run(["git", "-C", PROJECT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert environment(torch.device("cpu"))["commit"].startswith(expected.strip() or "unknown")
+
+
 def test_the_record_counts_processes_that_joined_whatever_a_variable_says(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "many")
     assert environment(torch.device("cpu"))["processes"] == 1
@@ -32,10 +40,6 @@ def test_folders_of_the_same_second_are_numbered(tmp_path, monkeypatch):
     names = [new_folder(tmp_path / "out").name for _ in range(3)]
     assert names == ["2030-01-02_03-04-05", "2030-01-02_03-04-05_2", "2030-01-02_03-04-05_3"]
     assert new_folder(tmp_path / "out", "_predict").name == "2030-01-02_03-04-05_predict"
-
-
-def test_folder_name_is_the_time(tmp_path):
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", new_folder(tmp_path).name)
 
 
 def test_folder_where_a_file_is(tmp_path):

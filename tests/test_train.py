@@ -359,7 +359,7 @@ def test_new_planes_and_stacks(autoregressed, trained, data, folder):
     assert names == {"samples.png", "samples/sample_000.png", "samples/sample_001.png", "index.html"}
     refused(run_program(*words, prior, "--slice", "15-16", cwd=folder), "was not trained on plane 15")
     names, printed = made(all_planes, "--slice", "6-8")
-    stacked = {f"samples/sample_00{head}_slice_{plane}.png" for head in range(2) for plane in (6, 7, 8)}
+    stacked = {f"samples/sample_00{head}_slice_{plane:02d}.png" for head in range(2) for plane in (6, 7, 8)}
     assert names == stacked | {"stack.png", "index.html"} and "Decoded 6 new slices" in printed
     names, printed = made(prior, "--data", data)
     assert {"measures.csv", "likelihood.csv", "most_likely.png", "least_likely.png"} <= names
@@ -518,6 +518,10 @@ def test_help_names_every_option_with_its_default(tmp_path):
         assert re.search(rf"{option} \S+\s[^-]*\(default:\s+{default}", text)
     for name in (*FIELDS, "resume", "dry_run"):
         assert f"  {flag(name)}" in text
+
+
+def test_importing_a_program_leaves_tracebacks_as_they_are():
+    assert "support.early" not in sys.modules
 
 
 @pytest.mark.parametrize("program", ["train.py", "predict.py"])
