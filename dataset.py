@@ -332,6 +332,7 @@ def split_folder(root: Path, split: str) -> Path:
         )
         others = sorted(printable(path.name) for path in root.iterdir() if path.is_dir())[:6]
         advice = "the data folder (--data) must hold it" + (f", and has {', '.join(others)}" if others else "")
+        advice += "; python -m preparation.images makes such a folder of any images"
         advice = f"--data {printable(near)} has one" if near else advice
         raise DataError(f"{printable(folder)}: missing; {advice}")
     return folder
@@ -423,7 +424,7 @@ def find_data(named: str | None) -> Path | None:
 
     Raises DataError if a folder was named and is not there.
     """
-    for value, source in ((named, "--data"), (os.environ.get("OASIS_DIR"), "OASIS_DIR")):
+    for value, source in ((named, "--data"), (os.environ.get("OASIS_DIR") or None, "OASIS_DIR")):
         if value is not None:
             if value and Path(value).is_file():
                 raise DataError(f"{value}: is a file, named by {source}; unpack it, and name the folder there")

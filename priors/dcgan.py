@@ -104,7 +104,7 @@ def prior_of(contents: dict, vqvae: VQVAE) -> DCGANPrior:
     generator = Generator(embeddings_dim=weight.shape[1])
     files.load_state(generator, contents["state_dict"])
     generator.to(weight.device, memory_format=torch.channels_last).eval()  # as in training, for the same digits
-    return DCGANPrior(generator, space, vqvae, bool(contents.get("phantoms", False)), gain)
+    return DCGANPrior(generator, space, vqvae, bool(contents["phantoms"]), gain)
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:

@@ -70,7 +70,7 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
         facts["Best validation SSIM"] = f"{float(best['ssim_mean']):.4f}, after epoch {best['epoch']}"
         black = float(best.get("ssim_black") or 0)
         if float(best["ssim_mean"]) < black:
-            facts["Warning"] = f"a black image has {black:.4f}: this training failed; try a lower --lr"
+            facts["Warning"] = f"a black image has {black:.4f}; train longer, or with a lower --lr"
     if options["only"] != "vqvae":
         stage = options["prior"]
         title = {"dcgan": "DCGAN", "autoregressive": "Autoregressive prior"}[stage]

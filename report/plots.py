@@ -36,7 +36,7 @@ def _figure(draw: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(draw)
     def attempt(self: "Figures", name: str, *args, **settings) -> None:
-        with console.warn_on_failure(self.folder / name):
+        with console.warn_on_failure(self.folder / name), plt.style.context("default"):  # whatever matplotlibrc says
             draw(self, name, *args, **settings)
 
     return attempt
@@ -213,14 +213,16 @@ class Figures:
 
         `rows` of metrics.csv that have measures; `floor`, by name, as `training.samples.Samples` has it.
         """
-        figure, axes = _subplots(2, 4, 14, 6.4)
+        figure, axes = _subplots(2, 3, 11, 6.4)
         figure.suptitle(self._with_note("Generated slices beside those of the validation split, by epoch"))
-        for each, (key, label) in zip(axes.flat, MEASURES.items(), strict=False):
+        shown = {key: label for key, label in MEASURES.items() if np.isfinite(floor[key])}  # few images lack some
+        for each, (key, label) in zip(axes.flat, shown.items(), strict=False):
             each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
             each.axhline(floor[key], color=ORANGE, linestyle="--")
             each.set(xlabel="epoch", ylabel=textwrap.fill(label, 36))
             each.xaxis.get_major_locator().set_params(integer=True)
-        axes[1, 3].remove()
+        for each in axes.flat[len(shown) :]:
+            each.remove()
         figure.legend(axes[0, 0].lines, ["generated", "reconstructions of other scans"], loc="lower right")
         self._save(figure, name)
 

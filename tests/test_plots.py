@@ -38,9 +38,10 @@ def test_grey_values_are_not_rescaled(tmp_path, value):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["grid.png", "one.png"]
 
 
-def test_images_stand_in_rows_of_eight_in_their_order(tmp_path):
+def test_images_stand_in_rows_of_eight_in_their_order_whatever_matplotlibrc_says(tmp_path):
     images = torch.linspace(0, 0.9, 32).view(32, 1, 1, 1).expand(32, 1, 64, 64)
-    Figures(tmp_path).image_grid("grid.png", images, "Title")
+    with plt.rc_context({"image.origin": "lower"}):
+        Figures(tmp_path).image_grid("grid.png", images, "Title")
     pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
     grid = pixels[-int(pixels.shape[1] / 2) :]  # 4 rows of 8 squares; the title is above
     rows, columns = ((np.arange(n) + 0.5) / n for n in (4, 8))

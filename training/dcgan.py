@@ -214,7 +214,7 @@ class DCGANStage(Stage):
 
     def load_extra_state(self, state: dict) -> None:
         self.lead.copy_(state["lead"])
-        self.begun = state.get("begun", {})
+        self.begun = state["begun"]
 
 
 def cross_entropy(logits: Tensor, target: int) -> Tensor:

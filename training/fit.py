@@ -116,15 +116,16 @@ def fit(stage: Stage, run: Run) -> None:
     Raises UserError if a loss or weight is not finite, or if the run's state does not fit the stage.
     """
     done, history = run.epochs_of(stage.name), {column: [] for column in stage.columns}
-    saved = run.state.get(stage.name)
+    saved, started = run.state.get(stage.name), False
     if saved:
         with run.restoring():
             stage.load_state_dict(saved)
+            started = bool(saved["started"])
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
             column = stage.chosen_by and stage.chosen_by[0]
             if column and not all(isinstance(row[column], float) for row in run.rows_of(stage.name)):  # it was edited
                 raise ValueError(f"{column} is not a number in each of its rows")
-    if not saved or not saved.get("started", True):
+    if not started:
         with exact_float32():
             stage.start()
         save_start(stage, run)
@@ -133,10 +134,10 @@ def fit(stage: Stage, run: Run) -> None:
 
     for epoch in range(done + 1, stage.epochs + 1):
         # Train.
-        started = time.perf_counter()
+        began = time.perf_counter()
         losses = train_epoch(stage, data, epoch, run.options.seed)
         trained = time.perf_counter()
-        seconds = trained - started
+        seconds = trained - began
 
         # Evaluate.
         sizes = batch_sizes(len(data), stage.batch_size)
@@ -157,7 +158,7 @@ def fit(stage: Stage, run: Run) -> None:
                 stage.draw(row, history)
             stage.save_weights(row)
             row["evaluation_seconds"] = round(evaluated - trained, 2)
-            row["other_seconds"] = round(run.take_seconds() - (evaluated - started), 2)
+            row["other_seconds"] = round(run.take_seconds() - (evaluated - began), 2)
             run.state[stage.name] = state
             run.save()
             page.write_run(run.folder)

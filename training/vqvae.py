@@ -151,8 +151,9 @@ class VQVAEStage(Stage):
         if distributed.is_first():
             row = self.kept_row(self.run.rows_of(self.name))
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
-            if row["ssim_mean"] < row.get("ssim_black", 0):
-                self.run.say(f"That is less than a black image has, {row['ssim_black']:.4f}; try a lower --lr")
+            if row["ssim_mean"] < row["ssim_black"]:
+                black = f"{row['ssim_black']:.4f}"
+                self.run.say(f"That is less than a black image has, {black}; train longer, or with a lower --lr")
         return vqvae
 
     @exact_float32()
