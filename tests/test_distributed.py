@@ -127,13 +127,6 @@ def test_two_processes_resume_what_one_began(runs_of_one_and_two, data, tmp_path
     assert row["ssim_mean"] == pytest.approx(expected["ssim_mean"], rel=1e-2)
 
 
-def test_more_processes_than_images_in_a_batch_are_refused_by_name(data, tmp_path):
-    done = torchrun(PROJECT / "train.py", "--data", data, "--batch-size", 1, "--device", "cpu", cwd=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.count("train.py: error: --batch-size 1:") == 1
-    assert not (tmp_path / "gen_imgs").exists()
-
-
 @pytest.mark.parametrize(
     "death, said",
     [

@@ -89,11 +89,7 @@ def on_a_gpu(contents: bytes) -> bytes:
 def test_weights_of_other_origin_load(tmp_path, kind):
     model, path = VQVAE(16, 4), tmp_path / "x.pth"
     state = {key: value.half() if kind == "half precision" else value for key, value in model.state_dict().items()}
-    torch.save(
-        OrderedDict(state) if kind == "ordered" else state,
-        path,
-        _use_new_zipfile_serialization=kind != "the old format",
-    )
+    torch.save(OrderedDict(state) if kind == "ordered" else state, path)
     if kind == "on a GPU":
         path.write_bytes(on_a_gpu(path.read_bytes()))
         if not torch.cuda.is_available():

@@ -44,12 +44,6 @@ def test_repeatable_and_different_by_seed_case_and_slice():
         assert not np.array_equal(one, other)
 
 
-def test_image_and_labels_are_of_one_pair():
-    image, labels = phantoms.make_pair(3, 10)
-    assert np.array_equal(image, phantoms.make_slice(3, 10))
-    assert labels.shape == (256, 256) and labels.dtype == np.uint8
-
-
 def test_statistics_of_real_slices(tmp_path):
     phantoms.write(tmp_path, {"train": range(20, 44)}, slices=5)
     measured = phantom_statistics.statistics(tmp_path, every=1)
@@ -204,18 +198,6 @@ def test_phantoms_are_marked_from_the_first_file_on(tmp_path, monkeypatch):
         phantoms.write(tmp_path, {"train": range(1, 2)})
     assert len(list(tmp_path.rglob("*.png"))) == 4  # with label maps
     assert phantoms.are_in(tmp_path) and not phantoms.is_complete(tmp_path)
-
-
-def test_the_demo_has_enough_images():
-    sizes = {split: len(cases) * phantoms.SLICES for split, cases in phantoms.CASES.items()}
-    assert sizes["train"] >= 256 and min(sizes.values()) >= 32
-    cases = [case for numbers in phantoms.CASES.values() for case in numbers]
-    assert len(cases) == len(set(cases))  # no subject in two splits
-
-
-def test_slice_number_out_of_range():
-    with pytest.raises(ValueError, match="0 to 31"):
-        phantoms.make_slice(1, 32)
 
 
 def test_demo_data_is_written_once(tmp_path, monkeypatch):

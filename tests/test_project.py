@@ -67,12 +67,6 @@ def test_cards_are_those_of_the_hub(folder, kind, task):
         assert len(values) == 4 and all(f"{value:,}" in card.text for value in values)
 
 
-def test_ci_runs_the_readmes_test_command():
-    assert "make test" in (PROJECT / ".ci" / "run").read_text()
-    readme = (PROJECT / "README.md").read_text()
-    assert all(f"make {target}" in readme for target in ("brains", "demo", "test"))
-
-
 def test_what_runs_write_is_ignored_by_git():
     paths = [
         "gen_imgs/x/vqvae.pth",
