@@ -299,7 +299,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group = parser.add_argument_group("scans")
     group.add_argument("--data", metavar="DIR", help="OASIS folder (default: the one in run.json beside PATH)")
-    group.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
+    group.add_argument("--split", choices=SPLITS, help="which images (default: test; with --prior validate)")
     group.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them")
     group.add_argument("--export-codes", metavar="FILE", help="write the split's codes to this .npz file; no scores")
     count = Number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
@@ -313,20 +313,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)
     o = parser.parse_args(argv)
     codes = Path(o.export_codes or "codes.npz")
-    if codes.exists() and not codes.is_file() or not codes.parent.is_dir():
-        parser.error(f"argument --export-codes: {codes}: is no file, or in a folder that is not there")
+    if codes.suffix != ".npz" or codes.exists() and not codes.is_file() or not codes.parent.is_dir():
+        parser.error(f"argument --export-codes: {codes}: must be an .npz file, in a folder that is there")
     if o.export_codes and o.prior:
         parser.error("--export-codes and --prior contradict each other; give one of them")
     of_priors = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice))
     for name, value in of_priors:
         if value is not None and not o.prior:
             parser.error(f"{name} is for new brains; name the generator with --prior, or leave it out")
-    if o.prior and o.data is None and (o.split != "test" or o.skip_bad):
+    if o.prior and o.data is None and (o.split or o.skip_bad):
         parser.error("--split and --skip-bad are for scans; name those with --data, or leave them out")
     if o.slice and o.data is not None:
         parser.error("--slice and --data contradict each other: measures are of all planes; give one of them")
     if o.prior and o.split == "train":
         parser.error("--split train: brains of a generator are measured against images that it was not trained on")
+    o.split = o.split or ("validate" if o.prior else "test")  # the test split is for a model that is final
     return o
 
 

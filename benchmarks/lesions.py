@@ -23,6 +23,7 @@ from priors.autoregressive import alone
 from priors.checkpoints import load_autoregressive, load_vqvae
 from priors.code_cache import CodeCache
 from support import console
+from training.options import COUNT
 
 RIM = 2.0  # pixels in which a disc is blended
 CONTRAST = (0.15, 0.35)  # grey values
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("vqvae", metavar="VQVAE", help="vqvae.pth")
     parser.add_argument("prior", metavar="PRIOR", help="autoregressive.pth")
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder, with label maps of validation")
-    parser.add_argument("--every", metavar="N", type=int, default=9, help="one validation image in N (default: 9)")
+    parser.add_argument("--every", metavar="N", type=COUNT, default=9, help="one validation image in N (default: 9)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the discs (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)

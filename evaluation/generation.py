@@ -15,7 +15,7 @@ from evaluation.texture import features, laplacian_pyramid
 from evaluation.two_sample import Interval, mean_coherence, numbered, two_sample_measures
 from modules import VQVAE
 from support import seeds
-from support.console import stop_if_signalled
+from support.console import in_parts
 from support.device import exact_float32
 
 PATCH, PATCHES_PER_IMAGE, PROJECTIONS = 7, 128, 512
@@ -125,9 +125,8 @@ def to_bytes(images: Tensor) -> Tensor:
 def reconstructed(vqvae: VQVAE, images: Images) -> Images:
     """Images decoded from their codes."""
     device, parts = vqvae.conv1.weight.device, []
-    for part in images.pixels.split(BATCH):
+    for part in in_parts(images.pixels, BATCH, "Reconstructing"):
         parts.append(to_bytes(vqvae.decode(vqvae.encode(part.to(device).float() / 255))))
-        stop_if_signalled()
     return replace(images, pixels=torch.cat(parts))
 
 

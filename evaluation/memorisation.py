@@ -101,12 +101,9 @@ def nearest(images: Tensor, others: Tensor) -> Nearest:
     """
     batches = []
     small = _normalised(others)
-    with console.progress(total=len(images), desc="Looking for copies", unit=" images", leave=False) as bar:
-        for part in images.split(AT_ONCE):
-            candidates = (_normalised(part) @ small.T).topk(min(CANDIDATES, len(others))).indices
-            batches.append(_among(part, others, candidates))
-            bar.update(len(part))
-            console.stop_if_signalled()
+    for part in console.in_parts(images, AT_ONCE, "Looking for copies"):
+        candidates = (_normalised(part) @ small.T).topk(min(CANDIDATES, len(others))).indices
+        batches.append(_among(part, others, candidates))
     return Nearest(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 

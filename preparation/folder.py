@@ -55,6 +55,8 @@ def split_subjects(subjects: Sequence, seed: int, file: str | None = None) -> di
 
 def _read_split(path: Path, subjects: Sequence) -> dict[int, str]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline()
             delimiter = max(",;\t", key=first.count)
@@ -167,6 +169,11 @@ def write_slice(image: np.ndarray, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with files.atomically(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG")
+
+
+def is_written(path: Path) -> bool:
+    """Whether a slice is there. It may have been emptied, as a disk that lost power leaves it."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def in_threads(items: Sequence, work: Callable, n_threads: int = CORES, **bar) -> Iterator:

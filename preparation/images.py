@@ -143,11 +143,13 @@ def fitted(image: np.ndarray, side: int, how: str) -> np.ndarray:
     `how` is "pad" (what is larger is made smaller, the rest is 0), "crop" (the shorter edge fills the square) or
     "resize" (both do).
     """
-    factors = {"pad": min(1, side / max(image.shape)), "crop": side / min(image.shape)}
-    shape = (side, side) if how == "resize" else tuple(max(1, round(n * factors[how])) for n in image.shape)
+    if how == "crop":
+        n = min(image.shape)
+        image = image[tuple(slice((size - n) // 2, (size - n) // 2 + n) for size in image.shape)]
+    factor = min(1, side / max(image.shape))
+    shape = tuple(max(1, round(n * factor)) for n in image.shape) if how == "pad" else (side, side)
     if shape != image.shape:
         image = resize(image.astype(np.float64), shape, anti_aliasing=True, preserve_range=True)
-    image = image[tuple(slice(max(0, n - side) // 2, max(0, n - side) // 2 + side) for n in image.shape)]
     margins = [((SIZE - n) // 2, SIZE - n - (SIZE - n) // 2) for n in image.shape]
     return np.pad(np.rint(image).astype(np.uint8), margins)
 
@@ -200,7 +202,7 @@ def convert_all(items: list[Item], splits: dict[int, str], unfinished: Path, o: 
 
     def write(item: Item) -> None:
         path = unfinished / names[item.name]
-        if not path.exists():
+        if not folder.is_written(path):
             values = read(item.source)
             values = values if values.dtype == np.uint8 else values * factor
             folder.write_slice(fitted(values, o.size, o.fit), path)

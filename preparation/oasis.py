@@ -72,7 +72,7 @@ def convert_all(volumes, splits: dict[int, str], unfinished: Path, errors: list[
 
     Raises UserError if volumes cannot be used, those of `errors` and further ones, unless they are to be left out.
     """
-    todo = [volume for volume in volumes if not record(volume, unfinished)]
+    todo = [volume for volume in volumes if not record(volume, unfinished, o)]
 
     def work(volume: Volume) -> str | None:
         try:
@@ -87,7 +87,7 @@ def convert_all(volumes, splits: dict[int, str], unfinished: Path, errors: list[
     if errors and not o.skip_bad:
         advice = "Replace them, or leave them out with --skip-bad; what is done is kept."
         raise UserError("\n  ".join([f"{len(errors)} volumes cannot be used:", *errors]) + f"\n{advice}")
-    rows = [row for volume in volumes if (row := record(volume, unfinished))]
+    rows = [row for volume in volumes if (row := record(volume, unfinished, o))]
     if changed := len(volumes) - len(bad) - len(rows):
         raise UserError(f"{changed} volumes have changed meanwhile; the same command converts them again")
     if missing := folder.SHARES.keys() - {row["split"] for row in rows}:
@@ -148,11 +148,13 @@ def record_path(volume: Volume, unfinished: Path) -> Path:
     return unfinished / f"volume_{volume.case:03d}_{volume.session}.json"
 
 
-def record(volume: Volume, unfinished: Path) -> dict:
+def record(volume: Volume, unfinished: Path, o: argparse.Namespace) -> dict:
     """The record of a volume that is done, else {}."""
     row = files.read_json(record_path(volume, unfinished))
-    complete = row.keys() >= set(COLUMNS) and row["split"] in list(folder.SHARES)
-    return row if complete and row | known(volume) == row else {}
+    if not row.keys() >= set(COLUMNS) or row["split"] not in list(folder.SHARES) or row | known(volume) != row:
+        return {}
+    paths = slice_paths(volume.case, volume.session, row["split"], unfinished, o)
+    return row if all(map(folder.is_written, paths)) else {}
 
 
 def remove_others(rows: list[dict], unfinished: Path, o: argparse.Namespace) -> None:

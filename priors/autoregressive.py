@@ -100,14 +100,8 @@ class AutoregressivePrior:
         """Noise (B, 64, 64) -> slices (B, 1, 256, 256) in [0, 1] of one plane, or of all its planes in turn."""
         planes = self.planes if plane is None else [plane]
         planes = torch.tensor([planes[i % len(planes)] if planes else N_PLANES for i in range(len(noise))])
-        images = []
-        few = len(noise) <= AT_ONCE
-        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False, disable=few) as bar:
-            for part, numbers in zip(noise.split(AT_ONCE), planes.split(AT_ONCE), strict=True):
-                images.append(self.decode(self.sample(part, alone(numbers))))
-                bar.update(len(part))
-                console.stop_if_signalled()
-        return torch.cat(images)
+        parts = console.in_parts(torch.arange(len(noise)), AT_ONCE, "Sampling")
+        return torch.cat([self.decode(self.sample(noise[part], alone(planes[part]))) for part in parts])
 
     def sample_stacks(self, noise: Tensor, planes: Sequence[int]) -> Tensor:
         """Noise (B, S, 64, 64) -> codes (B, S, 64, 64) of S planes of B heads, drawn in the order of `halving`."""
@@ -228,11 +222,8 @@ def likelihoods(prior: AutoregressivePrior, cache: CodeCache, indices: Tensor) -
         ("given neighbours", halving_distances(cache)),
     ):
         bits = []
-        with console.progress(total=len(indices), desc="Likelihood", unit=" images", leave=False) as bar:
-            for part in indices.split(AT_ONCE):
-                condition = cache.condition(part, distance[part])
-                bits.append(prior.bits(cache.batch(part), condition).sum((1, 2)).cpu())
-                bar.update(len(part))
-                console.stop_if_signalled()
+        for part in console.in_parts(indices, AT_ONCE, "Likelihood"):
+            condition = cache.condition(part, distance[part])
+            bits.append(prior.bits(cache.batch(part), condition).sum((1, 2)).cpu())
         by_condition[name] = torch.cat(bits)
     return by_condition

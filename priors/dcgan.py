@@ -50,14 +50,8 @@ class DCGANPrior:
 
     def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:
         """Noise (B, 128, 1, 1) -> slices (B, 1, 256, 256) in [0, 1], made `size` at a time."""
-        images = []
-        few = len(noise) <= size
-        with console.progress(total=len(noise), desc="Sampling", unit=" images", leave=False, disable=few) as bar:
-            for part in noise.split(size):
-                images.append(self.vqvae.decode(self.sample(part)).clamp(0, 1))
-                bar.update(len(part))
-                console.stop_if_signalled()
-        return torch.cat(images)
+        parts = console.in_parts(noise, size, "Sampling")
+        return torch.cat([self.vqvae.decode(self.sample(part)).clamp(0, 1) for part in parts])
 
     @torch.no_grad()
     def calibrated(self, real: Tensor, noise: Tensor) -> "DCGANPrior":

@@ -47,7 +47,7 @@ def write(folder: Path, title: str, facts: dict[str, object], phantoms: bool = F
             tables=lambda file: _tables(folder / file),
         )
         with files.atomically(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # paths may hold bytes that are not text
 
 
 def write_run(folder: Path) -> None:

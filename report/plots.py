@@ -177,7 +177,7 @@ class Figures:
     @_figure
     def curves(self, name: str, curves: dict[str, tuple], title: str, xlabel: str, levels: dict[str, float]) -> None:
         """SSIM of several sides: for each its x values (log scale) and SSIM; `levels` of SSIM as lines, by name."""
-        figure, axes = self._axes(7.2, 4.8, title)
+        figure, axes = self._axes(10, 4.8, title)
         for i, (label, (x, y)) in enumerate(curves.items()):
             axes.plot(x, y, color=f"C{i}", marker="os^vDPX*"[i % 8], markersize=4, linewidth=1, label=label)
         for label, level in levels.items():
@@ -186,7 +186,7 @@ class Figures:
                 label, (1, level), (-4, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=9
             )
         axes.set(xlabel=xlabel, ylabel="SSIM (1 = identical)", xscale="log")
-        axes.legend(loc="lower right", fontsize=9)
+        figure.legend(loc="outside right upper", fontsize=9)
         self._save(figure, name)
 
     @_figure

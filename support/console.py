@@ -116,11 +116,16 @@ def in_batches(dataset, indices: Sequence[int] | None = None, size: int = 32, de
 
     The data set has `batch(indices)`, as `dataset.OasisDataset` has; by default all of it is walked through.
     """
-    indices = range(len(dataset)) if indices is None else indices
-    with progress(total=len(indices), desc=desc, unit=" images", leave=False) as bar:
-        for start in range(0, len(indices), size):
-            part = indices[start : start + size]
-            yield dataset.batch(part)
+    for part in in_parts(range(len(dataset)) if indices is None else indices, size, desc):
+        yield dataset.batch(part)
+
+
+def in_parts(rows: Sequence | Tensor, size: int, desc: str) -> Iterator[Sequence | Tensor]:
+    """So many rows at a time, with a progress bar if they are more. A signal takes effect between two parts."""
+    with progress(total=len(rows), desc=desc, unit=" images", leave=False, disable=len(rows) <= size) as bar:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield part
             bar.update(len(part))
             stop_if_signalled()
 

@@ -1,6 +1,5 @@
 """The benchmarks run, and their reference computes what ours does."""
 
-import importlib.util
 import io
 import json
 import math
@@ -14,13 +13,14 @@ import measures
 import numpy as np
 import peers
 import pytest
+import rate_codecs
 import scipy.stats
 import speed
 import stacks
 import time_to_quality
 import torch
 import torch.nn.functional as F
-from conftest import PRETRAINED, PROJECT, resume_file
+from conftest import PRETRAINED, resume_file
 from skimage.metrics import structural_similarity
 
 from dataset import OasisDataset, picture_box
@@ -174,19 +174,16 @@ def test_time_to_quality_counts_training_alone(data, tmp_path, monkeypatch, capf
 
 
 def test_bits_of_codecs_beside_those_of_codes(images, data, tmp_path, monkeypatch, capfd):
-    spec = importlib.util.spec_from_file_location("benchmarks_codecs", PROJECT / "benchmarks" / "codecs.py")
-    codecs = importlib.util.module_from_spec(spec)  # by its path: Python has a module of that name
-    spec.loader.exec_module(codecs)
     image = (images[0, 0] * 255).byte().numpy()
-    bits, decoded = codecs.coded(image, {"format": "PNG"})
+    bits, decoded = rate_codecs.coded(image, {"format": "PNG"})
     assert (decoded == image).all() and 8 * 5_000 < bits < 8 * 65_536
     curve = [100, 200, 400, 800], [0.8, 0.9, 0.7, 1.0]  # the third quality is worse than the second
-    assert codecs.bits_at(0.85, *curve) == pytest.approx(100 * math.sqrt(2))
-    assert codecs.bits_at(0.95, *curve) == pytest.approx(400)
-    assert codecs.bits_at(0.7, *curve) is None
-    monkeypatch.setattr(codecs, "CODECS", {name: settings[-2:] for name, settings in codecs.CODECS.items()})
+    assert rate_codecs.bits_at(0.85, *curve) == pytest.approx(100 * math.sqrt(2))
+    assert rate_codecs.bits_at(0.95, *curve) == pytest.approx(400)
+    assert rate_codecs.bits_at(0.7, *curve) is None
+    monkeypatch.setattr(rate_codecs, "CODECS", {name: settings[-2:] for name, settings in rate_codecs.CODECS.items()})
     words = [PRETRAINED / "vqvae.pth", "--data", data, "--out", tmp_path, "--every", 5]
-    out, _ = run_main(codecs, words, monkeypatch, capfd)
+    out, _ = run_main(rate_codecs, words, monkeypatch, capfd)
     assert (tmp_path / "rate_codecs.png").is_file() and "SSIM of 2 images" in out
     assert out.count("\n| ") == 1 + 4 + 1 + 1 and "| 36,864 |" in out
 

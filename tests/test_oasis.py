@@ -788,15 +788,18 @@ def test_a_full_disk_and_a_signal_cost_nothing(nifti_source, converted, tmp_path
     assert pixels(tmp_path / "slices") == pixels(converted)
 
 
-def test_what_is_done_is_kept_until_the_folder_has_its_name(nifti_source, tmp_path, monkeypatch):
-    """As where DEST is a mount point, or is open on Windows."""
+def test_what_is_done_is_kept_until_the_folder_has_its_name(nifti_source, converted, tmp_path, monkeypatch):
+    """As where DEST is open on Windows. A volume of which a slice was emptied is converted again."""
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         assert convert(nifti_source, tmp_path / "slices").returncode == 1
     unfinished = tmp_path / "slices.unfinished"
     before = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*/*.png")}
+    next(unfinished.glob("*/case_002_slice_1.nii.png")).write_bytes(b"")
     assert convert(nifti_source, tmp_path / "slices").returncode == 0
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "slices").glob("*/*.png")}
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "slices").glob("*/*.png")}
+    assert {name for name in before if before[name] != after[name]} == {name for name in after if "case_002" in name}
+    assert pixels(tmp_path / "slices") == pixels(converted)
     assert {path.name for path in (tmp_path / "slices").iterdir() if path.is_file()} == {
         "conversion.json",
         "subjects.csv",

@@ -33,6 +33,11 @@ def test_predict_gives_what_training_printed(trained, folder):
     assert (out / "validate_ssim_scores.png").is_file()
 
 
+def test_the_test_split_is_for_scores_alone():
+    assert predict.parse(["x.pth"]).split == "test"
+    assert predict.parse(["x.pth", "--prior", "g.pth"]).split == "validate"
+
+
 def test_a_folder_that_cannot_be_made_is_said_before_scores_take_their_time(trained, folder, monkeypatch):
     monkeypatch.setattr(predict.reconstruction, "score", lambda *_: pytest.fail("it was scored"))
     (folder / "file").touch()

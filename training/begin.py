@@ -24,7 +24,7 @@ from priors.checkpoints import PRIORS, load_vqvae
 from support import distributed, files
 from support.console import UserError
 from support.device import FastPath, choose_device, choose_fast_path, has_fast_bfloat16
-from support.run import RESUME_FILE, Run, Saved, new_folder, open_run
+from support.run import RESUME_FILE, Run, Saved, new_folder, open_run, read_record
 from training.options import FIELDS, STAGES, Options, flag, option, stages
 from training.recipes import recipes_of
 
@@ -130,7 +130,9 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     fast_path.set_up()
 
     folder = saved.folder or distributed.from_first(lambda: new_folder(options.out))
-    run = Run(options, folder, saved.state, saved.rows, fast_path, device, train_set.phantoms, started)
+    # the file that marks phantoms may have been removed since the run began
+    synthetic = train_set.phantoms or read_record(folder).get("data", {}).get("phantoms", False)
+    run = Run(options, folder, saved.state, saved.rows, fast_path, device, synthetic, started)
     content = describe(train_set, validate_set)
     digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
     record = {"folder": options.data, "phantoms": run.phantoms, "content": content, "images": counts}

@@ -1,6 +1,6 @@
 """SSIM against bits an image: standard codecs beside the codes of trained VQ-VAEs.
 
-    python benchmarks/codecs.py --data DIR PATH/vqvae.pth ... --out FOLDER     # about five minutes on two cores
+    python benchmarks/rate_codecs.py --data DIR PATH/vqvae.pth ... --out FOLDER     # about five minutes on two cores
 
 Codecs are those of Pillow: JPEG, WebP, JPEG 2000 and AVIF, in grey where they have it, at several qualities; bits are
 those of the whole file. SSIM is the mean over every seventh validation image, for every side. A VQ-VAE's bits are those
@@ -85,6 +85,8 @@ def main() -> None:
         "--every", metavar="N", type=int, default=7, help="one validation image in N (default: 7, to see all planes)"
     )
     o = parser.parse_args()
+    if not o.out.is_dir():
+        parser.error(f"--out {o.out}: no such folder")
     if o.prior and not o.paths:
         parser.error("--prior belongs to a VQ-VAE; name its vqvae.pth")
     dataset = OasisDataset(o.data, "validate")
@@ -120,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run_program(main, "codecs.py")
+    console.run_program(main, "rate_codecs.py")
