@@ -219,7 +219,7 @@ class Figures:
         for each, (key, label) in zip(axes.flat, shown.items(), strict=False):
             each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
             each.axhline(floor[key], color=ORANGE, linestyle="--")
-            each.set(xlabel="epoch", ylabel=textwrap.fill(label, 36))
+            each.set(xlabel="epoch", ylabel=textwrap.fill(label, 26))
             each.xaxis.get_major_locator().set_params(integer=True)
         for each in axes.flat[len(shown) :]:
             each.remove()
