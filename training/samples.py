@@ -6,7 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from dataset import OasisDataset
-from evaluation.generation import MOST_MEASURED, Reference, of_arrays, reconstructed, to_bytes
+from evaluation.generation import MEASURES, MOST_MEASURED, Reference, of_arrays, reconstructed, to_bytes
 from modules import VQVAE
 from report.plots import Figures
 from support import distributed, files, seeds
@@ -102,14 +102,7 @@ class Samples:
         row = rows[-1]
         measured = [each for each in rows if "swd" in each]
         if "swd" in row:
-            texts = {
-                "swd": "sliced Wasserstein distance",
-                "coherence": "coherence",
-                "texture_auc": "AUC of texture",
-                "anatomy_auc": "of anatomy",
-                "coverage": "coverage",
-            }
-            values = {text: (row[key], self.floor[key]) for key, text in texts.items()}
-            shown = [f"{text} {a:.3g} ({b:.3g})" for text, (a, b) in values.items() if math.isfinite(a + b)]
-            self.run.say(f"Generated slices (reconstructions): {', '.join(shown)}")
+            values = {text: (row[key], self.floor[key]) for key, text in MEASURES.items()}
+            shown = [f"{text}: {a:.3g} ({b:.3g})" for text, (a, b) in values.items() if math.isfinite(a + b)]
+            self.run.say(f"Generated slices (reconstructions): {'; '.join(shown)}")
             self.figures.measures_by_epoch(f"{self.prefix}_measures.png", measured, self.floor)
