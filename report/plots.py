@@ -1,7 +1,6 @@
 """Every figure. Nothing else imports matplotlib."""
 
 import functools
-import io
 import os
 import textwrap
 from collections.abc import Callable
@@ -289,11 +288,11 @@ class Figures:
 
     def _save(self, figure, name: str, mode: str = "RGB") -> None:
         """Write a figure; mode "L" if it has no colour: a grid of grainy brains takes half a megabyte even so."""
-        buffer = io.BytesIO()
         try:
-            figure.savefig(buffer, format="png")
+            figure.canvas.draw()
             with files.atomically(self.folder / name) as temporary:
-                Image.open(buffer).convert(mode).save(temporary, format="png", optimize=True)
+                pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
+                pixels.convert(mode).save(temporary, format="png", optimize=True)
         finally:
             plt.close(figure)
 
