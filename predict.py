@@ -312,9 +312,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
     group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)
     o = parser.parse_args(argv)
-    codes = Path(o.export_codes or "codes.npz")
-    if codes.suffix != ".npz" or codes.exists() and not codes.is_file() or not codes.parent.is_dir():
-        parser.error(f"argument --export-codes: {codes}: must be an .npz file, in a folder that is there")
+    if o.export_codes:
+        codes = Path(o.export_codes)
+        if codes.suffix != ".npz" or codes.exists() and not codes.is_file() or not codes.parent.is_dir():
+            parser.error(f"argument --export-codes: {codes}: must be an .npz file, in a folder that is there")
     if o.export_codes and o.prior:
         parser.error("--export-codes and --prior contradict each other; give one of them")
     of_priors = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice))
