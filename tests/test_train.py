@@ -245,7 +245,10 @@ def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_
     assert "VQ-VAE: 2 epochs of 4 steps, 0 complete" in done.stdout, done.stderr
     torch.save(VQVAE(64).state_dict(), spoilt / "vqvae.pth")
     torch.save(resume_file(run), spoilt / "resume.pth")
-    refused(run_program("train.py", "--resume", spoilt, cwd=folder), "vqvae.pth", "has changed since the DCGAN began")
+    refused(
+        run_program("train.py", "--resume", spoilt, cwd=folder),
+        "vqvae.pth: is not the one that this run kept after epoch",
+    )
 
 
 def test_the_second_stage_alone(trained, data, folder):

@@ -14,7 +14,7 @@ from priors.checkpoints import load_vqvae
 from report import page
 from report.plots import Figures
 from support import distributed, files, seeds
-from support.console import in_batches
+from support.console import UserError, in_batches
 from support.device import exact_float32
 from support.run import Run
 from training import codebook, recipes
@@ -56,6 +56,7 @@ class VQVAEStage(Stage):
         self.codebook = method(self.vqvae.vector_quantizer, self.optimizer, recipe.codebook)
         self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
         self.optimizers = {"vqvae": self.optimizer}
+        self.kept = ""  # digest of the codebook in vqvae.pth
         self.box = picture_box(train_set.images)
         n_shown = min(32, len(train_set))
         self.shown = train_set.batch([i * len(train_set) // n_shown for i in range(n_shown)])
@@ -103,6 +104,8 @@ class VQVAEStage(Stage):
         if self.labels is not None:
             ssim["ssim_brain"] = scores.tissue_ssim[:, 0].nanmean().item()
         ssim["ssim_black"] = self.ssim_of_black
+        if all(ssim["ssim_mean"] > row["ssim_mean"] for row in self.run.rows_of(self.name)):
+            self.kept = files.digest(self.average.vector_quantizer.embedding.weight)
         return ssim | {"psnr_mean": scores.psnr.mean().item()} | reconstruction.codebook_usage(scores)
 
     @cached_property
@@ -140,16 +143,28 @@ class VQVAEStage(Stage):
         )
 
     def extra_state(self) -> dict:
-        return self.codebook.state_dict()
+        return self.codebook.state_dict() | {"kept": self.kept}
 
     def load_extra_state(self, state: dict) -> None:
         self.codebook.load_state_dict(state)
+        self.kept = state["kept"]
 
     def best(self) -> VQVAE:
-        """The network in vqvae.pth, on the run's device. Prints the epoch that it is of."""
-        vqvae = distributed.from_first(lambda: load_vqvae(self.run.folder / "vqvae.pth")).to(self.run.device)
+        """The network in vqvae.pth, on the run's device. Prints the epoch that it is of.
+
+        Raises UserError if the file is not the one that was kept.
+        """
+        row = self.kept_row(self.run.rows_of(self.name))
+
+        def load() -> VQVAE:
+            path = self.run.folder / "vqvae.pth"
+            vqvae = load_vqvae(path)
+            if files.digest(vqvae.vector_quantizer.embedding.weight) != self.kept:
+                raise UserError(f"{path}: is not the one that this run kept after epoch {row['epoch']}; put that back")
+            return vqvae
+
+        vqvae = distributed.from_first(load).to(self.run.device)
         if distributed.is_first():
-            row = self.kept_row(self.run.rows_of(self.name))
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
             if row["ssim_mean"] < row["ssim_black"]:
                 black = f"{row['ssim_black']:.4f}"
