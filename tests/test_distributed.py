@@ -127,14 +127,7 @@ def test_two_processes_resume_what_one_began(runs_of_one_and_two, data, tmp_path
     assert row["ssim_mean"] == pytest.approx(expected["ssim_mean"], rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "death, said",
-    [
-        ("raise RuntimeError('the second process broke')", "the second process broke"),
-        ("os.kill(os.getpid(), 9)", "exitcode  : -9"),
-    ],
-)
-def test_a_worker_that_dies_ends_the_job_with_its_error(data, tmp_path, death, said):
+def test_a_worker_that_dies_ends_the_job_with_its_error(data, tmp_path):
     script = f"""
         import os, sys
         sys.path.insert(0, {str(PROJECT)!r})
@@ -143,7 +136,7 @@ def test_a_worker_that_dies_ends_the_job_with_its_error(data, tmp_path, death, s
         class Dying(train.VQVAEStage):
             def step(self, *args):
                 if distributed.rank() == 1:
-                    {death}
+                    raise RuntimeError('the second process broke')
                 return super().step(*args)
         train.VQVAEStage = Dying
         train.main()
@@ -151,7 +144,7 @@ def test_a_worker_that_dies_ends_the_job_with_its_error(data, tmp_path, death, s
     (tmp_path / "dying.py").write_text(textwrap.dedent(script))
     done = torchrun(tmp_path / "dying.py", "--data", data, *SMALL, cwd=tmp_path)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert "the second process broke" in done.stderr
 
 
 def in_two_processes(work, folder) -> list:

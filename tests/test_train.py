@@ -135,25 +135,6 @@ def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
     torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
 
 
-def test_killed_and_resumed_equals_uninterrupted(trained, data, folder):
-    """Which also shows that the same seed gives the same weights."""
-    _, run = trained
-    command = [sys.executable, PROJECT / "train.py"]
-    # before VQ-VAE epoch 2 is complete on disk
-    kill_after([*command, "--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", "killed"], folder, "Epoch: 2", 1)
-    (killed,) = (folder / "killed").iterdir()
-    assert len(rows(killed, "vqvae")) == 1
-    kill_after([*command, "--resume", killed], folder, "Epoch: 2", 2)  # in the DCGAN's second epoch
-    assert len(rows(killed, "vqvae")) == 2 and len(rows(killed, "dcgan")) == 1
-    done = run_program("train.py", "--resume", killed, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "after vqvae epoch 2, dcgan epoch 1" in done.stdout
-    assert_same_weights(run, killed)
-    assert_same_history(run, killed)
-    assert {path.name for path in killed.iterdir()} == {path.name for path in run.iterdir()}
-    assert len(json.loads((killed / "run.json").read_text())["resumed"]) == 2
-
-
 def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, folder):
     """One epoch, raised to two, but killed before the second is complete: in the end as if it had not been killed."""
     words = ("--data", data, *SMALL, "--epochs", 1, "--dcgan-epochs", 1, "--seed", 5, "--out", "short")
