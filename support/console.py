@@ -24,7 +24,7 @@ class UserError(Exception):
     """Something that the user can fix. The message names the file or option at fault and says what to do."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: object) -> str:
     """What an error says, as one printable line of at most 300 characters: it may quote a file's contents."""
     parts = "".join(c if c.isprintable() else " " for c in str(error)).split()
     return " ".join(parts)[:300]

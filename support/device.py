@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from support import distributed
-from support.console import UserError
+from support.console import UserError, one_line
 
 
 def choose_device(name: str) -> torch.device:
@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
             raise ValueError
         torch.zeros(1, device=device)
     except Exception:  # torch reports a missing device in many ways
-        raise UserError(f"--device {name}: no such device here; try --device cpu") from None
+        raise UserError(f"--device {one_line(name)}: no such device here; try --device cpu") from None
     return device
 
 

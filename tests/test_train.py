@@ -228,7 +228,7 @@ def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_
     torch.save(resume_file(run), spoilt / "resume.pth")
     refused(
         run_program("train.py", "--resume", spoilt, cwd=folder),
-        "vqvae.pth: is not the one that this run kept after epoch",
+        "vqvae.pth: is not the one that this run kept",
     )
 
 

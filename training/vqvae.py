@@ -154,17 +154,17 @@ class VQVAEStage(Stage):
 
         Raises UserError if the file is not the one that was kept.
         """
-        row = self.kept_row(self.run.rows_of(self.name))
 
         def load() -> VQVAE:
             path = self.run.folder / "vqvae.pth"
             vqvae = load_vqvae(path)
             if files.digest(vqvae.vector_quantizer.embedding.weight) != self.kept:
-                raise UserError(f"{path}: is not the one that this run kept after epoch {row['epoch']}; put that back")
+                raise UserError(f"{path}: is not the one that this run kept; put that back, or start a new run")
             return vqvae
 
         vqvae = distributed.from_first(load).to(self.run.device)
         if distributed.is_first():
+            row = self.kept_row(self.run.rows_of(self.name))
             self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
             if row["ssim_mean"] < row["ssim_black"]:
                 black = f"{row['ssim_black']:.4f}"
