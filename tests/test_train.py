@@ -278,6 +278,11 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     assert not list(tmp_path.iterdir())
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     refused(run_program("train.py", "--data", tmp_path / "no", "--dry-run", cwd=tmp_path), "no")
+    shutil.copytree(data, tmp_path / "twice")
+    of_train = next((tmp_path / "twice" / "keras_png_slices_train").iterdir())
+    shutil.copy(of_train, tmp_path / "twice" / "keras_png_slices_validate" / "x.png")
+    done = run_program("train.py", "--data", tmp_path / "twice", "--dry-run", cwd=tmp_path)
+    refused(done, f"x.png: has the pixels of {of_train.name} in training")
 
 
 AUTOREGRESSIVE = ("--only", "autoregressive", "--autoregressive-epochs", 2, "--autoregressive-batch-size", 6)

@@ -114,18 +114,8 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     `recipes` are recorded instead of those that train.py uses, by stage.
     """
     started = time.perf_counter()
-    options, data, device = saved.options, Path(saved.options.data), choose_device(saved.options.device)
-    counts = {split: len(list_scans(data, split)) for split in SPLITS}
-    if not options.allow_shared_cases:
-        refuse_shared_cases(data)
-    train_set = OasisDataset(data, "train", device, options.skip_bad)
-    with_labels = options.only in (None, "vqvae")
-    validate_set = OasisDataset(data, "validate", device, options.skip_bad, with_labels)
-    for dataset in (train_set, validate_set):
-        dataset.print_skipped()
-        counts[dataset.split] = len(dataset)
-    if not options.allow_shared_cases:
-        refuse_equal_images(train_set, validate_set)
+    options, device = saved.options, choose_device(saved.options.device)
+    train_set, validate_set, counts = _read_splits(options, device)
     fast_path = choose_run_fast_path(saved, device)
     fast_path.set_up()
 
@@ -139,7 +129,8 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     try:
         if distributed.is_first():
             run.begin(record | {"digests": digests}, recipes_of(options) | recipes, _outdated(run))
-        print(f"Data: {data} ({counts['train']} training, {counts['validate']} validation images): {content}")
+        images = f"{counts['train']} training, {counts['validate']} validation images"
+        print(f"Data: {options.data} ({images}): {content}")
         print(f"Device: {device}. Folder: {run.folder}. To resume it: {resume_command(run)}")
         processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
         print(f"Fast path: {processes}{fast_path}", flush=True)
@@ -147,6 +138,26 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
         run.release()
         raise
     return run, train_set, validate_set
+
+
+def _read_splits(options: Options, device: torch.device) -> tuple[OasisDataset, OasisDataset, dict[str, int]]:
+    """The training and the validation split, and how many images each split has.
+
+    Raises DataError if they cannot be used, or if a subject or an image is in two splits and that was not allowed.
+    """
+    data = Path(options.data)
+    counts = {split: len(list_scans(data, split)) for split in SPLITS}
+    if not options.allow_shared_cases:
+        refuse_shared_cases(data)
+    train_set = OasisDataset(data, "train", device, options.skip_bad)
+    with_labels = options.only in (None, "vqvae")
+    validate_set = OasisDataset(data, "validate", device, options.skip_bad, with_labels)
+    for dataset in (train_set, validate_set):
+        dataset.print_skipped()
+        counts[dataset.split] = len(dataset)
+    if not options.allow_shared_cases:
+        refuse_equal_images(train_set, validate_set)
+    return train_set, validate_set, counts
 
 
 def _outdated(run: Run) -> list[Path]:
@@ -168,18 +179,17 @@ def choose_run_fast_path(saved: Saved, device: torch.device) -> FastPath:
 
 
 def print_plan(args: dict[str, Any]) -> None:
-    """Print what train.py would do with these options. Nothing is written and no image is read."""
+    """Print what train.py would do with these options, and what it would say of the data. Nothing is written."""
     saved = _resumed(args) if "resume" in args else _new(args, dry=True)
-    options, data = saved.options, Path(saved.options.data)
+    options, data, device = saved.options, Path(saved.options.data), choose_device(saved.options.device)
     if data.is_dir():
-        counts = {split: len(list_scans(data, split)) for split in SPLITS}
-        if not options.allow_shared_cases:
-            refuse_shared_cases(data)
-        print(f"Data: {data} ({', '.join(f'{n} {split}' for split, n in counts.items())} files)")
+        *datasets, counts = _read_splits(options, device)
+        images = ", ".join(f"{n} {split}" for split, n in counts.items())
+        print(f"Data: {data} ({images} images): {describe(*datasets)}")
     else:
         counts = {"train": len(phantoms.CASES["train"]) * phantoms.SLICES}
         print(f"Data: phantoms, which would be written to {data} ({counts['train']} training images)")
-    print(f"Device: {choose_device(options.device)}. Folder: {saved.folder or 'a new one in ' + options.out}")
+    print(f"Device: {device}. Folder: {saved.folder or 'a new one in ' + options.out}")
     for stage, title, epochs, batch_size in stages(options):
         done, steps = saved.epochs_of(stage), math.ceil(counts["train"] / batch_size)
         print(f"{title}: {epochs - done} epochs of {steps} steps, {done} complete")
