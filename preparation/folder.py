@@ -105,7 +105,7 @@ def is_complete(dest: Path, plan: dict) -> bool:
         how = "of other files or with other options" if before else "by another program"
         raise UserError(f"{dest}: was made {how}; name another DEST")
     if written != n:
-        raise UserError(f"{dest}: has {n} slices, and had {written}; name another DEST")
+        raise UserError(f"{dest}: has {n} slices, and had {console.one_line(written)}; name another DEST")
     return True
 
 
