@@ -29,6 +29,7 @@ from priors.checkpoints import load_autoregressive, load_vqvae
 from priors.code_cache import CodeCache
 from report.plots import Figures
 from support import console
+from training.options import COUNT
 
 TARGETS = (0.95, 0.97, 0.975, 0.98)
 CODECS = {
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="folder of the figure, which exists")
     parser.add_argument(
-        "--every", metavar="N", type=int, default=7, help="one validation image in N (default: 7, to see all planes)"
+        "--every", metavar="N", type=COUNT, default=7, help="one validation image in N (default: 7, to see all planes)"
     )
     o = parser.parse_args()
     if not o.out.is_dir():

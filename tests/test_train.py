@@ -241,6 +241,8 @@ def test_the_second_stage_alone(trained, data, folder):
     assert rows(alone, "vqvae") == []
     refused(run_program("train.py", *words, cwd=folder), "--vqvae")
     refused(run_program("train.py", *words, "--vqvae", run / "generator.pth", cwd=folder), "generator.pth", "no VQ-VAE")
+    torch.save(VQVAE(64).state_dict(), alone / "vqvae.pth")
+    refused(run_program("train.py", "--resume", alone, cwd=folder), "vqvae.pth", "has changed since the DCGAN began")
 
 
 def test_the_reports_bare_procedure(trained, data, folder):

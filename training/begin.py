@@ -183,7 +183,7 @@ def print_plan(args: dict[str, Any]) -> None:
     saved = _resumed(args) if "resume" in args else _new(args, dry=True)
     options, data, device = saved.options, Path(saved.options.data), choose_device(saved.options.device)
     if data.is_dir():
-        *datasets, counts = _read_splits(options, device)
+        *datasets, counts = _read_splits(options, torch.device("cpu"))
         images = ", ".join(f"{n} {split}" for split, n in counts.items())
         print(f"Data: {data} ({images} images): {describe(*datasets)}")
     else:

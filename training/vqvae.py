@@ -104,7 +104,7 @@ class VQVAEStage(Stage):
         if self.labels is not None:
             ssim["ssim_brain"] = scores.tissue_ssim[:, 0].nanmean().item()
         ssim["ssim_black"] = self.ssim_of_black
-        if all(ssim["ssim_mean"] > row["ssim_mean"] for row in self.run.rows_of(self.name)):
+        if self.kept_row([*self.run.rows_of(self.name), ssim]) is ssim:
             self.kept = files.digest(self.average.vector_quantizer.embedding.weight)
         return ssim | {"psnr_mean": scores.psnr.mean().item()} | reconstruction.codebook_usage(scores)
 
