@@ -176,7 +176,7 @@ def draw_samples(
     figures, of = Figures(folder, prior.phantoms), f" of {n}" if count > len(shown) else ""
     if stacked:
         title = f"Planes {planes[0]} to {planes[-1]}, one generated head in each row{of} (seed {seed})"
-        figures.image_grid("stack.png", torch.stack(shown), title, len(planes))
+        figures.image_grid("stack.png", torch.stack(shown), title, len(planes), planes)
     else:
         plane = f" at plane {planes[0]}" if planes else ""
         title = f"{len(shown)}{of} generated brains{plane} (seed {seed})"

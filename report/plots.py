@@ -3,7 +3,7 @@
 import functools
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # figures are only written to files, whatever the environment says
@@ -52,14 +52,21 @@ class Figures:
         self.folder, self.phantoms = folder, phantoms
 
     @_figure
-    def image_grid(self, name: str, images, title: str, per_row: int = 8) -> None:
-        """Images (N, 1, H, W), so many a row, in the order given."""
+    def image_grid(self, name: str, images, title: str, per_row: int = 8, planes: Sequence[int] = ()) -> None:
+        """Images (N, 1, H, W), so many a row, in the order given; `planes` are the numbers below the columns."""
         grid = make_grid(images.float().cpu().clamp(0, 1), nrow=per_row, padding=4, pad_value=1.0)[0].numpy()
         width = max(8, per_row)  # inches
         height = width * grid.shape[0] / grid.shape[1]
-        figure, axes = self._axes(width, height + (0.7 if self.phantoms else 0.45), title)
+        figure, axes = self._axes(width, height + (0.7 if self.phantoms else 0.45) + (0.45 if planes else 0), title)
         axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
-        axes.axis("off")
+        if planes:
+            size = images.shape[-1]
+            axes.set_xticks([4 + i * (size + 4) + size / 2 for i in range(per_row)], planes)
+            axes.set(xlabel="plane", yticks=[])
+            axes.spines[:].set_visible(False)
+            axes.grid(False)
+        else:
+            axes.axis("off")
         self._save(figure, name, "L")
 
     @_figure

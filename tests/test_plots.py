@@ -38,6 +38,14 @@ def test_grey_values_are_not_rescaled(tmp_path, value):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["grid.png", "one.png"]
 
 
+def test_the_number_of_a_plane_is_below_the_middle_of_its_column(figures):
+    FIGURES.image_grid("x.png", torch.zeros(6, 1, 64, 64), "T", 3, [4, 5, 6])
+    axes = figures[0].axes[0]
+    (black,) = np.nonzero(axes.images[0].get_array()[40] == 0)
+    assert axes.get_xticks() == pytest.approx(black.reshape(3, 64).mean(1), abs=0.6)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["4", "5", "6"] and axes.get_xlabel() == "plane"
+
+
 def test_images_stand_in_rows_of_eight_in_their_order_whatever_matplotlibrc_says(tmp_path):
     images = torch.linspace(0, 0.9, 32).view(32, 1, 1, 1).expand(32, 1, 64, 64)
     with plt.rc_context({"image.origin": "lower"}):
