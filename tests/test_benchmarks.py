@@ -66,7 +66,7 @@ def test_the_speed_benchmark_times_every_side_and_its_layers(data, monkeypatch, 
         found = {}
         for name in sides | speed.LIMITS:
             if "bfloat16" not in name:  # which takes long where it is not in hardware
-                monkeypatch.setattr(sys, "stdin", io.StringIO("go\ngo\n"))
+                monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
                 capfd.readouterr()
                 speed.worker(part, name, torch.device("cpu"), data)
                 first, *answers = map(json.loads, capfd.readouterr().out.splitlines())

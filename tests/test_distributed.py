@@ -147,16 +147,20 @@ def test_a_worker_that_dies_ends_the_job_with_its_error(data, tmp_path):
     assert "the second process broke" in done.stderr
 
 
-def in_two_processes(work, folder) -> list:
-    """What work(rank) returns in each of two processes."""
-    torch.multiprocessing.spawn(_join, (work, folder), nprocs=2)
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory) -> list[dict]:
+    """What each of the functions below returns in each of two processes, by its name."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(_join, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def _join(rank, work, folder):
+def _join(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(work(rank), folder / f"{rank}.pt")
+    works = (_dcgan_step, _codebook, partial(_best_autoregressive, folder), _autoregressive_step)
+    names = ("dcgan step", "codebook", "best", "autoregressive step")
+    torch.save({name: work(rank) for name, work in zip(names, works, strict=True)}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -187,10 +191,11 @@ def _dcgan_step(rank):
     return found | {"values in bfloat16": total}
 
 
-def test_a_dcgan_update_of_two_processes_is_that_of_one(tmp_path):
+def test_a_dcgan_update_of_two_processes_is_that_of_one(in_two_processes):
     """Batch statistics, R1's second derivatives and gradients of a batch cut into 2 and 3, against the batch in one."""
     expected = _dcgan_step(0)
-    for found in in_two_processes(_dcgan_step, tmp_path):
+    for process in in_two_processes:
+        found = process["dcgan step"]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             # bfloat16 has 8 bits, and a sure discriminator's loss is the small difference of what has been rounded
@@ -233,10 +238,11 @@ def _codebook(rank):
     return found
 
 
-def test_the_codebooks_agree_across_processes_and_with_one(tmp_path):
+def test_the_codebooks_agree_across_processes_and_with_one(in_two_processes):
     expected = _codebook(0)
     assert expected["kmeans usage"].sum() == 3 * 64
-    for found in in_two_processes(_codebook, tmp_path):
+    for process in in_two_processes:
+        found = process["codebook"]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
@@ -313,9 +319,10 @@ def _best_autoregressive(folder, rank):
     return stage.best().network.state_dict()
 
 
-def test_each_process_ends_with_the_prior_over_codes_that_rank_0_wrote(tmp_path):
+def test_each_process_ends_with_the_prior_over_codes_that_rank_0_wrote(in_two_processes):
     expected = _autoregressive().prior.network.state_dict()
-    for found in in_two_processes(partial(_best_autoregressive, tmp_path), tmp_path):
+    for process in in_two_processes:
+        found = process["best"]
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
@@ -327,11 +334,12 @@ def _autoregressive_step(rank):
     return found | {"bits": distributed.total(bits * distributed.weight(5))}
 
 
-def test_an_update_of_the_prior_over_codes_of_two_processes_is_that_of_one(tmp_path):
+def test_an_update_of_the_prior_over_codes_of_two_processes_is_that_of_one(in_two_processes):
     expected = _autoregressive_step(0)
     norm = torch.cat([value.flatten() for key, value in expected.items() if key != "bits"]).norm()
     assert norm.item() == pytest.approx(1, rel=1e-3)
-    for found in in_two_processes(_autoregressive_step, tmp_path):
+    for process in in_two_processes:
+        found = process["autoregressive step"]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             if key != "bits":  # all of them together have a norm of 1; float32 sums in another order

@@ -139,11 +139,12 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, fo
     """One epoch, raised to two, but killed before the second is complete: in the end as if it had not been killed."""
     words = ("--data", data, *SMALL, "--epochs", 1, "--dcgan-epochs", 1, "--seed", 5, "--out", "short")
     short = new_run(run_program("train.py", *words, cwd=folder), folder / "short")
-    dry = run_program("train.py", "--resume", short, *EPOCHS, "--dry-run", cwd=folder)
+    more = ("--epochs", 2)
+    dry = run_program("train.py", "--resume", short, *more, "--dry-run", cwd=folder)
     assert "so the DCGAN begins anew" in dry.stdout
     calm = shutil.copytree(short, folder / "calm")
-    assert run_program("train.py", "--resume", calm, *EPOCHS, cwd=folder).returncode == 0
-    kill_after([sys.executable, PROJECT / "train.py", "--resume", short, *EPOCHS], folder, "Device", 1)
+    assert run_program("train.py", "--resume", calm, *more, cwd=folder).returncode == 0
+    kill_after([sys.executable, PROJECT / "train.py", "--resume", short, *more], folder, "Device", 1)
     saved = resume_file(short)
     assert saved["options"]["epochs"] == 2 and "dcgan" not in saved["state"]
     assert not (short / "generator.pth").exists() and not (short / "gan_epoch_1.png").exists()
