@@ -1,4 +1,4 @@
-"""Draw the diagrams of README.md and docs/, beside this file: networks, the loss, and the order of a prior's codes.
+"""Draw the diagrams of README.md and docs/, beside this file: networks, and the order of a prior's codes.
 
 python resources/draw_diagrams.py
 """
@@ -79,26 +79,6 @@ def vqvae() -> None:
         above=0.47,
     )
     save(figure, "vqvae-architecture.png")
-
-
-def loss() -> None:
-    figure, axes = canvas(9, 1.9)
-    terms = (
-        (1.6, r"$L \;=\; \frac{1}{n}\Vert x-\hat{x}\Vert^2$", "reconstruction:\ntrains encoder and decoder"),
-        (4.6, r"$+\;\; \frac{1}{m}\Vert\, \mathrm{sg}[z_e(x)] - e\,\Vert^2$", "codebook:\nmoves embeddings to latents"),
-        (
-            7.5,
-            r"$+\;\; \beta\,\frac{1}{m}\Vert\, z_e(x) - \mathrm{sg}[e]\,\Vert^2$",
-            "commitment, β = 0.25:\nkeeps latents near embeddings",
-        ),
-    )
-    for x, formula, meaning in terms:
-        axes.text(x, 1.3, formula, ha="center", va="center", fontsize=15)
-        axes.text(x, 0.55, meaning, ha="center", va="center", fontsize=9.5)
-    axes.text(
-        4.5, 0.05, "sg: stop gradient; n pixels, m latent values; arXiv 1711.00937, eq. 3", ha="center", fontsize=8
-    )
-    save(figure, "vqvae-loss.png")
 
 
 def stack(axes, y: float, colour: str, layers: list[tuple[str, str]], names: tuple[str, str, str]) -> None:
@@ -191,6 +171,5 @@ def order() -> None:
 
 if __name__ == "__main__":
     vqvae()
-    loss()
     dcgan()
     order()
