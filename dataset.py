@@ -13,7 +13,6 @@ import sys
 import warnings
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -217,11 +216,7 @@ def read_pngs(paths: Sequence[Path], desc: str) -> tuple[np.ndarray, list[bytes]
             return b"", str(error)
         return hashlib.sha256(pixels[i]).digest(), None
 
-    results = []
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for result in console.progress(pool.map(read, range(len(paths))), total=len(paths), desc=desc, unit=" images"):
-            results.append(result)
-            console.stop_if_signalled()
+    results = console.in_threads(range(len(paths)), read, torch.get_num_threads(), desc=desc, unit=" images")
     digests, errors = zip(*results, strict=True)
     return pixels, list(digests), list(errors)
 

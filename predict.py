@@ -33,7 +33,7 @@ from evaluation import Images, compare, reconstruction
 from evaluation.generation import MOST_MEASURED, to_bytes
 from evaluation.reconstruction import SCORE_BATCH
 from modules import N_PLANES, VQVAE
-from priors.autoregressive import AutoregressivePrior, alone, likelihoods
+from priors.autoregressive import AutoregressivePrior, likelihoods, plane_condition
 from priors.checkpoints import PRIOR_NAMES, Prior, load_prior, load_vqvae
 from priors.code_cache import CodeCache
 from priors.dcgan import DCGANPrior, walk
@@ -232,7 +232,7 @@ def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDat
         if name == "alone":
             for kind, i in (("most", int(bits.argmin())), ("least", int(bits.argmax()))):
                 title = f"The {kind} likely image, {dataset.name(i)}: {bits[i]:.0f} bits"
-                bits_by_position = prior.bits(cache.batch([i]), alone(cache.plane[[i]]))[0]
+                bits_by_position = prior.bits(cache.batch([i]), plane_condition(cache.plane[[i]]))[0]
                 figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], bits_by_position, title)
     files.write_csv(folder / "likelihood.csv", list(columns), list(zip(*columns.values(), strict=True)))
 

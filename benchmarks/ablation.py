@@ -36,13 +36,11 @@ class Table(NamedTuple):
     Attributes:
         rows: by name the recipe, and the options beside the default's.
         columns: of metrics.csv, with the format of each.
-        further: arguments of the stage.
     """
 
     stage: type
     rows: dict[str, tuple[Any, dict]]
     columns: dict[str, str]
-    further: dict[str, Any] = {}
 
 
 MEASURED = dict.fromkeys(MEASURES, ".3g")
@@ -85,7 +83,6 @@ TABLES = {
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
         },
         {"d_real": ".2f", "d_validate": ".2f"} | MEASURED,
-        {"n_measures": 1},
     ),
     "autoregressive": Table(
         AutoregressiveStage,
@@ -96,7 +93,6 @@ TABLES = {
             "no average": (replace(AUTOREGRESSIVE, average_decay=0.0), {}),
         },
         {"validation_bits": ".0f"} | MEASURED,
-        {"n_measures": 1},
     ),
 }
 
@@ -125,7 +121,7 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
     try:
         vqvaes = [copy_vqvae(run)] if o.vqvae else []
-        fit(table.stage(run, *vqvaes, *splits, recipe=recipe, **table.further), run)
+        fit(table.stage(run, *vqvaes, *splits, recipe=recipe), run)
     finally:
         run.release()
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import OasisDataset, describe
-from priors.autoregressive import alone
+from priors.autoregressive import plane_condition
 from priors.checkpoints import load_autoregressive, load_vqvae
 from priors.code_cache import CodeCache
 from support import console
@@ -43,10 +44,9 @@ def plant(image: Tensor, brain: Tensor, rng: torch.Generator) -> tuple[Tensor, T
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve of scores (N,), by ranks."""
-    ranks = scores.double().argsort().argsort().double() + 1
+    """Area under the ROC curve of scores (N,)."""
     n = positive.sum().item()
-    return ((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n))).item()
+    return scipy.stats.mannwhitneyu(scores[positive], scores[~positive]).statistic / (n * (len(scores) - n))
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def main() -> None:
     surprise, error = [], []
     for part, plane in zip(x.split(32), planes.split(32), strict=True):
         codes = vqvae.encode(part)
-        surprise.append(F.avg_pool2d(prior.bits(codes, alone(plane))[:, None], 3, 1, 1))
+        surprise.append(F.avg_pool2d(prior.bits(codes, plane_condition(plane))[:, None], 3, 1, 1))
         error.append(F.avg_pool2d(F.avg_pool2d((vqvae.decode(codes) - part).square(), 4), 3, 1, 1))
     brain = F.avg_pool2d((dataset.labels[indices] > 0)[:, None].float(), 4) > 0.99
     disc = F.avg_pool2d(discs, 4)

@@ -10,8 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -174,22 +173,6 @@ def write_slice(image: np.ndarray, path: Path) -> None:
 def is_written(path: Path) -> bool:
     """Whether a slice is there. It may have been emptied, as a disk that lost power leaves it."""
     return path.is_file() and path.stat().st_size > 0
-
-
-def in_threads(items: Sequence, work: Callable, n_threads: int = CORES, **bar) -> Iterator:
-    """What `work` returns for each item, in their order; a signal takes effect between two of them."""
-
-    def stoppable(item):
-        console.stop_if_signalled()
-        return work(item)
-
-    pool = ThreadPoolExecutor(n_threads)
-    try:
-        for result in console.progress(pool.map(stoppable, items), total=len(items), **bar):
-            yield result
-            console.stop_if_signalled()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def complete(dest: Path, preview: bool) -> None:

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert_all(items: list[Item], splits: dict[int, str], unfinished: Path, o: argparse.Namespace) -> None:
     """Write what is not there yet, and subjects.csv."""
-    in_threads = partial(folder.in_threads, items, unit=" images")
+    in_threads = partial(console.in_threads, items, n_threads=folder.CORES, unit=" images")
     depths = in_threads(lambda item: None if (x := read(item.source)).dtype == np.uint8 else x.max(), desc="Reading")
     deep = [greatest for greatest in depths if greatest is not None]
     factor = 255 / max(deep) if deep and max(deep) else 1.0

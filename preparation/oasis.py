@@ -82,7 +82,7 @@ def convert_all(volumes, splits: dict[int, str], unfinished: Path, errors: list[
         except MemoryError:
             return f"{volume.name}: does not fit into memory; give fewer --workers"
 
-    bad = sorted(filter(None, folder.in_threads(todo, work, o.workers, unit=" volumes")))
+    bad = sorted(filter(None, console.in_threads(todo, work, o.workers, unit=" volumes")))
     errors = [*errors, *bad]
     if errors and not o.skip_bad:
         advice = "Replace them, or leave them out with --skip-bad; what is done is kept."

@@ -30,16 +30,12 @@ COMPLETE = "All of them were written.\n"
 DEMO_FOLDER = Path("phantoms")
 
 
-def make_slice(case: int, slice_number: int, seed: int = 0) -> np.ndarray:
-    """One slice, (256, 256) uint8, determined by the seed, the case (1 or more) and slice_number, 0 (low) to 31 (high).
-
-    Its largest value is 255. Raises ValueError if slice_number is outside 0 to 31.
-    """
-    return make_pair(case, slice_number, seed)[0]
-
-
 def make_pair(case: int, slice_number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The slice of `make_slice` and its label map: 0 outside the brain, 85 CSF, 170 grey and 255 white matter."""
+    """One slice and its label map, (256, 256) uint8 each, from the seed, the case (1 or more) and the slice's number.
+
+    The slice's largest value is 255. Labels are 0 outside the brain, 85 CSF, 170 grey and 255 white matter. Raises
+    ValueError if slice_number is not in 0 (low) to 31 (high).
+    """
     if not 0 <= slice_number < SLICES:
         raise ValueError(f"slice_number must be 0 to {SLICES - 1}, not {slice_number}")
     subject, noise = np.random.default_rng([seed, case]), np.random.default_rng([seed, case, slice_number + 1])

@@ -101,7 +101,7 @@ class AutoregressivePrior:
         planes = self.planes if plane is None else [plane]
         planes = torch.tensor([planes[i % len(planes)] if planes else N_PLANES for i in range(len(noise))])
         parts = console.in_parts(torch.arange(len(noise)), AT_ONCE, "Sampling")
-        return torch.cat([self.decode(self.sample(noise[part], alone(planes[part]))) for part in parts])
+        return torch.cat([self.decode(self.sample(noise[part], plane_condition(planes[part]))) for part in parts])
 
     def sample_stacks(self, noise: Tensor, planes: Sequence[int]) -> Tensor:
         """Noise (B, S, 64, 64) -> codes (B, S, 64, 64) of S planes of B heads, drawn in the order of `halving`."""
@@ -116,7 +116,7 @@ class AutoregressivePrior:
                         for numbers in (plane, plane - below, plane + above)
                     )
                     neighbours = torch.stack([codes[head, under], codes[head, over]], 1)
-                    condition = told(plane, neighbours, torch.stack([below, above], 1))
+                    condition = neighbour_condition(plane, neighbours, torch.stack([below, above], 1))
                     codes[head, at] = self.sample(noise[head, at], condition).cpu()
                     bar.update(len(head))
                     console.stop_if_signalled()
@@ -153,29 +153,29 @@ class AutoregressivePrior:
             "phantoms": self.phantoms,
         }
 
+    @classmethod
+    def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "AutoregressivePrior":
+        """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError for invalid contents."""
+        codebook = vqvae.vector_quantizer.embedding.weight.detach()
+        frame, state = checked_frame(contents["frame"], len(codebook)), contents["state_dict"]
+        planes, settings = contents["planes"], contents["settings"]
+        if not isinstance(planes, list) or not all(type(n) is int and 0 <= n < N_PLANES for n in planes):
+            raise ValueError(f"its 'planes' are not numbers from 0 to {N_PLANES - 1}")
+        sizes = settings["width"], settings["hidden"], *settings["dilations"]
+        if not all(type(n) is int and 0 < n <= 256 for n in sizes) or len(sizes) > 66:
+            raise ValueError("its 'settings' are not a network's")
+        network = Autoregressive(codebook, frame.size, **settings)
+        files.load_state(network, state)
+        network.to(vqvae.conv1.weight.device, memory_format=torch.channels_last).eval()
+        return cls(network, frame, vqvae, planes, bool(contents["phantoms"]))
 
-def prior_of(contents: dict, vqvae: VQVAE) -> AutoregressivePrior:
-    """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError if the contents are not one's."""
-    codebook = vqvae.vector_quantizer.embedding.weight.detach()
-    frame, state = checked_frame(contents["frame"], len(codebook)), contents["state_dict"]
-    planes, settings = contents["planes"], contents["settings"]
-    if not isinstance(planes, list) or not all(type(n) is int and 0 <= n < N_PLANES for n in planes):
-        raise ValueError(f"its 'planes' are not numbers from 0 to {N_PLANES - 1}")
-    sizes = settings["width"], settings["hidden"], *settings["dilations"]
-    if not all(type(n) is int and 0 < n <= 256 for n in sizes) or len(sizes) > 66:
-        raise ValueError("its 'settings' are not a network's")
-    network = Autoregressive(codebook, frame.size, **settings)
-    files.load_state(network, state)
-    network.to(vqvae.conv1.weight.device, memory_format=torch.channels_last).eval()
-    return AutoregressivePrior(network, frame, vqvae, planes, bool(contents["phantoms"]))
 
-
-def told(plane: Tensor, neighbours: Tensor, distance: Tensor) -> Condition:
+def neighbour_condition(plane: Tensor, neighbours: Tensor, distance: Tensor) -> Condition:
     """The condition of slices (B,), neighbours (B, 2, 64, 64) further away than MOST_DISTANCE left out."""
     return Condition(plane, neighbours, distance.where(distance <= MOST_DISTANCE, 0))
 
 
-def alone(plane: Tensor) -> Condition:
+def plane_condition(plane: Tensor) -> Condition:
     """The condition of slices of which the plane (B,) alone is known."""
     n = len(plane)
     return Condition(plane, torch.zeros(n, 2, 64, 64, dtype=torch.long), torch.zeros(n, 2, dtype=torch.long))

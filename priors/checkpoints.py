@@ -1,6 +1,5 @@
 """vqvae.pth and the files of priors, loaded with care."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from modules import VQVAE
-from priors import autoregressive, dcgan
 from priors.autoregressive import AutoregressivePrior
 from priors.dcgan import DCGANPrior
 from support import files
@@ -25,21 +23,19 @@ class PriorKind(NamedTuple):
         title: on the console.
         weights: the names of its files, the prior's own first.
         prefix: of the names of figures.
-        of: makes the prior of its file's contents and the VQ-VAE. Raises ValueError if they are not one's.
+        prior: its class.
     """
 
     title: str
     weights: tuple[str, ...]
     prefix: str
-    of: Callable[[dict, VQVAE], Prior]
+    prior: type[Prior]
 
 
 # by the values of --prior, which a prior's file has as its "kind"
 PRIORS = {
-    "dcgan": PriorKind("DCGAN", ("generator.pth", "discriminator.pth"), "gan", dcgan.prior_of),
-    "autoregressive": PriorKind(
-        "Autoregressive prior", ("autoregressive.pth",), "autoregressive", autoregressive.prior_of
-    ),
+    "dcgan": PriorKind("DCGAN", ("generator.pth", "discriminator.pth"), "gan", DCGANPrior),
+    "autoregressive": PriorKind("Autoregressive prior", ("autoregressive.pth",), "autoregressive", AutoregressivePrior),
 }
 PRIOR_NAMES = " or ".join(prior.weights[0] for prior in PRIORS.values())
 
@@ -87,7 +83,7 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
         raise ValueError(f"it holds no prior (name a {PRIOR_NAMES})")
     if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
-    return PRIORS[kind].of(contents, vqvae)
+    return PRIORS[kind].prior.from_checkpoint(contents, vqvae)
 
 
 def _what_is_there(state: object) -> str:

@@ -12,6 +12,8 @@ from priors.spectrum import N_RINGS, covariance_spectrum, multiply_spectrum, tra
 from support import console, files
 from support.device import move
 
+AT_ONCE = 32  # images that are made together: as many as memory easily holds
+
 
 class DCGANPrior:
     """A generator of coefficients, and what turns these into slices: their space and the VQ-VAE.
@@ -19,7 +21,7 @@ class DCGANPrior:
     All are on one device. What is made from samples of a prior that was trained on phantoms says so.
 
     Args:
-        gain: (R, K, K), what multiplies coefficients at each ring of frequencies; None for nothing.
+        gain: (R, K, K), calibration: what multiplies coefficients at each ring of frequencies; None for none.
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class DCGANPrior:
             c = multiply_spectrum(c, self.gain)
         return self.vqvae.vector_quantizer.nearest(self.space.decode(c))
 
-    def sample_images(self, noise: Tensor, size: int = 32) -> Tensor:
-        """Noise (B, 128, 1, 1) -> slices (B, 1, 256, 256) in [0, 1], made `size` at a time."""
-        parts = console.in_parts(noise, size, "Sampling")
+    def sample_images(self, noise: Tensor) -> Tensor:
+        """Noise (B, 128, 1, 1) -> slices (B, 1, 256, 256) in [0, 1]."""
+        parts = console.in_parts(noise, AT_ONCE, "Sampling")
         return torch.cat([self.vqvae.decode(self.sample(part)).clamp(0, 1) for part in parts])
 
     @torch.no_grad()
     def calibrated(self, real: Tensor, noise: Tensor) -> "DCGANPrior":
-        """A prior whose coefficients have the covariance about 0 of real ones, at each radial frequency.
+        """A prior whose coefficients have the second moments of real ones, at each radial frequency.
 
         A discriminator with BatchNorm hardly sees amplitudes, so coefficients may be too weak.
 
@@ -69,9 +71,9 @@ class DCGANPrior:
         return prior
 
     def reset_batch_norm(self, noise: Tensor) -> None:
-        """Set the statistics of the generator's BatchNorm to those that its weights have for noise (on the CPU).
+        """Compute the statistics of the generator's BatchNorm anew, for noise (B, 128, 1, 1) on the CPU.
 
-        An average of the statistics of past weights is not that of averaged weights.
+        Averaged statistics do not fit averaged weights.
         """
         update_bn([part.to(self.space.device) for part in noise.split(32)], self.generator)
 
@@ -87,24 +89,24 @@ class DCGANPrior:
         }
         return contents if self.gain is None else contents | {"gain": self.gain.cpu()}
 
-
-def prior_of(contents: dict, vqvae: VQVAE) -> DCGANPrior:
-    """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError if the contents are not one's."""
-    weight = vqvae.vector_quantizer.embedding.weight
-    space = LatentSpace.from_tensors(contents, weight.shape[1]).to(weight.device)
-    gain = None
-    if "gain" in contents:
-        gain = checked(contents["gain"], "gain", (N_RINGS, space.rank, space.rank)).to(weight.device)
-    generator = Generator(embeddings_dim=weight.shape[1])
-    files.load_state(generator, contents["state_dict"])
-    generator.to(weight.device, memory_format=torch.channels_last).eval()  # as in training, for the same digits
-    return DCGANPrior(generator, space, vqvae, bool(contents["phantoms"]), gain)
+    @classmethod
+    def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "DCGANPrior":
+        """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError for invalid contents."""
+        weight = vqvae.vector_quantizer.embedding.weight
+        space = LatentSpace.from_tensors(contents, weight.shape[1]).to(weight.device)
+        gain = None
+        if "gain" in contents:
+            gain = checked(contents["gain"], "gain", (N_RINGS, space.rank, space.rank)).to(weight.device)
+        generator = Generator(embeddings_dim=weight.shape[1])
+        files.load_state(generator, contents["state_dict"])
+        generator.to(weight.device, memory_format=torch.channels_last).eval()  # as in training, for the same digits
+        return cls(generator, space, vqvae, bool(contents["phantoms"]), gain)
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
-    """n noises (n, C, H, W) from one (C, H, W) to another, in equal steps of angle.
+    """Spherical interpolation: n noises (n, C, H, W) from one (C, H, W) to another, in equal steps of angle.
 
-    On a straight line they would be shorter half way than any that the generator was trained on (White 2016,
+    Half way on a straight line, noise would be shorter than any that the generator was trained on (White 2016,
     arXiv 1609.04468).
     """
     device, start, end = start.device, start.cpu().double(), end.cpu().double()  # MPS has no float64

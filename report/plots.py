@@ -219,9 +219,10 @@ class Figures:
 
         `rows` of metrics.csv that have measures; `floor`, by name, as `training.samples.Samples` has it.
         """
-        figure, axes = _subplots(2, 3, 11, 6.4)
-        figure.suptitle(self._with_note("Generated slices beside those of the validation split, by epoch"))
         shown = {key: label for key, label in MEASURES.items() if np.isfinite(floor[key])}  # few images lack some
+        n_rows = len(MEASURES) // 3 + 1  # the legend takes a place, too
+        figure, axes = _subplots(n_rows, 3, 11, 3.2 * n_rows)
+        figure.suptitle(self._with_note("Generated slices beside those of the validation split, by epoch"))
         for each, (key, label) in zip(axes.flat, shown.items(), strict=False):
             each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
             each.axhline(floor[key], color=ORANGE, linestyle="--")

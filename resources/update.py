@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from dataset import OasisDataset  # noqa: E402
-from priors.autoregressive import alone  # noqa: E402
+from priors.autoregressive import plane_condition  # noqa: E402
 from priors.checkpoints import PRIORS, load_autoregressive, load_prior, load_vqvae  # noqa: E402
 from report.plots import Figures  # noqa: E402
 from support import seeds  # noqa: E402
@@ -65,7 +65,7 @@ def draw_strip(data: Path) -> None:
     vqvae = load_vqvae(HERE / "pretrained" / "vqvae.pth")
     prior = load_autoregressive(HERE / "pretrained" / "autoregressive.pth", vqvae)
     rng = seeds.generator(0, "samples")
-    brains = prior.decode(prior.sample(prior.noise(8, rng), alone(torch.tensor(PLANES))))
+    brains = prior.decode(prior.sample(prior.noise(8, rng), plane_condition(torch.tensor(PLANES))))
     stack = prior.sample_stacks(prior.noise(32, rng)[None], range(32))[0, PLANES]
     images = torch.cat([x, vqvae.decode(vqvae.encode(x)), brains, prior.decode(stack)])
     title = "Synthetic slices; decoded from 64×64 codes; new brains; planes of one new head"

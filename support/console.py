@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,22 @@ def in_parts(rows: Sequence | Tensor, size: int, desc: str) -> Iterator[Sequence
             yield part
             bar.update(len(part))
             stop_if_signalled()
+
+
+def in_threads(items: Sequence, work: Callable, n_threads: int, **bar) -> Iterator:
+    """What `work` returns for each item, in their order; a signal takes effect between two of them."""
+
+    def stoppable(item):
+        stop_if_signalled()
+        return work(item)
+
+    pool = ThreadPoolExecutor(n_threads)
+    try:
+        for result in progress(pool.map(stoppable, items), total=len(items), **bar):
+            yield result
+            stop_if_signalled()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ def choose_fast_path(device: torch.device, precision: str, plain: bool) -> FastP
     """
     if plain:
         return FastPath(device.type, plain=True)
-    auto = precision == "auto" and distributed.everywhere(has_fast_bfloat16(device))
+    auto = precision == "auto" and distributed.from_first(lambda: has_fast_bfloat16(device))
     return FastPath(device.type, bfloat16=auto or precision == "bfloat16")
 
 

@@ -121,11 +121,6 @@ def is_lost(error: Exception) -> bool:
     return world_size() > 1 and ("closed by peer" in text or "connection reset" in text)
 
 
-def everywhere(fact: bool) -> bool:
-    """Whether something holds in all processes."""
-    return int(total(torch.tensor(int(fact)))) == world_size()
-
-
 def gather(part: Tensor, n: int) -> Tensor:
     """A batch (n, …) from the parts that `share` gave to each process."""
     if world_size() == 1:

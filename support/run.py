@@ -75,7 +75,7 @@ class Run(Saved):
 
         Raises UserError if another process has locked the folder, or if a resumed run began with other images.
         """
-        self._lock()
+        self._handle = files.lock(self.folder)
         here = environment(self.device)
         record = here | {"resumed": []}
         if (self.folder / RESUME_FILE).exists():
@@ -100,9 +100,6 @@ class Run(Saved):
         if before != recipes:  # of another commit: epochs from here on have these
             record["resumed"][-1]["recipes"] = recipes
         files.write_json(self.folder / "run.json", record)
-
-    def _lock(self) -> None:
-        self._handle = files.lock(self.folder)
 
     def release(self) -> None:
         """Let other processes write to the folder again."""
@@ -130,10 +127,6 @@ class Run(Saved):
     def say(self, line: str) -> None:
         """Print a line with a number."""
         print(line + mark(self.phantoms), flush=True)
-
-    def restoring(self) -> contextlib.AbstractContextManager[None]:
-        """`restoring` from this run's resume.pth."""
-        return restoring(self.folder)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def images() -> torch.Tensor:
     """Six brain-like images (6, 1, 256, 256) in [0, 1]."""
-    slices = [phantoms.make_slice(case, s) for case, s in ((1, 0), (1, 20), (2, 8), (3, 15), (4, 27), (5, 31))]
+    slices = [phantoms.make_pair(case, s)[0] for case, s in ((1, 0), (1, 20), (2, 8), (3, 15), (4, 27), (5, 31))]
     return torch.from_numpy(np.stack(slices)[:, None]).float() / 255
 
 

@@ -11,10 +11,10 @@ import modules
 from modules import MOST_DISTANCE, N_PLANES, Autoregressive, Condition
 from priors.autoregressive import (
     AutoregressivePrior,
-    alone,
     fit_frame,
     halving,
     halving_distances,
+    plane_condition,
 )
 from priors.checkpoints import load_prior, prior_of
 from priors.code_cache import CodeCache
@@ -36,13 +36,13 @@ def repeated(condition: Condition, n: int) -> Condition:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[torch.Tensor, torch.Tensor, Condition, Autoregressive]:
-    """All 3x3 images of three codes, the probability of each, what they are told, and the network."""
+    """All 3x3 images of three codes, the probability of each, their condition, and the network."""
     network = random_network(3, (3, 3))
     codes = torch.tensor(list(itertools.product(range(3), repeat=9))).view(-1, 3, 3)
-    told = Condition(torch.tensor([5]), torch.randint(0, 3, (1, 2, 3, 3)), torch.tensor([[2, 0]]))
+    condition = Condition(torch.tensor([5]), torch.randint(0, 3, (1, 2, 3, 3)), torch.tensor([[2, 0]]))
     with torch.no_grad():
-        bits = network(codes, repeated(told, len(codes))).double().sum((1, 2))
-    return codes, 2**-bits, told, network
+        bits = network(codes, repeated(condition, len(codes))).double().sum((1, 2))
+    return codes, 2**-bits, condition, network
 
 
 def test_the_probabilities_of_all_images_add_up_to_1(tiny):
@@ -50,9 +50,9 @@ def test_the_probabilities_of_all_images_add_up_to_1(tiny):
 
 
 def test_samples_come_as_often_as_their_probability_says(tiny):
-    codes, probability, told, network = tiny
+    codes, probability, condition, network = tiny
     n = 20_000
-    drawn = network.sample(torch.rand(n, 3, 3, generator=torch.Generator().manual_seed(0)), repeated(told, n))
+    drawn = network.sample(torch.rand(n, 3, 3, generator=torch.Generator().manual_seed(0)), repeated(condition, n))
     number = (drawn.flatten(1) * 3 ** torch.arange(8, -1, -1)).sum(1)  # its row in `codes`
     share = torch.bincount(number, minlength=len(codes)) / n
     likely = probability > 0.005
@@ -65,17 +65,17 @@ def test_a_code_depends_on_those_before_it_alone():
     """In an order by grids, and in each by rows: a changed code changes no probability before its own."""
     network, size = random_network(5, (17, 18)), (17, 18)
     codes = torch.randint(5, (1, *size))
-    told = Condition(torch.tensor([0]), torch.zeros(1, 2, *size).long(), torch.zeros(1, 2).long())
+    condition = Condition(torch.tensor([0]), torch.zeros(1, 2, *size).long(), torch.zeros(1, 2).long())
     order = []
     for stride in (8, 4, 2, 1):
         places = itertools.product(range(0, size[0], stride), range(0, size[1], stride))
         order += [place for place in places if place not in order]
     with torch.no_grad():
-        before = network(codes, told)[0]
+        before = network(codes, condition)[0]
         for row, column in ((0, 0), (8, 16), (16, 16), (4, 12), (2, 2), (6, 9), (15, 17), (16, 17)):
             changed = codes.clone()
             changed[0, row, column] = (codes[0, row, column] + 1) % 5
-            differ = (network(changed, told)[0] != before).tolist()
+            differ = (network(changed, condition)[0] != before).tolist()
             first = next(place for place in order if differ[place[0]][place[1]])
             assert first == (row, column)
 
@@ -99,7 +99,7 @@ def test_a_range_coder_writes_images_in_as_many_bits_and_reads_them_again(monkey
     """A coder takes each code's probabilities in the order in which `sample` draws them."""
     network = random_network(64, (32, 24), 0.2)
     codes = torch.randint(64, (5, 32, 24))
-    told = Condition(torch.arange(5), torch.randint(64, (5, 2, 32, 24)), torch.tensor([[1, 2]] * 5))
+    condition = Condition(torch.arange(5), torch.randint(64, (5, 2, 32, 24)), torch.tensor([[1, 2]] * 5))
     encoder = constriction.stream.queue.RangeEncoder()
 
     def each(logits, values):
@@ -113,9 +113,9 @@ def test_a_range_coder_writes_images_in_as_many_bits_and_reads_them_again(monkey
         return values.long()
 
     monkeypatch.setattr(modules, "_draw", write)
-    network.sample(codes.double(), told)
+    network.sample(codes.double(), condition)
     with torch.no_grad():
-        bits = network(codes, told).sum().item()
+        bits = network(codes, condition).sum().item()
     assert encoder.num_bits() == pytest.approx(bits, rel=0.005)
 
     decoder = constriction.stream.queue.RangeDecoder(encoder.get_compressed())
@@ -125,7 +125,7 @@ def test_a_range_coder_writes_images_in_as_many_bits_and_reads_them_again(monkey
         return torch.from_numpy(np.array(read)).view(values.shape)
 
     monkeypatch.setattr(modules, "_draw", read)
-    assert torch.equal(network.sample(torch.zeros(5, 32, 24), told), codes)
+    assert torch.equal(network.sample(torch.zeros(5, 32, 24), condition), codes)
 
 
 def test_planes_are_halved():
@@ -176,20 +176,20 @@ def test_around_heads_codes_are_the_frames(cache, prior, rng):
     usual = cache.codes.mode(0).values
     assert torch.equal(prior.frame.codes, usual.long()) and 0 < inside.sum() < 64 * 64
     assert (cache.codes == usual)[:, ~inside].all()
-    codes = prior.sample(prior.noise(2, rng), alone(torch.tensor([3, 9])))
+    codes = prior.sample(prior.noise(2, rng), plane_condition(torch.tensor([3, 9])))
     assert (codes == usual)[:, ~inside].all() and not (codes == usual)[:, inside].all()
-    bits = prior.bits(codes, alone(torch.tensor([3, 9])))
+    bits = prior.bits(codes, plane_condition(torch.tensor([3, 9])))
     assert bits[:, ~inside].max() < 1e-2 and bits[:, inside].mean() > 1
     row, column = (~inside).nonzero()[0].tolist()
     codes[0, row, column] = (usual[row, column] + 1) % 64
-    other = prior.bits(codes, alone(torch.tensor([3, 9])))[0, row, column].item()
+    other = prior.bits(codes, plane_condition(torch.tensor([3, 9])))[0, row, column].item()
     assert other == pytest.approx(-np.log2(prior.frame.rare / 63), rel=1e-5) and other > 15
 
 
 def test_a_sample_depends_on_its_noise_alone(prior, rng):
     noise = prior.noise(5, rng)
-    whole = prior.sample(noise, alone(torch.tensor([3, 9, 3, 9, 3])))
-    assert torch.equal(prior.sample(noise[3:], alone(torch.tensor([9, 3]))), whole[3:])
+    whole = prior.sample(noise, plane_condition(torch.tensor([3, 9, 3, 9, 3])))
+    assert torch.equal(prior.sample(noise[3:], plane_condition(torch.tensor([9, 3]))), whole[3:])
     images = prior.sample_images(noise)
     assert torch.equal(images[3:4], prior.decode(whole[3:4])) and 0 <= images.min() and images.max() <= 1
 
@@ -214,7 +214,7 @@ def test_the_file(prior, tmp_path, rng):
     torch.save(prior.checkpoint(), path)
     loaded = load_prior(path, prior.vqvae)
     assert loaded.planes == [3, 9] and loaded.phantoms
-    noise, condition = prior.noise(2, rng), alone(torch.tensor([3, 9]))
+    noise, condition = prior.noise(2, rng), plane_condition(torch.tensor([3, 9]))
     assert torch.equal(loaded.sample(noise, condition), prior.sample(noise, condition))
 
 
@@ -263,5 +263,5 @@ def test_a_second_scan_is_a_head_of_its_own(vqvae, images):
 
 def test_one_code_has_no_information():
     network = Autoregressive(torch.ones(1, 4), (8, 8), 8, (1,), 8)
-    told = Condition(torch.zeros(1).long(), torch.zeros(1, 2, 8, 8).long(), torch.zeros(1, 2).long())
-    assert torch.equal(network(torch.zeros(1, 8, 8).long(), told), torch.zeros(1, 8, 8))
+    condition = Condition(torch.zeros(1).long(), torch.zeros(1, 2, 8, 8).long(), torch.zeros(1, 2).long())
+    assert torch.equal(network(torch.zeros(1, 8, 8).long(), condition), torch.zeros(1, 8, 8))

@@ -14,7 +14,6 @@ import numpy as np
 import peers
 import pytest
 import rate_codecs
-import scipy.stats
 import speed
 import stacks
 import time_to_quality
@@ -25,7 +24,6 @@ from skimage.metrics import structural_similarity
 
 from dataset import OasisDataset, picture_box
 from evaluation import generation
-from evaluation.two_sample import Interval
 from modules import VQVAE
 from support.console import UserError
 from training import codebook, fit
@@ -188,27 +186,13 @@ def test_bits_of_codecs_beside_those_of_codes(images, data, tmp_path, monkeypatc
     assert out.count("\n| ") == 1 + 4 + 1 + 1 and "| 36,864 |" in out
 
 
-def test_measures_are_admitted_where_intervals_are_apart_and_halves_equal():
-    a, b, c = Interval(1.0, 0.9, 1.1), Interval(2.0, 1.9, 2.1), Interval(3.0, 2.05, 4.0)
-    same, other = {"coherence": Interval(1.05, 1.0, 1.2)}, {"coherence": Interval(1.05, 1.11, 1.2)}
-    assert measures.admitted("coherence", [c._replace(low=2.2), b, a], a, same)
-    assert not measures.admitted("coherence", [a, b, c], a, same)  # b and c overlap
-    assert not measures.admitted("coherence", [b, a, c], a, same)
-    assert not measures.admitted("coherence", [a, b, c._replace(low=2.2)], a, other)
-    assert measures.admitted("texture_auc", [a, b, c._replace(low=2.2)], Interval(0.52, 0.49, 0.6), same)
-    assert not measures.admitted("texture_auc", [a, b, c._replace(low=2.2)], Interval(0.56, 0.51, 0.6), same)
-
-
-def test_the_table_of_measures_compares_halves_of_different_subjects(data, monkeypatch, capfd):
-    train = OasisDataset(data, "train").as_images()
-    first, second = (set(half.subjects) for half in train.halves())
-    assert first | second == set(train.subjects) and not first & second
+def test_the_table_of_measures_has_a_column_for_each_side(data, monkeypatch, capfd):
     monkeypatch.setattr(generation, "FEWEST_COMPARED", 5)
     words = [PRETRAINED / "vqvae.pth", "--data", data, "--priors", PRETRAINED / "autoregressive.pth"]
     out, _ = run_main(measures, words, monkeypatch, capfd)
     table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    assert len(table) == 1 + len(generation.MEASURES) and {len(line) for line in table} == {6}
-    assert {line[-1].rstrip(" |") for line in table[1:]} <= {"yes", "no"}
+    assert len(table) == 1 + len(generation.MEASURES) and {len(line) for line in table} == {4}
+    assert not any("nan" in cell for line in table for cell in line)
 
 
 def test_independent_codes_are_at_each_position_those_of_some_image(data):
@@ -248,6 +232,5 @@ def test_lesions_lie_in_the_brain_and_are_ranked():
         assert (disc[~brain] == 0).all() and 6 <= 2 * (disc.sum() / torch.pi).sqrt() <= 17
         assert 0.14 < (image - 0.5).abs().max() < 0.36 and torch.equal(image != 0.5, disc > 0)
     scores, positive = torch.rand(500, generator=rng), torch.rand(500, generator=rng) < 0.2
-    n = positive.sum().item()
-    expected = scipy.stats.mannwhitneyu(scores[positive].numpy(), scores[~positive].numpy()).statistic / n / (500 - n)
+    expected = (scores[positive][:, None] > scores[~positive]).double().mean().item()
     assert lesions.auc(scores, positive) == pytest.approx(expected, abs=1e-9)

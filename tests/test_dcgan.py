@@ -178,10 +178,10 @@ def test_the_generator_and_its_average_start_from_the_same_weights(new_stage, mo
         assert all(torch.equal(value, before[key] + 1) for key, value in network.state_dict().items())
 
 
-def test_the_validation_split_is_judged_as_in_training_and_leaves_no_trace(new_stage, vqvae, data):
+def test_the_discriminator_of_the_validation_split_is_in_training_mode_and_leaves_no_trace(new_stage, vqvae, data):
     stage = new_stage()
     before, space = copy.deepcopy(stage.discriminator.state_dict()), stage.space
-    found = stage._judge_validation()
+    found = stage._d_of_validation()
     assert all(torch.equal(value, before[key]) for key, value in stage.discriminator.state_dict().items())
     latents, judged = LatentCache(vqvae, OasisDataset(data, "validate"), space), []
     for part in torch.randperm(10, generator=seeds.generator(0, "judging")).split(4):

@@ -17,7 +17,7 @@ from modules import VQVAE, Discriminator, Generator
 from priors.checkpoints import load_vqvae
 from support import files
 from support.console import UserError
-from support.run import Run
+from support.run import restoring
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
@@ -168,7 +168,7 @@ def test_what_does_not_fit_into_memory_is_not_called_damaged(tmp_path, monkeypat
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(UserError, match="x.pth: does not fit into memory"):
         files.load(tmp_path / "x.pth")
-    with pytest.raises(type(error)), Run(None, tmp_path).restoring():
+    with pytest.raises(type(error)), restoring(tmp_path):
         fail()
 
 

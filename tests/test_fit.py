@@ -123,7 +123,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqv
     for method in ("begin", "are_measured", "draw", "print_measures"):  # figures and measures take most of the time
         monkeypatch.setattr(Samples, method, lambda *words: False)
     runs = [new_run(tmp_path / name, embeddings_dim=8, **words) for name in ("whole", "stopped")]
-    whole, stopped = (kind(run, copy.deepcopy(vqvae), *sets, n_measures=1) for run in runs)
+    whole, stopped = (kind(run, copy.deepcopy(vqvae), *sets) for run in runs)
     for run in runs:
         torch.save(vqvae.state_dict(), run.folder / "vqvae.pth")
     fit.fit(whole, runs[0])
@@ -132,7 +132,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqv
         fit.fit(stopped, runs[1])
     assert not (tmp_path / "stopped" / "metrics.csv").exists()  # there is no epoch
     again = Run(**vars(open_run(tmp_path / "stopped", Options, [kind.name])))
-    stage = kind(again, copy.deepcopy(vqvae), *sets, n_measures=1)
+    stage = kind(again, copy.deepcopy(vqvae), *sets)
     monkeypatch.setattr(stage, "start", lambda: 1 / 0)
     fit.fit(stage, again)
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped", [f"{name}.pth" for name in names])
@@ -223,12 +223,12 @@ def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
 
 
 def test_the_rate_is_constant_at_first_and_falls_along_a_cosine():
-    rates = [fit.falling_rate(step, 100, constant=0.6, last=0.01) for step in range(101)]
+    rates = [fit.rate_factor(step, 100, constant=0.6, last=0.01) for step in range(101)]
     assert rates[:61] == [1.0] * 61 and rates == sorted(rates, reverse=True)
     assert rates[80] == pytest.approx((1 + 0.01) / 2)  # half way down
     assert rates[70] == pytest.approx(0.01 + 0.99 * (2 + 2**0.5) / 4)  # a quarter
-    assert rates[100] == pytest.approx(0.01) == fit.falling_rate(1000, 100, 0.6, 0.01)
-    assert {fit.falling_rate(step, 100, constant=1.0, last=0.01) for step in range(100)} == {1.0}
+    assert rates[100] == pytest.approx(0.01) == fit.rate_factor(1000, 100, 0.6, 0.01)
+    assert {fit.rate_factor(step, 100, constant=1.0, last=0.01) for step in range(100)} == {1.0}
 
 
 def test_a_step_sees_the_box_of_the_pictures_at_the_rate_of_the_step(data, tmp_path):

@@ -26,7 +26,7 @@ from priors.checkpoints import load_prior, load_vqvae
 from priors.dcgan import DCGANPrior
 from support.console import UserError
 from support.device import FastPath
-from support.run import Run
+from support.run import Run, restoring
 from training.options import Options
 from training.vqvae import VQVAEStage
 
@@ -203,7 +203,7 @@ def test_a_strange_state_of_a_stage_trains_or_does_not_fit(stage, choices):
     stage, state = stage
     strange = choices.draw(changed(state))
     try:
-        with bounded(), stage.run.restoring():
+        with bounded(), restoring(stage.run.folder):
             stage.load_state_dict(strange)
     except UserError as error:
         assert "does not fit this run" in str(error) and str(error).isprintable()

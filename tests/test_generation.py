@@ -11,8 +11,10 @@ from conftest import PRETRAINED
 
 from dataset import OasisDataset
 from evaluation import generation, texture
+from evaluation.two_sample import mean_coherence
 from modules import VQVAE
 from priors.checkpoints import load_vqvae
+from support import seeds
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,8 @@ def test_equal_images_have_no_distance_and_a_reference_keeps_its_own_indices(dat
     reference = generation.Reference(VQVAE().eval(), images, seed=0)
     found = reference.measure(images)
     assert found["swd"].value == 0 and list(found) == list(generation.MEASURES)
-    assert found["coherence"] == reference.coherence()
+    rng = seeds.generator(0, "resampling")
+    assert found["coherence"] == mean_coherence(reference.features, rng)
     again = generation.Reference(reference.vqvae, images, seed=0).measure(images)
     assert found == again and not np.isnan(found["texture_auc"].value)
 
@@ -129,7 +132,7 @@ def test_what_stands_beside_is_of_other_subjects_and_of_reconstructions(data, fe
     assert row.real.value == swd(first, second)
     assert row.reconstructions.value == swd(first, generation.reconstructed(vqvae, second))
     coherence = generation.compare(real, fake, vqvae).rows[1]
-    assert coherence.real.value == generation.Reference(vqvae, second, 0).coherence().value
+    assert coherence.real.value == generation.Reference(vqvae, first, 0).measure(second)["coherence"].value
     with pytest.raises(ValueError, match="reconstruct must be"):
         generation.compare(real, fake, vqvae, reconstruct="fake")
 

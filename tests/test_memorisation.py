@@ -14,7 +14,7 @@ from preparation import phantoms
 @pytest.fixture(scope="module")
 def slices() -> torch.Tensor:
     """Phantoms of 30 heads (30, 1, 256, 256) uint8."""
-    return torch.from_numpy(np.stack([phantoms.make_slice(case, case % 32) for case in range(30)])[:, None])
+    return torch.from_numpy(np.stack([phantoms.make_pair(case, case % 32)[0] for case in range(30)])[:, None])
 
 
 def test_the_nearest_image_is_that_of_a_plain_loop_over_shifts(slices):

@@ -38,7 +38,7 @@ def heads() -> list[np.ndarray]:
     """Three phantoms as volumes (x, y, z) in RAS, int16 of another unit than the slices."""
     found = []
     for case in (1, 2, 3):
-        slices = np.repeat([phantoms.make_slice(case, s) for s in range(0, 32, 4)], 3, axis=0)  # (z, row, column)
+        slices = np.repeat([phantoms.make_pair(case, s)[0] for s in range(0, 32, 4)], 3, axis=0)  # (z, row, column)
         volume = slices[:, 40:216, 24:232].astype(np.int16).transpose(1, 2, 0) * 9
         found.append(np.pad(volume, ((0, 0), (0, 0), (6, 6))))
     return found

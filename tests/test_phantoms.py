@@ -37,10 +37,10 @@ def pairs():
 
 
 def test_repeatable_and_different_by_seed_case_and_slice():
-    one = phantoms.make_slice(3, 10)
+    one = phantoms.make_pair(3, 10)[0]
     assert one.shape == (256, 256) and one.dtype == np.uint8
-    assert np.array_equal(one, phantoms.make_slice(3, 10))
-    for other in (phantoms.make_slice(4, 10), phantoms.make_slice(3, 11), phantoms.make_slice(3, 10, seed=1)):
+    assert np.array_equal(one, phantoms.make_pair(3, 10)[0])
+    for other in (phantoms.make_pair(4, 10)[0], phantoms.make_pair(3, 11)[0], phantoms.make_pair(3, 10, seed=1)[0]):
         assert not np.array_equal(one, other)
 
 
@@ -163,7 +163,7 @@ def test_slices_of_a_subject_resemble_each_other_more():
     def correlation(a, b):
         return np.corrcoef(a.ravel(), b.ravel())[0, 1]
 
-    subjects = np.stack([[phantoms.make_slice(case, s) for s in (14, 15)] for case in range(30, 38)])
+    subjects = np.stack([[phantoms.make_pair(case, s)[0] for s in (14, 15)] for case in range(30, 38)])
     within = [correlation(*slices) for slices in subjects]
     between = [correlation(subjects[i, 0], subjects[j, 1]) for i in range(8) for j in range(8) if i != j]
     assert min(within) > max(between)

@@ -1,5 +1,6 @@
 """The folder of a run: names, the lock, the record, resuming; and seeds."""
 
+import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -75,12 +76,12 @@ def test_resuming_what_is_no_run(tmp_path):
 
 
 def test_two_processes_cannot_work_on_one_run(tmp_path):
-    first, second = Run(Options(), tmp_path), Run(Options(), tmp_path)
-    first._lock()
+    run = Run(Options(), tmp_path)
+    run._handle = files.lock(tmp_path)
     with pytest.raises(UserError, match="another process is at work"):
-        second._lock()
-    first.release()
-    second._lock()
+        files.lock(tmp_path)
+    run.release()
+    os.close(files.lock(tmp_path))
 
 
 def test_a_resume_file_stands_for_its_folder(tmp_path):

@@ -1,34 +1,50 @@
 """The training stage of the prior over codes (van den Oord et al. 2017, arXiv 1711.00937, section 3.3)."""
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dataset import OasisDataset
 from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
-from priors.autoregressive import AutoregressivePrior, checked_frame, fit_frame, prior_of
+from priors.autoregressive import AutoregressivePrior, checked_frame, fit_frame
 from priors.code_cache import CodeCache
 from support import distributed, files, seeds
 from support.device import move
-from support.run import Run
-from training.fit import Stage, falling_rate
+from support.run import Run, restoring
+from training.fit import Stage, rate_factor
 from training.recipes import AUTOREGRESSIVE, AutoregressiveRecipe
 from training.samples import Samples
 
 VALIDATION_BATCH = 32
 
 
+class ConditionDraw(NamedTuple):
+    """Which conditions n slices have in training.
+
+    Attributes:
+        distance: (n, 2), of neighbours below and above, 1 to MOST_DISTANCE planes; 0 for none.
+        plane_dropped: (n,), whether the plane is not known.
+        replaced: (n, 2, 64, 64), which codes of neighbours are replaced by those of other slices.
+        donors: (n, 2), these slices.
+    """
+
+    distance: Tensor
+    plane_dropped: Tensor
+    replaced: Tensor
+    donors: Tensor
+
+
 class AutoregressiveStage(Stage):
     """Train the distribution of codes by its log likelihood.
 
-    autoregressive.pth has the EMA of the weights after the epoch in which validation slices have the fewest bits, for
-    later ones may know the training split by heart.
+    autoregressive.pth has the EMA of the weights after the epoch in which validation slices have the fewest bits: later
+    ones may overfit.
 
     Args:
         run, vqvae, train_set, validate_set: all on the run's device.
         recipe: what the options do not say.
-        n_measures: number of times in a run that samples are measured.
     """
 
     name, title = "autoregressive", "Autoregressive prior"
@@ -41,7 +57,6 @@ class AutoregressiveStage(Stage):
         train_set: OasisDataset,
         validate_set: OasisDataset,
         recipe: AutoregressiveRecipe = AUTOREGRESSIVE,
-        n_measures: int = 10,
     ):
         super().__init__(run)
         options, fast_path, self.recipe, self.average_decay = run.options, run.fast_path, recipe, recipe.average_decay
@@ -50,7 +65,7 @@ class AutoregressiveStage(Stage):
         self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
         torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
-        with run.restoring():
+        with restoring(run.folder):
             if self.name in run.state:
                 self.frame = checked_frame(run.state[self.name]["extra"]["frame"], len(codebook))
             else:
@@ -65,7 +80,7 @@ class AutoregressiveStage(Stage):
         self.optimizers = {"autoregressive": self.optimizer}
         planes = sorted(set(self.codes.plane.tolist()) - {N_PLANES})
         self.prior = AutoregressivePrior(average, self.frame, vqvae, planes, run.phantoms)
-        self.samples = Samples(run, self.name, vqvae, train_set, validate_set, self.epochs, n_measures)
+        self.samples = Samples(run, self.name, vqvae, train_set, validate_set, self.epochs)
 
     def start(self) -> None:
         self.samples.begin(self.prior)
@@ -75,13 +90,13 @@ class AutoregressiveStage(Stage):
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update on the slices of indices (B,). Returns their mean bits."""
-        rate = min(1.0, (step + 1) / self.recipe.warm_up)
-        rate *= falling_rate(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
+        factor = min(1.0, (step + 1) / self.recipe.warm_up)
+        factor *= rate_factor(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
-        conditions = [distributed.part(each) for each in self.draw_conditions(n, rng)]
-        bits = self.bits(self.network, self.codes, batch, *conditions).mean()
-        loss = bits / self.frame.codes.numel()
+            group["lr"] = self.lr * factor
+        drawn = ConditionDraw(*map(distributed.part, self.draw_conditions(n, rng)))
+        bits = self.bits(self.network, self.codes, batch, drawn).mean()
+        loss = bits / self.frame.codes.numel()  # the mean over codes, for whose gradient `gradient_norm` is made
         self.optimizer.zero_grad()
         (loss * distributed.weight(n)).backward()
         distributed.sum_gradients(self.network)
@@ -89,32 +104,24 @@ class AutoregressiveStage(Stage):
         self.optimizer.step()
         return bits.detach()[None]
 
-    def draw_conditions(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-        """What n slices are told.
-
-        Returns:
-            distance (n, 2): of neighbours below and above, 1 to MOST_DISTANCE planes; 0 for none.
-            hidden (n,): whether the plane is not told.
-            exchanged (n, 2, 64, 64): which codes of neighbours are of other slices.
-            others (n, 2): the slices that these are of.
-        """
+    def draw_conditions(self, n: int, rng: torch.Generator) -> ConditionDraw:
+        """Draw which conditions n slices have."""
         recipe = self.recipe
         distance = ((MOST_DISTANCE + 1) ** torch.rand(n, 1, generator=rng)).long().expand(n, 2)  # small ones most often
         alone = torch.rand(n, 1, generator=rng) < recipe.without_neighbours
         left_out = torch.rand(n, 2, generator=rng) < recipe.without_one
-        hidden = torch.rand(n, generator=rng) < recipe.without_plane
+        plane_dropped = torch.rand(n, generator=rng) < recipe.without_plane
         share = recipe.exchanged * torch.rand(n, 1, 1, 1, generator=rng)
-        exchanged = torch.rand(n, 2, *self.frame.codes.shape, generator=rng) < share
-        others = torch.randint(len(self.codes), (n, 2), generator=rng)
-        return distance.masked_fill(alone | left_out, 0), hidden, exchanged, others
+        replaced = torch.rand(n, 2, *self.frame.codes.shape, generator=rng) < share
+        donors = torch.randint(len(self.codes), (n, 2), generator=rng)
+        return ConditionDraw(distance.masked_fill(alone | left_out, 0), plane_dropped, replaced, donors)
 
-    def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, *conditions: Tensor) -> Tensor:
-        """The bits of slices (B,) of a split, with what `draw_conditions` returned for them: (B,)."""
-        distance, hidden, exchanged, others = conditions
-        condition = codes.condition(indices, distance)
-        others = move(self.codes.codes[others], self.run.device).long()
-        neighbours = torch.where(move(exchanged, self.run.device), others, condition.neighbours)
-        plane = condition.plane.masked_fill(move(hidden, self.run.device), N_PLANES)
+    def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, drawn: ConditionDraw) -> Tensor:
+        """The bits of slices (B,) of a split, given the conditions that were drawn for them: (B,)."""
+        condition = codes.condition(indices, drawn.distance)
+        donors = move(self.codes.codes[drawn.donors], self.run.device).long()
+        neighbours = torch.where(move(drawn.replaced, self.run.device), donors, condition.neighbours)
+        plane = condition.plane.masked_fill(move(drawn.plane_dropped, self.run.device), N_PLANES)
         box = self.frame.box
         condition = Condition(plane, neighbours[:, :, *box], condition.distance)
         with self.run.fast_path.autocast():
@@ -122,7 +129,7 @@ class AutoregressiveStage(Stage):
         return bits.sum((1, 2))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """The validation split's bits, told the same after each epoch; and measures, when they are due."""
+        """The validation split's bits, with the same conditions in each epoch; and measures, when they are due."""
         return {"validation_bits": self.validation_bits()} | self.samples.measure(self.prior, epoch)
 
     @torch.no_grad()
@@ -131,7 +138,7 @@ class AutoregressiveStage(Stage):
         rng, bits = seeds.generator(self.run.options.seed, "autoregressive validation"), []
         network = self.averages["autoregressive"].eval()
         for indices in torch.arange(len(self.validate_codes)).split(VALIDATION_BATCH):
-            bits.append(self.bits(network, self.validate_codes, indices, *self.draw_conditions(len(indices), rng)))
+            bits.append(self.bits(network, self.validate_codes, indices, self.draw_conditions(len(indices), rng)))
         return torch.cat(bits).mean().item()
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
@@ -150,7 +157,7 @@ class AutoregressiveStage(Stage):
 
     def best(self) -> AutoregressivePrior:
         """The prior in autoregressive.pth, on the run's device."""
-        return prior_of(distributed.from_first(self._best_contents), self.vqvae)
+        return AutoregressivePrior.from_checkpoint(distributed.from_first(self._best_contents), self.vqvae)
 
     def _best_contents(self) -> dict:
         row = self.kept_row(self.run.rows_of(self.name))

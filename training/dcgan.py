@@ -17,24 +17,24 @@ from priors.spectrum import N_RINGS
 from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
-from support.run import Run
+from support.run import Run, restoring
 from training.fit import Stage, save_start
 from training.recipes import DCGAN, DCGANRecipe
 from training.samples import Samples
 from training.start import start_generator
 
-CALIBRATION_SAMPLES = 512  # whose covariances calibration compares, at most; as many as of real latents
+CALIBRATION_SAMPLES = 512  # at most, that calibration compares with as many real ones
 
 
 class DCGANStage(Stage):
     """Train the generator and the discriminator against each other. generator.pth has the EMA of the generator.
 
-    Both sides are coefficients (B, K, 64, 64): K numbers at each position, which `LatentSpace` makes of latents.
+    Real and generated samples are coefficients (B, K, 64, 64): K numbers at each position, which `LatentSpace` makes of
+    latents.
 
     Args:
         run, vqvae, train_set, validate_set: all on the run's device.
         recipe: constants of the training, beside the options; by default the one of `--dcgan-training`.
-        n_measures: how often in a run samples are measured.
     """
 
     name, title = "dcgan", "DCGAN"
@@ -48,14 +48,13 @@ class DCGANStage(Stage):
         train_set: OasisDataset,
         validate_set: OasisDataset,
         recipe: DCGANRecipe | None = None,
-        n_measures: int = 10,
     ):
         super().__init__(run)
         options, fast_path = run.options, run.fast_path
         self.recipe = recipe or DCGAN[options.dcgan_training]
         self.epochs, self.batch_size = options.dcgan_epochs, options.dcgan_batch_size
         self.autocast, self.average_decay = fast_path.autocast, self.recipe.average_decay
-        self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs, n_measures)
+        self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs)
         space, stored, gain = self._fit_or_restore(vqvae, train_set)
         self.space, quantized = space.to(run.device), self.recipe.quantized
         self.latents = LatentCache(vqvae, train_set, self.space, quantized, stored)
@@ -76,16 +75,16 @@ class DCGANStage(Stage):
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
         self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
-        self.begun: dict = {}  # what a start that was interrupted goes on from
+        self.begun: dict = {}  # step and optimizer of a start that was interrupted
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
     def _fit_or_restore(self, vqvae: VQVAE, train_set: OasisDataset) -> tuple[LatentSpace, bool | None, Tensor | None]:
-        """The space, whether latents are stored (None for as memory allows), and the calibration's gain.
+        """The space, whether latents are stored (None: where they fit into memory), and the calibration's gain.
 
         On resuming they are the saved ones, and so is what `samples` needs. Raises UserError for another VQ-VAE.
         """
         if self.name in self.run.state:
-            with self.run.restoring():
+            with restoring(self.run.folder):
                 saved = self.run.state[self.name]["extra"]
                 self.samples.load_state_dict(saved, self.title)
                 dim = vqvae.vector_quantizer.embedding.embedding_dim
@@ -102,7 +101,7 @@ class DCGANStage(Stage):
         return self.latents
 
     def start(self) -> None:
-        """Fit the generator to real latents by mean squared error, for at most half as many steps as follow."""
+        """Fit the generator to real latents by mean squared error, for at most half as many steps as in all epochs."""
         # the average's BatchNorm is local; the generator's would wait for the other processes
         weights = distributed.from_first(self._start_average)
         for generator in (self.average, self.generator):
@@ -111,15 +110,16 @@ class DCGANStage(Stage):
         self.samples.begin(self.prior)
 
     def _start_average(self) -> dict[str, Tensor]:
-        fast_path, n_steps = self.run.fast_path, min(self.recipe.start_steps, self.n_steps // 2)
-        optimizer, first = fast_path.adam(self.average, self.recipe.start_lr), 0
+        fast_path = self.run.fast_path
+        n_steps = min(self.recipe.start_steps, self.n_steps // 2)
+        optimizer = fast_path.adam(self.average, self.recipe.start_lr)
+        first = 0
         if self.begun:
-            with self.run.restoring():
+            with restoring(self.run.folder):
                 fast_path.load_adam(optimizer, self.begun["optimizer"])
                 first = int(self.begun["step"])
-        steps = range(first, n_steps)
-        arguments = (self.latents, steps, self.batch_size, fast_path, self.run.options.seed)
-        for step in start_generator(self.average, optimizer, *arguments):
+        settings = (self.batch_size, fast_path, self.run.options.seed)
+        for step in start_generator(self.average, optimizer, self.latents, range(first, n_steps), *settings):
             self.begun = {"step": step, "optimizer": optimizer.state_dict()}
             save_start(self, self.run, complete=False)
         return files.cpu_state(self.average)
@@ -133,7 +133,8 @@ class DCGANStage(Stage):
         Returns:
             (4,): the discriminator's loss without R1, mean D(x) and mean D(G(z)) before its step, the generator's loss.
         """
-        r1, weight = self.recipe.r1, distributed.weight(n)
+        r1 = self.recipe.r1
+        weight = distributed.weight(n)
         noise = move(distributed.part(self.prior.noise(n, rng)), batch.device)
         real = batch.requires_grad_(r1 is not None)
 
@@ -167,7 +168,7 @@ class DCGANStage(Stage):
 
     def _logits(self, discriminator: Discriminator, c: Tensor) -> Tensor:
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
-        with self.autocast():  # anew for each call: it keeps bfloat16 copies of the weights, which change between calls
+        with self.autocast():  # one for each call: it caches bfloat16 weights, and an update makes these stale
             if self.recipe.position:  # the first also multiplies by `mix`, within D's first convolution
                 logits = discriminator.logits(self.space.with_position(c), self.space.basis)
             else:
@@ -177,7 +178,7 @@ class DCGANStage(Stage):
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior, and measure it when that is due."""
         columns = {"lead": self.lead.item()} if self.recipe.r1 else {}
-        columns["d_validate"] = self._judge_validation()
+        columns["d_validate"] = self._d_of_validation()
         noise = self.samples.noise(self.prior, min(CALIBRATION_SAMPLES, len(self.latents)), "calibration")
         if self.recipe.average_decay:
             self.prior.reset_batch_norm(noise)
@@ -186,12 +187,12 @@ class DCGANStage(Stage):
         return columns | self.samples.measure(self.prior, epoch)
 
     @torch.no_grad()
-    def _judge_validation(self) -> float:
-        """Mean D(x) of the validation split. Far below `d_real` where D knows the training split by heart."""
+    def _d_of_validation(self) -> float:
+        """Mean D(x) of the validation split. It is far below `d_real` where D has memorised the training split."""
         discriminator = copy.deepcopy(self.discriminator)  # BatchNorm's statistics change
-        # in file order a batch would be of two subjects, which BatchNorm sees
+        # shuffled: in file order a batch would be of two subjects, and BatchNorm's statistics theirs
         order = torch.randperm(len(self.validate_latents), generator=seeds.generator(self.run.options.seed, "judging"))
-        batches = in_batches(self.validate_latents, order, self.batch_size, desc="Judging")
+        batches = in_batches(self.validate_latents, order, self.batch_size, desc="D on validation")
         return torch.cat([self._logits(discriminator, c).sigmoid() for c in batches]).mean().item()
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:

@@ -14,7 +14,7 @@ from report import page
 from support import console, distributed, files, seeds
 from support.console import UserError
 from support.device import exact_float32
-from support.run import Run
+from support.run import Run, restoring
 
 CHECK_EVERY = 50  # steps between checks for NaN and infinity (each check synchronizes a GPU)
 
@@ -38,7 +38,7 @@ class Stage:
         self.run = run
 
     def start(self) -> None:
-        """Fit what depends on the data, and draw what is drawn before training; not called once that is saved.
+        """Prepare training: what depends on the data, and figures before the first epoch. Skipped where it is saved.
 
         A long one may call `save_start` with complete=False, and go on from there.
         """
@@ -49,7 +49,7 @@ class Stage:
 
     @classmethod
     def kept_row(cls, rows: list[dict]) -> dict:
-        """Of this stage's rows of metrics.csv that of the epoch whose weights are kept, the earliest of equal ones."""
+        """The row of the epoch whose weights are kept, among a stage's rows of metrics.csv; of equal ones the first."""
         if cls.chosen_by is None:
             return rows[-1]
         column, best = cls.chosen_by
@@ -115,10 +115,12 @@ def fit(stage: Stage, run: Run) -> None:
 
     Raises UserError if a loss or weight is not finite, or if the run's state does not fit the stage.
     """
-    done, history = run.epochs_of(stage.name), {column: [] for column in stage.columns}
-    saved, started = run.state.get(stage.name), False
+    done = run.epochs_of(stage.name)
+    history = {column: [] for column in stage.columns}
+    saved = run.state.get(stage.name)
+    started = False
     if saved:
-        with run.restoring():
+        with restoring(run.folder):
             stage.load_state_dict(saved)
             started = bool(saved["started"])
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
@@ -148,7 +150,7 @@ def fit(stage: Stage, run: Run) -> None:
             row |= stage.evaluate(epoch)
         evaluated = time.perf_counter()
         for i, column in enumerate(stage.columns):
-            history[column] = history[column] + losses[:, i].tolist()
+            history[column] += losses[:, i].tolist()
         state = {"epoch": epoch, "started": True, "history": history} | stage.state_dict()
 
         # Draw and save. The epoch is complete when run.save() returns; interrupted before, it is trained again.
@@ -178,7 +180,9 @@ def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
     rng = seeds.generator(seed, stage.name, epoch)
     loader = make_loader(data, stage.batch_size, rng)
     sizes = batch_sizes(len(data), stage.batch_size)
-    where, step, values = f"{stage.title} epoch {epoch}", (epoch - 1) * len(loader), []
+    where = f"{stage.title} epoch {epoch}"
+    step = (epoch - 1) * len(loader)
+    values = []
     for network in stage.networks.values():
         network.train()
     with console.progress(total=len(data), desc=f"{where}/{stage.epochs}", unit=" images") as bar:
@@ -200,8 +204,8 @@ def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
     return values
 
 
-def falling_rate(step: int, n_steps: int, constant: float, last: float) -> float:
-    """The learning rate in step 0, 1, … of n_steps as a share of the highest.
+def rate_factor(step: int, n_steps: int, constant: float, last: float) -> float:
+    """The learning rate in step 0, 1, … of n_steps, divided by the highest one.
 
     It is 1 for a share `constant` of the steps and then falls to `last` along half a period of a cosine (Loshchilov and
     Hutter 2017, arXiv 1608.03983, eq. 5). After n_steps it stays there.
@@ -214,15 +218,14 @@ def falling_rate(step: int, n_steps: int, constant: float, last: float) -> float
 def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Update the EMA of the weights and of BatchNorm's statistics after step 1, 2, … of a stage.
 
-    The decay is warmed up, so that the mean age of what is averaged is about a quarter of the steps until that of
-    `decay`, 1 / (1 - decay), is reached.
+    Early in training it decays faster than by `decay`, so that the average is over about a quarter of the steps so far.
     """
-    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
-    kept, new = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    get_ema_multi_avg_fn(min(decay, (1 + step) / (4 + step)))(kept, new, None)  # on CUDA all in one operation
-    for kept, new in pairs:
-        if not kept.is_floating_point():  # BatchNorm's count of batches
-            kept.copy_(new)
+    averaged, current = average.state_dict(), network.state_dict()
+    floats = [name for name, value in averaged.items() if value.is_floating_point()]
+    update = get_ema_multi_avg_fn(min(decay, (1 + step) / (4 + step)))
+    update([averaged[name] for name in floats], [current[name] for name in floats], None)  # on CUDA in one operation
+    for name in averaged.keys() - set(floats):  # BatchNorm's count of batches
+        averaged[name].copy_(current[name])
 
 
 def check_finite(values: Tensor, where: str, step: int) -> None:

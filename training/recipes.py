@@ -37,7 +37,7 @@ class VQVAERecipe:
     Attributes:
         average_decay: of the EMA. It is short: weights that change together do not average one by one, so that a long
             one decodes black to a level that none of them had.
-        constant_rate, last_rate: of `training.fit.falling_rate`.
+        constant_rate, last_rate: of `training.fit.rate_factor`.
     """
 
     codebook: CodebookRecipe = CODEBOOK
@@ -109,7 +109,7 @@ class AutoregressiveRecipe:
         exchanged: up to such a share of a neighbour's codes are another slice's, for it will be drawn, not real.
         average_decay: of the EMA of the weights.
         warm_up: steps in which the learning rate rises.
-        constant_rate, last_rate: of `training.fit.falling_rate`.
+        constant_rate, last_rate: of `training.fit.rate_factor`.
         gradient_norm: at most.
     """
 

@@ -14,6 +14,7 @@ from support.console import UserError
 from support.run import Run
 
 N_SHOWN = 64  # as the report's figures have them
+N_MEASURES = 10  # in a run: each takes some 20 seconds
 
 
 class Samples:
@@ -24,7 +25,7 @@ class Samples:
     Args:
         run, vqvae, train_set, validate_set: on the run's device.
         prefix: of the names of figures.
-        epochs, n_measures: of the stage, and how often in these the samples are measured.
+        epochs: of the stage.
 
     Attributes:
         floor: measures of reconstructed training images by name, what a perfect prior has; `begin` takes them.
@@ -38,9 +39,8 @@ class Samples:
         train_set: OasisDataset,
         validate_set: OasisDataset,
         epochs: int,
-        n_measures: int,
     ):
-        self.run, self.prefix, self.epochs, self.n_measures = run, prefix, epochs, n_measures
+        self.run, self.prefix, self.epochs = run, prefix, epochs
         self.vqvae, self.train_set, self.validate_set = vqvae, train_set, validate_set
         self.figures, self.floor = Figures(run.folder, run.phantoms), {}
 
@@ -79,8 +79,8 @@ class Samples:
         self.floor = state["floor"]
 
     def are_measured(self, epoch: int) -> bool:
-        """Whether samples are measured after an epoch: `n_measures` times in a run."""
-        now, before = (n * self.n_measures // self.epochs for n in (epoch, epoch - 1))
+        """Whether samples are measured after an epoch: N_MEASURES times in a run."""
+        now, before = (n * N_MEASURES // self.epochs for n in (epoch, epoch - 1))
         return now > before
 
     def measure(self, prior, epoch: int) -> dict[str, float]:

@@ -27,33 +27,32 @@ def start_generator(
 ) -> Iterator[int]:
     """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
 
-    Yields how many steps are done, every SAVE_EVERY: what has been saved then goes on from there.
+    Minimises mean squared error with Adam. The scores are distributed somewhat like noise, so the generator begins with
+    heads that vary as real ones do. They hardly determine fine detail, which is left to adversarial training.
 
-    These scores are distributed somewhat like noise: so the generator begins with heads that vary as real ones do.
-    Fine detail is hardly determined by its noise, and is left to adversarial training. Minimises mean squared error
-    with Adam.
+    Yields the number of steps that are done every SAVE_EVERY steps, so that the caller can save.
 
     Args:
         generator, optimizer: on the device of the run, in its layout; updated in place.
         latents: the coefficients that it is fitted to.
         steps: those that are left, to the last.
-        batch_size: of this process alone.
+        batch_size: images in a step; one process trains alone.
         fast_path, seed: of the run.
     """
     if not steps:
         return
     rng, n = seeds.generator(seed, "dcgan start"), min(len(latents), MOST_IMAGES)
-    picked = torch.tensor([i * len(latents) // n for i in range(n)])
+    picked = torch.arange(n) * len(latents) // n
     noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
     space = latents.space
     generator.train()
     order = torch.randint(n, (steps.stop, min(batch_size, n)), generator=rng)
-    bar = {"total": steps.stop, "initial": steps.start, "unit": " steps", "leave": False}
-    with console.progress(desc="Start of the generator", **bar) as bar:
+    settings = {"total": steps.stop, "initial": steps.start, "unit": " steps", "leave": False}
+    with console.progress(desc="Start of the generator", **settings) as bar:
         for step in steps:
             indices = order[step]
             with fast_path.autocast():
-                made = space.unmixed(generator(move(noise[indices], space.support.device)[:, :, None, None]))
+                made = space.unmixed(generator(move(noise[indices], space.device)[:, :, None, None]))
             optimizer.zero_grad()
             F.mse_loss(made.float(), latents.batch(picked[indices])).backward()
             optimizer.step()

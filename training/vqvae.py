@@ -18,7 +18,7 @@ from support.console import UserError, in_batches
 from support.device import exact_float32
 from support.run import Run
 from training import codebook, recipes
-from training.fit import Stage, batch_sizes, check_finite, falling_rate
+from training.fit import Stage, batch_sizes, check_finite, rate_factor
 from training.recipes import VQVAERecipe
 
 BLACK_EVERY = 8  # one of so many validation images tells what a black image has
@@ -73,9 +73,9 @@ class VQVAEStage(Stage):
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss, inside the box."""
         weight = distributed.weight(n)
+        factor = rate_factor(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
         for group in self.optimizer.param_groups:
-            rate = falling_rate(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
-            group["lr"] = self.lr * rate
+            group["lr"] = self.lr * factor
         x = batch[..., *self.box]  # where all is black there is nothing to learn
         with self.fast_path.autocast():
             z_e = self.vqvae.latents(x)
@@ -84,7 +84,7 @@ class VQVAEStage(Stage):
             vq_loss, z_q, codes = self.vqvae.vector_quantizer(z_e)
             x_hat = self.vqvae.decoder(z_q)
         recon_loss = F.mse_loss(x_hat, x)
-        loss = recon_loss + vq_loss
+        loss = recon_loss + vq_loss  # eq. 3; its second and third term are in `modules.VectorQuantizer`
         self.optimizer.zero_grad()
         (loss * weight).backward()
         distributed.sum_gradients(self.vqvae)
