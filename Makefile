@@ -19,7 +19,7 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # longer versions of some tests, by hand: 107,500 strange inputs; 1,000 kills. Hypothesis keeps each input until its test
 # ends, so ten processes do it, of 2 GB each.

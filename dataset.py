@@ -73,17 +73,20 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu", skip_bad: bool = False, place: str = ""):
-        self.files, self.place = list_pngs(folder), place
+        self.files = list_pngs(folder)
+        self.place = place
         pixels, digests, errors = read_pngs(self.files, f"Reading {place}")
         self.skipped = [error for error in errors if error]
         good = [i for i, error in enumerate(errors) if not error]
         if self.skipped and (not skip_bad or not good):
             raise DataError(_report(self.skipped, len(errors)))
         if self.skipped:
-            self.files, pixels = [self.files[i] for i in good], pixels[good]
+            self.files = [self.files[i] for i in good]
+            pixels = pixels[good]
         self.digests = [digests[i] for i in good]
         self.digest = hashlib.sha256(b"".join(self.digests)).hexdigest()
-        name, brightest = printable(folder), pixels.max()
+        name = printable(folder)
+        brightest = pixels.max()
         if not brightest:
             raise DataError(f"{name}: every image is black; put the split's scans there")
         if brightest < DARK:
@@ -160,7 +163,8 @@ class OasisDataset(ImageFolder):
         skip_bad: bool = False,
         with_labels: bool = False,
     ):
-        self.root, self.split = Path(root), split
+        self.root = Path(root)
+        self.split = split
         super().__init__(split_folder(self.root, split), device, skip_bad, split)
         self.labels = self._read_labels() if with_labels else None
         self.phantoms = phantoms.are_in(self.root)
@@ -290,7 +294,8 @@ def picture_box(images: Tensor, margin: int = BOX_MARGIN) -> tuple[slice, slice]
 
 
 def _box_along(bright: Tensor, margin: int) -> slice:
-    size, places = len(bright), bright.nonzero().flatten().tolist()
+    size = len(bright)
+    places = bright.nonzero().flatten().tolist()
     first, end = (places[0], places[-1] + 1) if places else (0, size)
     start = max(0, first - margin) // 4 * 4
     length = min(size, -(-(end + margin - start) // 8) * 8)
@@ -398,7 +403,8 @@ def read_png(path: Path) -> np.ndarray:
 
 def missing_bytes(png: bytes) -> int:
     """How many bytes of its pixels a PNG with right checksums lacks: Pillow would read them as 0."""
-    chunks, at = [], 8
+    chunks = []
+    at = 8
     while at < len(png):
         n, kind = struct.unpack_from(">I4s", png, at)
         chunks.append((kind, png[at + 8 : at + 8 + n]))

@@ -379,7 +379,8 @@ class GridNetwork(nn.Module):
         before = []
         for weight, place_in_cell in zip(self.before, self.places, strict=True):
             row, column = divmod(place_in_cell, 2)
-            rows, columns = slice(row, row + 2 * h + WINDOW - 1), slice(column, column + 2 * w + 2 * WINDOW - 1)
+            rows = slice(row, row + 2 * h + WINDOW - 1)
+            columns = slice(column, column + 2 * w + 2 * WINDOW - 1)
             before.append(F.conv2d(maps[:, :, rows, columns], weight * self.causal, stride=2).permute(0, 2, 3, 1))
         logits = self.logits(torch.stack(before, 3), context)
         cells = F.pixel_unshuffle(_whole_cells(codes[:, None], IGNORED), 2)[:, self.places].permute(0, 2, 3, 1)
@@ -434,7 +435,8 @@ class Autoregressive(nn.Module):
         hidden: int = 96,
     ):
         super().__init__()
-        self.n_codes, self.size = len(codebook), size
+        self.n_codes = len(codebook)
+        self.size = size
         self.settings = {"width": width, "dilations": dilations, "hidden": hidden}
         self.plane = nn.Embedding(N_PLANES + 1, PLACE_FEATURES)
         self.below, self.above = (nn.Embedding(MOST_DISTANCE + 1, PLACE_FEATURES) for _ in range(2))

@@ -103,8 +103,11 @@ def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
 
 def print_scores(scores: reconstruction.Scores, end: str) -> None:
     """Print a line for each measure, with `end` after it."""
-    psnr, ssim, n_embeddings = scores.psnr, scores.ssim, scores.usage.shape[1]
-    usage, above = reconstruction.codebook_usage(scores), int((ssim >= THRESHOLD).sum())
+    psnr = scores.psnr
+    ssim = scores.ssim
+    n_embeddings = scores.usage.shape[1]
+    usage = reconstruction.codebook_usage(scores)
+    above = int((ssim >= THRESHOLD).sum())
     for tissue, tissue_ssim, tissue_psnr in zip(TISSUES, scores.tissue_ssim.T, scores.tissue_psnr.T, strict=True):
         if not tissue_ssim.isnan().all():
             print(f"In the {tissue}: SSIM {tissue_ssim.nanmean():.4f}, PSNR {tissue_psnr.nanmean():.2f} dB{end}")
@@ -125,7 +128,8 @@ def print_scores(scores: reconstruction.Scores, end: str) -> None:
 
 def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Decode new brains and walks between others. With --data, measure them against a split."""
-    prior, splits = load_prior(files.find(o.prior), vqvae), []
+    prior = load_prior(files.find(o.prior), vqvae)
+    splits = []
     if o.slice and not isinstance(prior, AutoregressivePrior):
         raise UserError(f"--slice is for a prior that knows planes, and {o.prior} is none; leave it out")
     if o.slice and (unknown := sorted(set(o.slice) - set(prior.planes))):
@@ -133,9 +137,11 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     if o.data is not None:
         splits = [open_folder(find_data(o.data), split, o, vqvae) for split in (o.split, "train")]
     planes = o.slice or []
-    seed, n = o.seed or 0, o.samples or (N_STACKS if len(planes) > 1 else MOST_MEASURED if splits else 64)
+    seed = o.seed or 0
+    n = o.samples or (N_STACKS if len(planes) > 1 else MOST_MEASURED if splits else 64)
     folder, fake = draw_samples(prior, n, seed, o.out, planes, keep=bool(splits))
-    facts, phantoms = {"Brains": n, "Seed": seed, "VQ-VAE": o.path, "Prior": o.prior}, prior.phantoms
+    facts = {"Brains": n, "Seed": seed, "VQ-VAE": o.path, "Prior": o.prior}
+    phantoms = prior.phantoms
     if splits:
         held_out, train = splits
         phantoms = phantoms or held_out.phantoms
@@ -156,13 +162,16 @@ def draw_samples(
     With planes, they are slices of these, and with several, stacks of n heads. Files are written as slices come, so
     that memory does not grow with n. Returns the folder, and with `keep` the slices.
     """
-    started, stacked = time.perf_counter(), len(planes) > 1
+    started = time.perf_counter()
+    stacked = len(planes) > 1
     folder = new_folder(out, "_predict")
     (folder / "samples").mkdir()
     comment = PngImagePlugin.PngInfo()
     comment.add_text("Comment", f"generated, {NOTE}" if prior.phantoms else "generated")
     n_shown = MOST_STACKS * len(planes) if stacked else MOST_SHOWN
-    shown, kept, count = [], [], 0
+    shown = []
+    kept = []
+    count = 0
     for names, images in new_slices(prior, n, seeds.generator(seed, "samples"), planes):
         pixels = to_bytes(images)
         for name, image in zip(names, pixels[:, 0].numpy(), strict=True):
@@ -173,7 +182,8 @@ def draw_samples(
         count += len(images)
     seconds = time.perf_counter() - started
 
-    figures, of = Figures(folder, prior.phantoms), f" of {n}" if count > len(shown) else ""
+    figures = Figures(folder, prior.phantoms)
+    of = f" of {n}" if count > len(shown) else ""
     if stacked:
         title = f"Planes {planes[0]} to {planes[-1]}, one generated head in each row{of} (seed {seed})"
         figures.image_grid("stack.png", torch.stack(shown), title, len(planes), planes)
@@ -223,7 +233,8 @@ def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDat
     Slices are told their plane alone, and then the neighbours that come before them in the order of `halving`. Two
     figures show where the bits of the most and of the least likely slice are.
     """
-    cache, figures = CodeCache(prior.vqvae, dataset), Figures(folder, dataset.phantoms)
+    cache = CodeCache(prior.vqvae, dataset)
+    figures = Figures(folder, dataset.phantoms)
     columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
     columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
     for name, bits in likelihoods(prior, cache, torch.arange(len(cache))).items():

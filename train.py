@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     console.install_signal_handlers()
     distributed.start()
-    saved, run = distributed.from_first(lambda: begin.prepare(args)), None
+    saved = distributed.from_first(lambda: begin.prepare(args))
+    run = None
     try:
         run, train_set, validate_set = begin.begin(saved)
         if run.options.vqvae:

@@ -108,7 +108,8 @@ def main() -> None:
 
 def train(o: argparse.Namespace, name: str, seed: int) -> None:
     """Train a row to its last epoch, unless OUT holds it."""
-    table, out = TABLES[o.stage], folder_of(o, name, seed)
+    table = TABLES[o.stage]
+    out = folder_of(o, name, seed)
     recipe, changed = table.rows[name]
     runs = [path.parent for path in sorted(out.glob(f"*/{RESUME_FILE}"))]
     if runs and open_run(runs[-1], Options, options.STAGES).epochs_of(o.stage) >= o.epochs:

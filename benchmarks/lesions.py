@@ -36,7 +36,8 @@ def plant(image: Tensor, brain: Tensor, rng: torch.Generator) -> tuple[Tensor, T
     inside = -F.max_pool2d(-brain[None].float(), 17, 1, 8)[0] > 0  # at least 8 pixels from the brain's border
     places = (inside if inside.any() else brain).nonzero()
     row, column = places[int(torch.randint(len(places), (), generator=rng))].tolist()
-    y, x = torch.arange(256.0)[:, None] - row, torch.arange(256.0) - column
+    y = torch.arange(256.0)[:, None] - row
+    x = torch.arange(256.0) - column
     disc = ((radius - torch.hypot(y, x)) / RIM + 0.5).clamp(0, 1)
     low, high = CONTRAST
     step = (low + (high - low) * torch.rand((), generator=rng)) * (1 if torch.rand((), generator=rng) < 0.5 else -1)
@@ -60,7 +61,8 @@ def main() -> None:
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
     prior = load_autoregressive(o.prior, vqvae)
-    dataset, rng = OasisDataset(o.data, "validate", with_labels=True), torch.Generator().manual_seed(o.seed)
+    dataset = OasisDataset(o.data, "validate", with_labels=True)
+    rng = torch.Generator().manual_seed(o.seed)
     if dataset.labels is None:
         raise console.UserError(f"{o.data}: has no label maps of the validation split")
     indices = [i for i in range(0, len(dataset), o.every) if (dataset.labels[i] > 0).sum() > 1000]

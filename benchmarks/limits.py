@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     o = parser.parse_args()
     vqvae = load_vqvae(o.path)
-    dataset, train_set = OasisDataset(o.data, "validate", with_labels=True), OasisDataset(o.data, "train")
+    dataset = OasisDataset(o.data, "validate", with_labels=True)
+    train_set = OasisDataset(o.data, "train")
     labels = dataset.labels
     if labels is None:
         raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
@@ -45,9 +46,11 @@ def main() -> None:
     frame = torch.ones(256, 256, dtype=torch.bool)
     frame[picture_box(dataset.images, margin=0)] = False
     ways = ("codes", "the encoder's output, not quantized", "codes of what the DCGAN keeps")
-    measured, shares = {name: [] for name in ways}, []
+    measured = {name: [] for name in ways}
+    shares = []
     for i in range(0, len(dataset), 4):
-        x, brain = dataset[i][None], labels[i] > 0
+        x = dataset[i][None]
+        brain = labels[i] > 0
         black = x[0, 0] == 0
         masks = torch.stack([torch.ones_like(brain), brain, ~brain & ~black, black & ~frame, frame])
         masks = masks[:, BORDER:-BORDER, BORDER:-BORDER]
@@ -72,12 +75,14 @@ def main() -> None:
 def print_directions(vqvae: VQVAE, images: torch.Tensor) -> None:
     z_e = torch.cat([vqvae.latents(x) for x in images.split(16)])
     quantizer = vqvae.vector_quantizer
-    codes, latents = quantizer.nearest(z_e).flatten(), rows(z_e)
+    codes = quantizer.nearest(z_e).flatten()
+    latents = rows(z_e)
     background = codes.mode().values
     difference = (latents - quantizer.embedding.weight[background]).double()
     foreground = difference[codes != background]
     values, directions = torch.linalg.eigh(foreground.T @ foreground / len(foreground))
-    values, directions = values.flip(0), directions.flip(1)
+    values = values.flip(0)
+    directions = directions.flip(1)
     print("\n| directions | share of the mean square | root mean square of the last | SSIM |\n|---:|---:|---:|---:|")
     for k in (1, 2, 3, 4, 6, 8, len(values)):
         kept = difference @ directions[:, :k] @ directions[:, :k].T + quantizer.embedding.weight[background]

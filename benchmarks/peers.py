@@ -48,7 +48,9 @@ class Autoencoder(nn.Module):
 
     def __init__(self, quantizer: nn.Module):
         super().__init__()
-        self.encoder, self.conv1, self.decoder = Encoder(), nn.Conv2d(64, 64, (1, 1)), Decoder()
+        self.encoder = Encoder()
+        self.conv1 = nn.Conv2d(64, 64, (1, 1))
+        self.decoder = Decoder()
         self.vector_quantizer = quantizer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,8 @@ def dcgan_step(real_batch, device):
     def step() -> None:
         real = real_batch().requires_grad_(True).clone(memory_format=torch.contiguous_format)
         fake = generator(torch.randn(len(real), 128, 1, 1, device=device))
-        ones, zeros = torch.ones(len(real), 1, device=device), torch.zeros(len(real), 1, device=device)
+        ones = torch.ones(len(real), 1, device=device)
+        zeros = torch.zeros(len(real), 1, device=device)
         d_real = discriminator(real)
         (gradient,) = torch.autograd.grad(d_real.logit().sum(), real, create_graph=True)
         loss = bce(d_real, ones) + bce(discriminator(fake.detach()), zeros)

@@ -51,7 +51,8 @@ def statistics(folder: str | Path, every: int = EVERY) -> dict[str, float]:
     if (Path(folder) / "keras_png_slices_validate").is_dir():
         scans += list_scans(Path(folder), "validate")
     scans = ([path for path in scans if label_map(path).is_file()] or scans)[::every]
-    rows, power = [], np.zeros((256, 256))
+    rows = []
+    power = np.zeros((256, 256))
     for path in scans:
         image = np.asarray(Image.open(path).convert("L")) / 255
         foreground = image[image > 0.04]

@@ -106,7 +106,8 @@ def main() -> None:
     for path in o.paths:
         vqvae = load_vqvae(path)
         scores = reconstruction.score(vqvae, dataset)
-        usage, ssim = reconstruction.codebook_usage(scores), scores.ssim[indices].mean().item()
+        usage = reconstruction.codebook_usage(scores)
+        ssim = scores.ssim[indices].mean().item()
         print(f"| {path} | {ssim:.4f} | " + " | ".join(f"{usage[key]:,.0f}" for key in BITS) + " |")
         for key in BITS:
             curve = curves.setdefault(f"codes, {BITS[key]}", ([], []))

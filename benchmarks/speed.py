@@ -82,7 +82,8 @@ def new_run(device, **fast_path) -> Run:
 def few_images(device, folder: Path) -> tuple[VQVAE, OasisDataset]:
     """A VQ-VAE whose codebook is in use, as after the first steps, and the images of four batches."""
     torch.manual_seed(0)
-    vqvae, train_set = VQVAE(), OasisDataset(folder, "train", device)
+    vqvae = VQVAE()
+    train_set = OasisDataset(folder, "train", device)
     vqvae.to(device, memory_format=torch.channels_last)  # as `load_vqvae` gives it
     start_codebook(vqvae, train_set)
     train_set.files, train_set.images = train_set.files[: 4 * BATCH], train_set.images[: 4 * BATCH]
@@ -97,7 +98,8 @@ def start_codebook(vqvae: VQVAE, train_set: OasisDataset) -> None:
 
 def step_of(stage: Stage) -> Work:
     """A step with the average of the weights. Left out: revival of codes, one step in ten, and the DataLoader."""
-    rng, data = torch.Generator().manual_seed(0), stage.data()
+    rng = torch.Generator().manual_seed(0)
+    data = stage.data()
     for network in stage.networks.values():
         network.train()
 
@@ -130,7 +132,8 @@ def our_prior(kind: type, device, folder: Path, **change) -> Work:
 
 def our_validation(device, folder: Path) -> Work:
     keep_freed_memory()
-    validate_set, model = OasisDataset(folder, "validate", device), VQVAE().to(device)
+    validate_set = OasisDataset(folder, "validate", device)
+    model = VQVAE().to(device)
     return Work(lambda: reconstruction.score(model, validate_set), len(validate_set))
 
 
@@ -138,7 +141,8 @@ def our_validation(device, folder: Path) -> Work:
 
 
 def peer_vqvae(make_network: Callable, device, folder: Path) -> Work:
-    network, x = make_network().to(device), OasisDataset(folder, "train", device).batch(range(BATCH))
+    network = make_network().to(device)
+    x = OasisDataset(folder, "train", device).batch(range(BATCH))
     step = peers.vqvae_step(network)
     return Work(lambda: step(x))
 
@@ -223,7 +227,8 @@ def layers(work: Work) -> list[tuple[str, float, float]]:
     for network_name, network in work.networks.items():
         for name, layer in network.named_modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                name, started = f"{network_name}.{name}", []
+                name = f"{network_name}.{name}"
+                started = []
 
                 def after(layer, inputs, output, name=name, started=started) -> None:
                     add(name, started)
@@ -287,7 +292,8 @@ def measure(part: str, o, folder: Path) -> dict[str, dict]:
         if "n" not in answer:
             print(f"  {name}: left out ({answer.get('missing', 'it failed')})", flush=True)
             continue
-        running[name], found[name] = process, answer | {"seconds": []}
+        running[name] = process
+        found[name] = answer | {"seconds": []}
     for _ in range(o.rounds):
         for name, process in running.items():
             process.stdin.write("go\n")

@@ -34,7 +34,8 @@ def small(images: Tensor) -> Tensor:
 
 def fit_reader(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and offset of ridge regression of y (N,) on rows x (N, F)."""
-    mean, offset = x.mean(0), y.mean()
+    mean = x.mean(0)
+    offset = y.mean()
     x = x - mean
     gram = x.T @ x
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())

@@ -53,11 +53,14 @@ def batches(train_set: OasisDataset) -> Iterator[Tensor]:
 
 def ours(train_set: OasisDataset, validate_set: OasisDataset) -> tuple[Callable[[Tensor], None], nn.Module]:
     """A step of train.py on a batch, and the averaged network that it scores."""
-    options, device = Options(), torch.device("cpu")
+    options = Options()
+    device = torch.device("cpu")
     fast_path = choose_run_fast_path(Saved(options), device)
     run = Run(options, Path(), fast_path=fast_path, device=device)
     run.fast_path.set_up()
-    stage, rng, n_steps = VQVAEStage(run, train_set, validate_set), seeds.generator(0, "vqvae", 1), 0
+    stage = VQVAEStage(run, train_set, validate_set)
+    rng = seeds.generator(0, "vqvae", 1)
+    n_steps = 0
 
     def step(x: Tensor) -> None:
         nonlocal n_steps
@@ -97,7 +100,8 @@ def mean_ssim(network: nn.Module, images: Tensor) -> float:
 
 def train(step: Callable, network: nn.Module, train_set: OasisDataset, images: Tensor, most: float) -> list[tuple]:
     """Rows of steps, seconds of training and SSIM until the highest level is passed, or `most` seconds."""
-    rows, seconds = [], 0.0
+    rows = []
+    seconds = 0.0
     for n, x in enumerate(batches(train_set), 1):
         started = time.perf_counter()
         step(x)

@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         refuse_colour(folders[side])
     refuse_equal_images(folders["REAL"], folders["FAKE"], "FAKE")
     images = {side: folder.as_images() for side, folder in folders.items()}
-    real, fake, train = images["REAL"], images["FAKE"], images.get("--train")
+    real = images["REAL"]
+    fake = images["FAKE"]
+    train = images.get("--train")
     if train is not None:
         refuse_equal_images(folders["REAL"], folders["--train"], "--train")
         refuse_shared_subjects(folders["REAL"], folders["--train"])

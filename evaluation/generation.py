@@ -124,7 +124,8 @@ def to_bytes(images: Tensor) -> Tensor:
 @exact_float32()
 def reconstructed(vqvae: VQVAE, images: Images) -> Images:
     """Images decoded from their codes."""
-    device, parts = vqvae.conv1.weight.device, []
+    device = vqvae.conv1.weight.device
+    parts = []
     for part in in_parts(images.pixels, BATCH, "Reconstructing"):
         parts.append(to_bytes(vqvae.decode(vqvae.encode(part.to(device).float() / 255))))
     return replace(images, pixels=torch.cat(parts))
@@ -140,7 +141,9 @@ class Reference:
     """
 
     def __init__(self, vqvae: VQVAE, images: Images, seed: int):
-        self.vqvae, self.images, self.seed = vqvae, images, seed
+        self.vqvae = vqvae
+        self.images = images
+        self.seed = seed
         self.features = features(vqvae, images.pixels, images.subjects)
 
     def measure(self, images: Images) -> dict[str, Interval]:
@@ -263,7 +266,8 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, rng: torch.Generator) -> Tens
         n, _, h, w = a.shape
         top, left = (torch.randint(size - PATCH + 1, (n, PATCHES_PER_IMAGE), generator=rng) for size in (h, w))
         a, b = _patches(a, top, left), _patches(b, top, left)
-        mean, std = a.mean(), a.std()
+        mean = a.mean()
+        std = a.std()
         # sorted by NumPy, which is several times faster than PyTorch on a CPU
         a, b = (np.sort(((side - mean) / std @ directions).T.contiguous().numpy()) for side in (a, b))
         levels.append(torch.from_numpy(a - b).abs().mean().double())
@@ -274,5 +278,6 @@ def _patches(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
     """The 7x7 patches at (N, P) places of images (N, 1, H, W): (N·P, 49)."""
     inside = torch.arange(PATCH)
     image = torch.arange(len(images))[:, None, None, None]
-    rows, columns = top[:, :, None, None] + inside[:, None], left[:, :, None, None] + inside
+    rows = top[:, :, None, None] + inside[:, None]
+    columns = left[:, :, None, None] + inside
     return images[:, 0][image, rows, columns].reshape(-1, PATCH * PATCH)

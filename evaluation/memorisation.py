@@ -129,7 +129,8 @@ def _among(images: Tensor, others: Tensor, candidates: Tensor) -> tuple[Tensor, 
             moved = y[:, :, row : row + height, column : column + width]
             products[:, :, row, column] = (x[:, None] * moved).sum((2, 3))
     size = x.double().square().sum((1, 2))
-    products, squares = products.double().flatten(1), squares.double().flatten(1).clamp(min=1)
+    products = products.double().flatten(1)
+    squares = squares.double().flatten(1).clamp(min=1)
     explained, best = (products.square() / squares).max(1)
     distance = (1 - explained / size.clamp(min=1)).clamp(min=0).sqrt()
     candidate, row, column = torch.unravel_index(best, (candidates.shape[1], 2 * SHIFT + 1, 2 * SHIFT + 1))

@@ -85,7 +85,8 @@ def score(vqvae, dataset, labels: Tensor | None = None, rank: int = 0, world_siz
             sum over processes is what one process returns.
     """
     vqvae = vqvae.eval().to(memory_format=torch.channels_last)
-    n, device = len(dataset), vqvae.conv1.weight.device
+    n = len(dataset)
+    device = vqvae.conv1.weight.device
     n_embeddings = vqvae.vector_quantizer.embedding.num_embeddings
     ssim_of, psnr_of = torch.zeros(2, n, dtype=torch.double)
     tissue_ssim, tissue_psnr = torch.full((2, n, 4), math.nan if labels is None else 0.0, dtype=torch.double)
@@ -120,10 +121,12 @@ def means_by_tissue(labels: Tensor, values: Tensor) -> Tensor:
     """
     inside = slice(BORDER, -BORDER)
     kind = labels[:, inside, inside].long() + 4 * torch.arange(len(labels))[:, None, None]
-    kind, values = kind.flatten(), values[:, inside, inside].double().flatten()
+    kind = kind.flatten()
+    values = values[:, inside, inside].double().flatten()
     sums = torch.bincount(kind, values, minlength=4 * len(labels)).view(-1, 4)
     counts = torch.bincount(kind, minlength=4 * len(labels)).view(-1, 4)
-    sums[:, 0], counts[:, 0] = sums[:, 1:].sum(1), counts[:, 1:].sum(1)
+    sums[:, 0] = sums[:, 1:].sum(1)
+    counts[:, 0] = counts[:, 1:].sum(1)
     return sums / counts
 
 

@@ -44,15 +44,19 @@ class Features(NamedTuple):
 @exact_float32()
 def features(vqvae: VQVAE, images: Tensor, subjects: Sequence[Hashable]) -> Features:
     """The features of images (N, 1, 256, 256) uint8, float64 on the CPU."""
-    device, parts = vqvae.conv1.weight.device, []
+    device = vqvae.conv1.weight.device
+    parts = []
     for part in images.split(32):
         part = part.to(device).float() / 255
-        inside, direction, moments = head(part), coherence(part), encoder_moments(vqvae, part)
+        inside = head(part)
+        direction = coherence(part)
+        moments = encoder_moments(vqvae, part)
         cut = [_windows(each) for each in (part, inside, direction)]  # (B, 4, 4, 64, 64) each
         chosen = cut[1].mean((3, 4)) >= 0.9
         powers = log_band_powers(cut[0].reshape(-1, 1, WINDOW, WINDOW)).view(*chosen.shape, -1)
         windows = torch.cat([powers, cut[2].mean((3, 4))[..., None], moments], 3)[chosen]
-        small, counts = F.avg_pool2d(part, 4).flatten(1), chosen.sum((1, 2))
+        small = F.avg_pool2d(part, 4).flatten(1)
+        counts = chosen.sum((1, 2))
         means = (direction * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp(min=1)
         parts.append([*(each.cpu().double() for each in (means, moments, small, windows)), counts.cpu()])
         stop_if_signalled()
@@ -105,7 +109,8 @@ def coherence(images: Tensor) -> Tensor:
 
 def log_band_powers(images: Tensor) -> Tensor:
     """log10 of the mean power of images (N, 1, S, S) in each octave of BANDS, by radial frequency: (N, 5)."""
-    size, device = images.shape[-1], images.device
+    size = images.shape[-1]
+    device = images.device
     window = torch.hann_window(size, periodic=False, device=device)
     varying = images[:, 0] - images.mean((2, 3))[:, :, None]  # the mean would leak into the lowest octave of a window
     power = torch.fft.fft2(varying * window[:, None] * window).abs().square() / size**2
@@ -140,6 +145,7 @@ def encoder_moments(vqvae: VQVAE, images: Tensor) -> Tensor:
     """Mean and standard deviation of the encoder's D channels in 4x4 squares of images: (N, 4, 4, 2·D)."""
     z = vqvae.latents(images)
     size = z.shape[-1] // SQUARES
-    mean, square = F.avg_pool2d(z, size), F.avg_pool2d(z.square(), size)
+    mean = F.avg_pool2d(z, size)
+    square = F.avg_pool2d(z.square(), size)
     std = (square - mean.square()).clamp(min=0).sqrt()
     return torch.cat([mean, std], 1).permute(0, 2, 3, 1)

@@ -71,7 +71,8 @@ def two_sample_measures(real: Features, fake: Features, rng: torch.Generator) ->
     sides = [Rows(part, number, weight) for part, (_, number, weight) in zip(anatomy, both, strict=True)]
     values["anatomy_auc"] = two_sample_auc(*sides)
 
-    mean, std = real.moments.mean(0), real.moments.std(0, correction=0)
+    mean = real.moments.mean(0)
+    std = real.moments.std(0, correction=0)
     std = std.maximum(std.mean((0, 1))).clamp(min=1e-6)  # in squares of background alone it is near 0
     x, y = (Rows(((side.moments - mean) / std).flatten(1), *rest) for side, *rest in both)
     values["coverage"] = coverage(x, y.values)
@@ -173,7 +174,8 @@ def fit_logistic(x: Tensor, label: Tensor) -> Tensor:
         if gradient.abs().max() < 1e-8 * len(x):
             break
         step = torch.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + torch.diag(ridge), gradient)
-        size, before = 1.0, loss(weight)
+        size = 1.0
+        before = loss(weight)
         while loss(weight - size * step) > before and size > 1e-6:
             size /= 2
         weight = weight - size * step

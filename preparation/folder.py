@@ -99,7 +99,8 @@ def is_complete(dest: Path, plan: dict) -> bool:
     if not dest.exists() or dest.is_dir() and not any(dest.iterdir()):
         return False
     before = files.read_json(dest / PLAN)
-    written, n = before.pop("written", 0), len(slices(dest))
+    written = before.pop("written", 0)
+    n = len(slices(dest))
     if before != plan:
         how = "of other files or with other options" if before else "by another program"
         raise UserError(f"{dest}: was made {how}; name another DEST")

@@ -44,7 +44,9 @@ def draw(rng: np.random.Generator, own: np.random.Generator, height: float) -> t
 
     `rng` gives the same numbers for every slice of a subject, `own` those of this slice alone.
     """
-    atrophy, noise, floor = rng.uniform(), rng.normal(NOISE, 0.15 * NOISE), rng.normal(FLOOR, 0.1 * FLOOR)
+    atrophy = rng.uniform()
+    noise = rng.normal(NOISE, 0.15 * NOISE)
+    floor = rng.normal(FLOOR, 0.1 * FLOOR)
     field = _field_of_view(rng)
     depth, skin = _outlines(rng, height)
     brain = _brain(rng, height, depth, atrophy)
@@ -119,7 +121,8 @@ def _outlines(rng: np.random.Generator, height: float) -> tuple[np.ndarray, np.n
 def _field_of_view(rng: np.random.Generator) -> np.ndarray:
     """1 in an octagon, 0 outside it; its upper and lower edge have the steps that resampling left, (176, 208)."""
     turn, x, y = rng.normal(0, 0.03), rng.normal(0, 2), rng.normal(0, 2)
-    along, across = np.abs(X - x + turn * (Y - y)), np.abs(Y - y - turn * (X - x))
+    along = np.abs(X - x + turn * (Y - y))
+    across = np.abs(Y - y - turn * (X - x))
     steps = 5 * np.mod(-((along / rng.uniform(26, 36)) ** 2), 1)
     edges = rng.normal(80, 1.5) + steps - across, rng.normal(102.5, 1.5) - along, rng.normal(146.5, 2) - along - across
     return _inside(np.minimum(np.minimum(edges[0], edges[1]), edges[2]), 0.35)
@@ -142,7 +145,8 @@ def _wrap(
     image = image + (brain - image) * _inside(depth + 1.5, 0.8)
     x, y, z = rng.normal(68, 2), rng.normal(-70, 3), rng.normal(0.5, 0.25)  # of the fiducial
     squared = rng.uniform(3.5, 5) ** 2 - (31 * (height - z)) ** 2  # the radius of a sphere where this plane cuts it
-    bead, shown = rng.uniform(0.4, 1.5), rng.uniform() < 0.6
+    bead = rng.uniform(0.4, 1.5)
+    shown = rng.uniform() < 0.6
     if shown and squared > 1:
         image = np.maximum(image, bead * _inside(np.minimum(squared**0.5 - np.hypot(X - x, Y - y), -skin - 1)))
     return image
@@ -150,7 +154,8 @@ def _wrap(
 
 def _brain(rng: np.random.Generator, height: float, depth: np.ndarray, atrophy: float) -> np.ndarray:
     """Grey levels of the brain without noise, (176, 208); what they are outside the label map does not matter."""
-    x, y = X + 4 * _slow_noise(rng, height), Y + 3 * _slow_noise(rng, height) + rng.normal(0, 0.7)
+    x = X + 4 * _slow_noise(rng, height)
+    y = Y + 3 * _slow_noise(rng, height) + rng.normal(0, 0.7)
     surface = _surface(rng, height, depth, x, y)
     gap = 0.9 + 1.6 * atrophy + 1.6 * _slow_noise(rng, height) - np.minimum(depth, np.abs(y)) / 9  # wide at the surface
     gap = np.clip(gap, -1, 3)

@@ -101,7 +101,8 @@ def grey(image: Image.Image) -> np.ndarray:
 
 def subjects_of(names: list[str], group: re.Pattern | None) -> tuple[str, list[str]]:
     """How subjects are told apart, in words, and the subject of each name."""
-    stems, folders = [Path(n).stem for n in names], [n.split("/")[:-1] for n in names]
+    stems = [Path(n).stem for n in names]
+    folders = [n.split("/")[:-1] for n in names]
     folders = [parts[1:] if parts and parts[0].lower() in SPLITS else parts for parts in folders]
     numbered = [next((part for part in parts if re.search(r"\d", part)), None) for parts in folders]
     before = [re.fullmatch(r"(.*\d)\D+\d+\D*", stem) for stem in stems]  # what comes before the last number
@@ -157,7 +158,8 @@ def fitted(image: np.ndarray, side: int, how: str) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     o = parse(argv)
     console.install_signal_handlers()
-    source, dest = Path(o.source), Path(o.dest).resolve()
+    source = Path(o.source)
+    dest = Path(o.dest).resolve()
     if source.resolve() in (dest, *dest.parents):
         raise UserError(f"{dest}: lies in SOURCE; name another DEST")
     images, passed_over = find(source)

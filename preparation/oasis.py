@@ -39,7 +39,8 @@ COLUMNS += ("shape", "zooms", "black", "white", "litres", "slices", "notes")
 def main(argv: list[str] | None = None) -> None:
     o = parse(argv)
     console.install_signal_handlers()
-    source, dest = Path(o.source), Path(o.dest).resolve()
+    source = Path(o.source)
+    dest = Path(o.dest).resolve()
     kind, scans, strange = sources.find(source)
     volumes, errors = sources.without_copies(scans)
     own = sources.sets_own_split(scans) if kind != sources.NIFTI and o.split is None else {}
@@ -107,7 +108,8 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
 
     Raises VolumeError if the volume cannot be used.
     """
-    paths, row = slice_paths(volume.case, volume.session, split, unfinished, o), known(volume)
+    paths = slice_paths(volume.case, volume.session, split, unfinished, o)
+    row = known(volume)
     for path in (record_path(volume, unfinished), *map(label_map, paths)):  # of a volume that was there before
         path.unlink(missing_ok=True)
     scan = read(volume)
@@ -134,7 +136,8 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
 
 def slice_paths(case: int, session: int, split: str, unfinished: Path, o: argparse.Namespace) -> list[Path]:
     """The files of a volume's slices. A second scan's numbers follow those of the first."""
-    where, first = unfinished / f"keras_png_slices_{split}", (session - 1) * o.slices
+    where = unfinished / f"keras_png_slices_{split}"
+    first = (session - 1) * o.slices
     return [where / f"case_{case:03d}_slice_{first + i}.nii.png" for i in range(o.slices)]
 
 

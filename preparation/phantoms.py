@@ -38,7 +38,8 @@ def make_pair(case: int, slice_number: int, seed: int = 0) -> tuple[np.ndarray, 
     """
     if not 0 <= slice_number < SLICES:
         raise ValueError(f"slice_number must be 0 to {SLICES - 1}, not {slice_number}")
-    subject, noise = np.random.default_rng([seed, case]), np.random.default_rng([seed, case, slice_number + 1])
+    subject = np.random.default_rng([seed, case])
+    noise = np.random.default_rng([seed, case, slice_number + 1])
     return heads.draw(subject, noise, slice_number / (SLICES - 1))
 
 

@@ -121,7 +121,8 @@ def _is_other_of_freesurfer(name: str, names: set[str]) -> bool:
     match = FREESURFER.fullmatch(name)
     if not match:
         return False
-    folder, suffix = name.rpartition("/")[0], name[-4:]
+    folder = name.rpartition("/")[0]
+    suffix = name[-4:]
     return match["file"] != next((file for file in FREESURFER_CHOICE if f"{folder}/{file}{suffix}" in names), None)
 
 

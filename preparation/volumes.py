@@ -265,7 +265,8 @@ def cut(
     across, *inside = PLANES[plane]
     area = brain.sum(tuple(inside))
     enough = np.flatnonzero(area >= least_brain * area.max())
-    low, high = int(enough[0]), int(enough[-1])
+    low = int(enough[0])
+    high = int(enough[-1])
     if high - low + 1 < n_slices:
         raise ValueError(f"has {high - low + 1} slices with enough brain, not {n_slices}; lower --least-brain")
     start = high + 1 - n_slices if highest else (low + high + 1 - n_slices) // 2
@@ -302,7 +303,9 @@ def cut_labels(labels: np.ndarray, positions: list[int]) -> np.ndarray:
 def _placed(voxels: np.ndarray, plane: str, positions: list[int], middles: list[int]) -> np.ndarray:
     """Slices (n, SIZE, SIZE) float32 whose middle is at index `middles` of rows and columns; 0 outside the volume."""
     across, *inside = PLANES[plane]
-    images, target, source = np.zeros((len(positions), SIZE, SIZE), np.float32), [], []
+    images = np.zeros((len(positions), SIZE, SIZE), np.float32)
+    target = []
+    source = []
     for axis, middle in zip(inside, middles, strict=True):
         start = middle - SIZE // 2
         stop = min(start + SIZE, voxels.shape[axis])

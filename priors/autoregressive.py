@@ -77,7 +77,11 @@ class AutoregressivePrior:
     def __init__(
         self, network: Autoregressive, frame: Frame, vqvae: VQVAE, planes: Sequence[int], phantoms: bool = False
     ):
-        self.network, self.frame, self.vqvae, self.planes, self.phantoms = network, frame, vqvae, planes, phantoms
+        self.network = network
+        self.frame = frame
+        self.vqvae = vqvae
+        self.planes = planes
+        self.phantoms = phantoms
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +129,8 @@ class AutoregressivePrior:
     @torch.no_grad()
     def bits(self, codes: Tensor, condition: Condition) -> Tensor:
         """The information -log2 p of each of codes (B, 64, 64) int64, exact: (B, 64, 64) in bits."""
-        codes, frame = move(codes, self.device), self.frame.codes.to(self.device)
+        codes = move(codes, self.device)
+        frame = self.frame.codes.to(self.device)
         other = self.frame.rare / max(1, self.network.n_codes - 1)
         bits = -torch.where(codes == frame, 1 - self.frame.rare, other).log2()
         bits[:, *self.frame.box] = self.network.eval()(codes[:, *self.frame.box], self._cut(condition))
@@ -157,7 +162,8 @@ class AutoregressivePrior:
     def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "AutoregressivePrior":
         """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError for invalid contents."""
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
-        frame, state = checked_frame(contents["frame"], len(codebook)), contents["state_dict"]
+        frame = checked_frame(contents["frame"], len(codebook))
+        state = contents["state_dict"]
         planes, settings = contents["planes"], contents["settings"]
         if not isinstance(planes, list) or not all(type(n) is int and 0 <= n < N_PLANES for n in planes):
             raise ValueError(f"its 'planes' are not numbers from 0 to {N_PLANES - 1}")
@@ -188,7 +194,8 @@ def halving(planes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
         Steps. Each has planes with the distances to the nearest ones below and above that come in earlier steps, 0
         where there is none.
     """
-    steps, spans = [], [(0, len(planes))] if planes else []
+    steps = []
+    spans = [(0, len(planes))] if planes else []
     while spans:
         step, halves = [], []
         for first, end in spans:

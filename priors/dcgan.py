@@ -32,7 +32,11 @@ class DCGANPrior:
         phantoms: bool = False,
         gain: Tensor | None = None,
     ):
-        self.generator, self.space, self.vqvae, self.phantoms, self.gain = generator, space, vqvae, phantoms, gain
+        self.generator = generator
+        self.space = space
+        self.vqvae = vqvae
+        self.phantoms = phantoms
+        self.gain = gain
 
     def noise(self, n: int, rng: torch.Generator) -> Tensor:
         """The noise of n images (n, 128, 1, 1) from N(0, 1), on the CPU."""

@@ -30,11 +30,14 @@ class LatentCache(Dataset):
     """
 
     def __init__(self, vqvae: VQVAE, dataset: Dataset, space: LatentSpace, quantized: bool = False, stored=None):
-        self.vqvae, self.dataset = vqvae, dataset
-        self.space, self.quantized = space, quantized
+        self.vqvae = vqvae
+        self.dataset = dataset
+        self.space = space
+        self.quantized = quantized
         size = (len(dataset), *space.support.shape, space.rank)
         n_bytes = 2 * math.prod(size)
-        device, host = space.device, torch.device("cpu")
+        device = space.device
+        host = torch.device("cpu")
         self.stored = fits(n_bytes, device) or fits(n_bytes, host) if stored is None else stored
         if not self.stored:
             return

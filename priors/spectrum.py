@@ -53,7 +53,8 @@ def transport(generated: Tensor, real: Tensor) -> Tensor:
     """
     least = 1e-9 * torch.eye(generated.shape[-1], dtype=torch.double)  # what is 0 on both sides is kept
     a, b = (each.cpu().double() + least for each in (generated, real))  # MPS has no float64
-    root, inverse = _power(a, 0.5), _power(a, -0.5)
+    root = _power(a, 0.5)
+    inverse = _power(a, -0.5)
     values, vectors = torch.linalg.eigh(inverse @ _power(root @ b @ root, 0.5) @ inverse)
     values = values.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return (vectors * values[:, None] @ vectors.mT).float().to(generated.device)

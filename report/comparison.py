@@ -22,7 +22,8 @@ def write(folder: Path, comparison: Comparison, train: Images | None, end: str, 
 
     nearest.csv has a row for each image that is scored.
     """
-    rows, figures = comparison.rows, Figures(folder, phantoms)
+    rows = comparison.rows
+    figures = Figures(folder, phantoms)
     columns = ["measure", *(side + limit for side in SIDES for limit in ("", ", low", ", high"))]
     table = [[row.name, *(_cell(value) for side in row[1:] for value in side)] for row in rows]
     files.write_csv(folder / "measures.csv", columns, table)
@@ -36,7 +37,9 @@ def write(folder: Path, comparison: Comparison, train: Images | None, end: str, 
 
 
 def _write_copies(folder: Path, comparison: Comparison, train: Images, figures: Figures, end: str) -> None:
-    fake, copies, nearest = comparison.fake, comparison.copies, comparison.copies.fake
+    fake = comparison.fake
+    copies = comparison.copies
+    nearest = comparison.copies.fake
     columns = ["image", "training image", "distance", "rows", "columns", "brightness", "near"]
     table = []
     for i, name in enumerate(fake.names):

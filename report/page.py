@@ -130,7 +130,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def _tables(path: Path) -> list[tuple[list[str], list[list[tuple]]]]:
     """A CSV file as tables of columns and rows, one for each stage if it has stages, without columns that are empty."""
-    rows, tables = _rows(path), []
+    rows = _rows(path)
+    tables = []
     for stage in dict.fromkeys(row.get("stage", "") for row in rows):
         part = [row for row in rows if row.get("stage", "") == stage]
         columns = [key for key in part[0] if any(row[key] for row in part)]

@@ -49,7 +49,8 @@ class Figures:
     """
 
     def __init__(self, folder: Path, phantoms: bool = False):
-        self.folder, self.phantoms = folder, phantoms
+        self.folder = folder
+        self.phantoms = phantoms
 
     @_figure
     def image_grid(self, name: str, images, title: str, per_row: int = 8, planes: Sequence[int] = ()) -> None:

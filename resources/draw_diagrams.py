@@ -133,7 +133,8 @@ def squares(axes, left: float, n: int, colour_of) -> None:
     for row in range(n):
         for column in range(n):
             colour, text = colour_of(row, column)
-            x, y = left + 0.25 * column, 0.3 + 0.25 * (n - 1 - row)
+            x = left + 0.25 * column
+            y = 0.3 + 0.25 * (n - 1 - row)
             axes.add_patch(Rectangle((x, y), 0.25, 0.25, facecolor=colour, edgecolor="#888", linewidth=0.6))
             axes.text(x + 0.125, y + 0.115, text, ha="center", va="center", fontsize=7.5)
 
@@ -147,7 +148,8 @@ def order() -> None:
         return colours[stride], str(number + 1)
 
     def window(row: int, column: int) -> tuple[str, str]:
-        here, above = (8, 7), row < 8 or (row == 8 and column < 7)
+        here = (8, 7)
+        above = row < 8 or (row == 8 and column < 7)
         if (row, column) == here:
             return RED, "?"
         if above and row >= 8 - WINDOW and abs(column - 7) <= WINDOW:

@@ -38,15 +38,18 @@ PLANES = range(2, 32, 4)  # of the brains in the strip
 
 def main(run: Path, predicted: Path) -> None:
     record = read_record(run)
-    options, stage = record["options"], record["options"]["only"] or "vqvae"
+    options = record["options"]
+    stage = record["options"]["only"] or "vqvae"
     if record["data"]["phantoms"]:
-        target, names = HERE / "phantoms", {name: name for name in (*OF_PHANTOMS, *OF_PHANTOMS_PREDICTED)}
+        target = HERE / "phantoms"
+        names = {name: name for name in (*OF_PHANTOMS, *OF_PHANTOMS_PREDICTED)}
         for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
             names |= {f"epoch_{n}{kind}": f"epoch_{name}{kind}" for kind in ("", "_single")}
         draw_strip(Path(record["data"]["folder"]))
         draw_way(Path(record["data"]["folder"]))
     else:
-        target, names = HERE / "oasis", {name: name for name in OF_SCANS}
+        target = HERE / "oasis"
+        names = {name: name for name in OF_SCANS}
         if stage != "vqvae":
             names = {name: f"{stage}_{name}" if name in ("samples", "stack") else name for name in OF_PRIORS[stage]}
         shutil.copy(run / WEIGHTS[stage], HERE / "pretrained")
@@ -78,8 +81,11 @@ def draw_way(data: Path) -> None:
     vqvae = load_vqvae(HERE / "pretrained" / "vqvae.pth")
     prior = load_prior(HERE / "pretrained" / "generator.pth", vqvae)
     dataset = OasisDataset(data, "validate")
-    x, noise = dataset.batch([len(dataset) // 2]), prior.noise(1, seeds.generator(0, "samples"))
-    z_e, codes, new_codes = vqvae.latents(x), vqvae.encode(x), prior.sample(noise)
+    x = dataset.batch([len(dataset) // 2])
+    noise = prior.noise(1, seeds.generator(0, "samples"))
+    z_e = vqvae.latents(x)
+    codes = vqvae.encode(x)
+    new_codes = prior.sample(noise)
 
     def shown(z: Tensor) -> Tensor:
         """What latents (1, D, 64, 64) are along the first direction of the prior's space, (64, 64)."""

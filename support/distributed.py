@@ -172,7 +172,8 @@ class _SynchronizedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dims, dtype = (0, 2, 3), x.dtype
+        dims = (0, 2, 3)
+        dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))  # sums and counts of a batch need its digits
         count = x.new_full((1,), x.numel() / x.shape[1])
         sums = _Sum.apply(torch.cat([x.sum(dims), count]))  # one message

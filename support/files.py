@@ -132,7 +132,8 @@ def _refuse_what_grows(contents: Any) -> None:
 
     A tensor may repeat a few numbers or have none, and a list may hold another one many times.
     """
-    parts, n = [[contents]], 0
+    parts = [[contents]]
+    n = 0
     while parts:
         part = parts.pop()
         if isinstance(part, Tensor):
@@ -156,7 +157,8 @@ def load_state(network: nn.Module, state: dict[str, Tensor]) -> None:
 
     Raises ValueError if a key is missing or unknown, a shape or dtype differs, or a value is not finite.
     """
-    name, expected = type(network).__name__, network.state_dict()
+    name = type(network).__name__
+    expected = network.state_dict()
     if not isinstance(state, dict):
         raise ValueError(f"it does not hold the weights of a {name}")
     for key in sorted(expected.keys() | state.keys(), key=str):

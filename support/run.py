@@ -121,7 +121,8 @@ class Run(Saved):
 
     def take_seconds(self) -> float:
         """Seconds since `clock`, which is set to now."""
-        before, self.clock = self.clock, time.perf_counter()
+        before = self.clock
+        self.clock = time.perf_counter()
         return self.clock - before
 
     def say(self, line: str) -> None:
@@ -172,7 +173,8 @@ def open_run(path: str | Path, options: type, stages: Collection[str]) -> Saved:
 def read_record(folder: Path) -> dict:
     """The record of the run in a folder, run.json; {} if there is none. Raises UserError if it is not train.py's."""
     record = files.read_json(folder / "run.json")
-    data, resumed = record.get("data", {}), record.get("resumed", [])
+    data = record.get("data", {})
+    resumed = record.get("resumed", [])
     kinds = {"folder": str, "content": str, "images": dict, "digests": dict}
     right = isinstance(data, dict) and all(isinstance(data[key], kinds[key]) for key in kinds.keys() & data.keys())
     if not right or not isinstance(resumed, list):

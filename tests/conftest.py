@@ -38,6 +38,14 @@ PRETRAINED = PROJECT / "resources" / "pretrained"
 CASES = {"train": range(1, 4), "validate": range(4, 6), "test": range(6, 8)}
 
 
+LONGEST = ("test_train", "test_distributed", "test_interruption", "test_disk", "test_benchmarks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """An OASIS-shaped folder of phantoms: 15 training, 10 validation and 10 test images."""

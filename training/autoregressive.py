@@ -48,7 +48,8 @@ class AutoregressiveStage(Stage):
     """
 
     name, title = "autoregressive", "Autoregressive prior"
-    columns, chosen_by = ("bits",), ("validation_bits", min)
+    columns = ("bits",)
+    chosen_by = ("validation_bits", min)
 
     def __init__(
         self,
@@ -59,9 +60,13 @@ class AutoregressiveStage(Stage):
         recipe: AutoregressiveRecipe = AUTOREGRESSIVE,
     ):
         super().__init__(run)
-        options, fast_path, self.recipe, self.average_decay = run.options, run.fast_path, recipe, recipe.average_decay
+        options = run.options
+        fast_path = run.fast_path
+        self.recipe = recipe
+        self.average_decay = recipe.average_decay
         self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
-        self.lr, self.vqvae = options.autoregressive_lr, vqvae
+        self.lr = options.autoregressive_lr
+        self.vqvae = vqvae
         self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
         torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
@@ -75,7 +80,8 @@ class AutoregressiveStage(Stage):
             distributed.copy_first(parameter.data)
         self.network.to(run.device, memory_format=fast_path.layout)
         average = copy.deepcopy(self.network)
-        self.networks, self.averages = {"autoregressive": self.network}, {"autoregressive": average}
+        self.networks = {"autoregressive": self.network}
+        self.averages = {"autoregressive": average}
         self.optimizer = fast_path.adam(self.network, self.lr)
         self.optimizers = {"autoregressive": self.optimizer}
         planes = sorted(set(self.codes.plane.tolist()) - {N_PLANES})
@@ -135,7 +141,8 @@ class AutoregressiveStage(Stage):
     @torch.no_grad()
     def validation_bits(self) -> float:
         """The mean bits of validation slices by the averaged weights."""
-        rng, bits = seeds.generator(self.run.options.seed, "autoregressive validation"), []
+        rng = seeds.generator(self.run.options.seed, "autoregressive validation")
+        bits = []
         network = self.averages["autoregressive"].eval()
         for indices in torch.arange(len(self.validate_codes)).split(VALIDATION_BATCH):
             bits.append(self.bits(network, self.validate_codes, indices, self.draw_conditions(len(indices), rng)))
@@ -146,8 +153,11 @@ class AutoregressiveStage(Stage):
         print(f"Epoch: {row['epoch']}")
         self.run.say(f"Bits an image: {row['bits']:.0f}")
         self.run.say(f"Bits of a validation image: {row['validation_bits']:.0f}")
-        bits, rows, title = history["bits"], self.run.rows_of(self.name), "Training of the autoregressive prior"
-        columns, unit = ("bits", "validation_bits"), "bits an image"
+        bits = history["bits"]
+        rows = self.run.rows_of(self.name)
+        title = "Training of the autoregressive prior"
+        columns = ("bits", "validation_bits")
+        unit = "bits an image"
         self.samples.figures.losses("autoregressive_losses.png", bits, rows, title, *columns, unit=unit)
         self.samples.print_measures(rows)
 

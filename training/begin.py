@@ -35,7 +35,8 @@ def prepare(args: dict[str, Any]) -> Saved:
     Raises UserError if options contradict each other, or something that they name does not exist.
     """
     saved = _resumed(args) if "resume" in args else _new(args)
-    size, device = distributed.world_size(), choose_device(saved.options.device)
+    size = distributed.world_size()
+    device = choose_device(saved.options.device)
     if size > 1 and (device.type == "mps" or ":" in saved.options.device):
         raise UserError(f"--device {saved.options.device}: several processes need --device cuda (one GPU each) or cpu")
     for stage, _, _, batch_size in stages(saved.options):
@@ -114,7 +115,8 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     `recipes` are recorded instead of those that train.py uses, by stage.
     """
     started = time.perf_counter()
-    options, device = saved.options, choose_device(saved.options.device)
+    options = saved.options
+    device = choose_device(saved.options.device)
     train_set, validate_set, counts = _read_splits(options, device)
     fast_path = choose_run_fast_path(saved, device)
     fast_path.set_up()
@@ -181,7 +183,9 @@ def choose_run_fast_path(saved: Saved, device: torch.device) -> FastPath:
 def print_plan(args: dict[str, Any]) -> None:
     """Print what train.py would do with these options, and what it would say of the data. Nothing is written."""
     saved = _resumed(args) if "resume" in args else _new(args, dry=True)
-    options, data, device = saved.options, Path(saved.options.data), choose_device(saved.options.device)
+    options = saved.options
+    data = Path(saved.options.data)
+    device = choose_device(saved.options.device)
     if data.is_dir():
         *datasets, counts = _read_splits(options, torch.device("cpu"))
         images = ", ".join(f"{n} {split}" for split, n in counts.items())
@@ -191,7 +195,8 @@ def print_plan(args: dict[str, Any]) -> None:
         print(f"Data: phantoms, which would be written to {data} ({counts['train']} training images)")
     print(f"Device: {device}. Folder: {saved.folder or 'a new one in ' + options.out}")
     for stage, title, epochs, batch_size in stages(options):
-        done, steps = saved.epochs_of(stage), math.ceil(counts["train"] / batch_size)
+        done = saved.epochs_of(stage)
+        steps = math.ceil(counts["train"] / batch_size)
         print(f"{title}: {epochs - done} epochs of {steps} steps, {done} complete")
     values = dataclasses.asdict(options)
     print("Options: " + ", ".join(f"{name} {value}" for name, value in values.items() if value is not None))

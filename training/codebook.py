@@ -22,7 +22,9 @@ class LossOnly:
     """
 
     def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: CodebookRecipe = CODEBOOK):
-        self.quantizer, self.optimizer, self.recipe = quantizer, optimizer, recipe
+        self.quantizer = quantizer
+        self.optimizer = optimizer
+        self.recipe = recipe
 
     @property
     def embeddings(self) -> Tensor:
@@ -141,7 +143,8 @@ def cells(quantizer: VectorQuantizer, z_e: Tensor) -> tuple[Tensor, Tensor, Tens
 @torch.no_grad()
 def start_from(quantizer: VectorQuantizer, z_e: Tensor, rng: torch.Generator) -> None:
     """Put every embedding on a random latent of z_e (B, D, H, W)."""
-    latents, weight = rows(z_e), quantizer.embedding.weight
+    latents = rows(z_e)
+    weight = quantizer.embedding.weight
     pick = torch.randint(len(latents), (len(weight),), generator=rng)
     weight.copy_(latents[move(pick, latents.device)])
 
@@ -150,7 +153,8 @@ def start_from(quantizer: VectorQuantizer, z_e: Tensor, rng: torch.Generator) ->
 def k_means_step(quantizer: VectorQuantizer, z_e: Tensor, rng: torch.Generator) -> None:
     """Move each embedding to the mean of its latents in z_e (B, D, H, W), and unused ones as `move_dead` does."""
     codes, counts, sums = cells(quantizer, z_e)
-    used, weight = counts > 0, quantizer.embedding.weight
+    used = counts > 0
+    weight = quantizer.embedding.weight
     weight.copy_(torch.where(used[:, None], sums / counts[:, None], weight))
     move_dead(quantizer, ~used, z_e, rng, codes)
 
@@ -169,9 +173,11 @@ def move_dead(
     n_dead = int(dead.sum())  # a GPU is waited for
     if n_dead == 0:
         return
-    latents, weight = rows(z_e), quantizer.embedding.weight
+    latents = rows(z_e)
+    weight = quantizer.embedding.weight
     codes = quantizer.nearest(z_e).flatten() if codes is None else codes  # (B·H·W,)
-    counts, errors = _count(codes, len(weight)), (latents - weight[codes]).square().sum(1)
+    counts = _count(codes, len(weight))
+    errors = (latents - weight[codes]).square().sum(1)
     costs = torch.zeros(len(weight), device=weight.device).index_add_(0, codes, errors).cpu().double()
     if not costs.sum() > 0:  # every latent lies on its embedding, or they are not finite
         return

@@ -220,7 +220,8 @@ def update_average(average: nn.Module, network: nn.Module, step: int, decay: flo
 
     Early in training it decays faster than by `decay`, so that the average is over about a quarter of the steps so far.
     """
-    averaged, current = average.state_dict(), network.state_dict()
+    averaged = average.state_dict()
+    current = network.state_dict()
     floats = [name for name, value in averaged.items() if value.is_floating_point()]
     update = get_ema_multi_avg_fn(min(decay, (1 + step) / (4 + step)))
     update([averaged[name] for name in floats], [current[name] for name in floats], None)  # on CUDA in one operation

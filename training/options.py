@@ -89,7 +89,8 @@ class Options:
         """Validate values, which may come from an edited resume.pth. Raises ValueError."""
         self.dcgan_betas = tuple(self.dcgan_betas)
         for field in dataclasses.fields(self):
-            value, argument = getattr(self, field.name), field.metadata["argument"]
+            value = getattr(self, field.name)
+            argument = field.metadata["argument"]
             if value is None and field.default is None:
                 continue
             values = value if isinstance(field.default, tuple) else (value,)
@@ -134,7 +135,8 @@ def parse(argv: list[str] | None, description: str | None = None) -> dict[str, A
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        argument, text = dict(field.metadata["argument"]), field.metadata["text"]
+        argument = dict(field.metadata["argument"])
+        text = field.metadata["text"]
         if isinstance(field.default, bool):
             argument["action"] = "store_true"
         elif field.default is not None:

@@ -40,9 +40,14 @@ class Samples:
         validate_set: OasisDataset,
         epochs: int,
     ):
-        self.run, self.prefix, self.epochs = run, prefix, epochs
-        self.vqvae, self.train_set, self.validate_set = vqvae, train_set, validate_set
-        self.figures, self.floor = Figures(run.folder, run.phantoms), {}
+        self.run = run
+        self.prefix = prefix
+        self.epochs = epochs
+        self.vqvae = vqvae
+        self.train_set = train_set
+        self.validate_set = validate_set
+        self.figures = Figures(run.folder, run.phantoms)
+        self.floor = {}
 
     @cached_property
     def reference(self) -> Reference:

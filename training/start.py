@@ -41,7 +41,8 @@ def start_generator(
     """
     if not steps:
         return
-    rng, n = seeds.generator(seed, "dcgan start"), min(len(latents), MOST_IMAGES)
+    rng = seeds.generator(seed, "dcgan start")
+    n = min(len(latents), MOST_IMAGES)
     picked = torch.arange(n) * len(latents) // n
     noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
     space = latents.space

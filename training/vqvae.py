@@ -33,7 +33,8 @@ class VQVAEStage(Stage):
     """
 
     name, title = "vqvae", "VQ-VAE"
-    columns, chosen_by = ("training_loss", "vq_loss"), ("ssim_mean", max)
+    columns = ("training_loss", "vq_loss")
+    chosen_by = ("ssim_mean", max)
 
     def __init__(
         self,
@@ -44,9 +45,12 @@ class VQVAEStage(Stage):
     ):
         super().__init__(run)
         options, self.fast_path = run.options, run.fast_path
-        self.train_set, self.validate_set, self.labels = train_set, validate_set, validate_set.labels
+        self.train_set = train_set
+        self.validate_set = validate_set
+        self.labels = validate_set.labels
         self.epochs, self.batch_size, self.lr = options.epochs, options.batch_size, options.lr
-        self.recipe, self.average_decay = recipe, recipe.average_decay
+        self.recipe = recipe
+        self.average_decay = recipe.average_decay
         torch.manual_seed(seeds.derived_seed(options.seed, "vqvae weights"))
         self.vqvae = VQVAE(options.n_embeddings, options.embeddings_dim, options.beta)
         self.vqvae.to(run.device, memory_format=self.fast_path.layout)
@@ -115,14 +119,16 @@ class VQVAEStage(Stage):
         return torch.cat([reconstruction.ssim(x, torch.zeros_like(x)) for x in batches]).mean().item()
 
     def draw(self, row: dict, history: dict[str, list[float]]) -> None:
-        epoch, rows = row["epoch"], self.run.rows_of(self.name)
+        epoch = row["epoch"]
+        rows = self.run.rows_of(self.name)
         self._print(row)
         with torch.no_grad():
             x_hat = self.average.eval()(self.shown)[1]
         self.figures.image_grid(f"epoch_{epoch}.png", x_hat, f"Reconstructions after epoch {epoch}")
         self.figures.single_image(f"epoch_{epoch}_single.png", x_hat[0], f"Reconstruction after epoch {epoch}")
         self.figures.ssim_by_epoch("train_ssim_scores.png", rows)
-        losses, title = history["training_loss"], "Training reconstruction loss"
+        losses = history["training_loss"]
+        title = "Training reconstruction loss"
         self.figures.losses("train_recon_losses.png", losses, rows, title, "training_loss")
 
     def save_weights(self, row: dict) -> None:
