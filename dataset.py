@@ -31,17 +31,17 @@ from support.files import natural
 
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 256
-TISSUES = ("brain", "CSF", "grey matter", "white matter")  # the last three by their label; the first is all of them
+TISSUES = ("brain", "CSF", "grey matter", "white matter")  # labels 1, 2 and 3 are the last three, together the brain
 # `OasisDataset.digest` of the set that the report used
 REPORT_SET = {
     "train": "037125ce7bcdfee926c84c46107ae9a04270bbf407a3653d664faacf72c4f594",
     "validate": "c0cb3c1038f3066a7cb533d235f9a29e2b22d9ef956087592bb5de4cda84d95b",
     "test": "a5cc9d92aa2c70a96e7d88f74f704a184c91bcd6ea1060edc693a0879e268ba9",
 }
-DARK = 64  # grey levels; each slice of the report's set is scaled to 255
+DARK = 64  # grey level: a split whose maximum is below causes a warning (each slice of the report's set reaches 255)
 DEFAULT_DATA = Path("keras_png_slices_data")
-BOX_MARGIN = 12  # pixels: the padding of hidden layers reaches 3 codes of 4 pixels inwards and changes none beyond
-MOST_BYTES = 16 * 2**20  # of a file; 256x256 pixels take half a megabyte uncompressed in the richest kind of PNG
+BOX_MARGIN = 12  # pixels: the padding of hidden layers changes only the outermost 3 codes, of 4 pixels each
+MOST_BYTES = 16 * 2**20  # of a file; 256x256 uncompressed pixels take at most half a megabyte (16-bit RGBA)
 
 # Pillow's guard against images that fill the memory. Here the size is checked before anything is decoded.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -61,7 +61,7 @@ class ImageFolder(Dataset):
         folder: every .png in it is a 256x256 scan.
         device: where batches are made. The images are kept there too if they take at most half of its free memory.
         skip_bad: leave out files that cannot be used instead of raising an error that lists them.
-        place: what the folder is called in lines that are printed.
+        place: the folder's name in printed lines.
 
     Attributes:
         images, files: (N, 1, 256, 256) uint8, and the N paths in the same order.
@@ -129,12 +129,12 @@ class ImageFolder(Dataset):
         return case_and_slice(self.files[i])
 
     def as_images(self) -> Images:
-        """The images with their subjects and names, as measures of sets of images take them."""
+        """The images with their subjects and names, for `evaluation.compare`."""
         numbers = range(len(self))
         return Images(self.images, list(map(self.subject, numbers)), list(map(self.name, numbers)))
 
     def subject(self, i: int) -> int | str:
-        """What tells image i's subject from others: the case number in its file name, else the name."""
+        """The subject of image i: the case number in its file name, else the file name."""
         case, _ = self.case_and_slice(i)
         return self.name(i) if case is None else case
 
@@ -205,7 +205,7 @@ def describe(*datasets: OasisDataset) -> str:
 
 
 def read_pngs(paths: Sequence[Path], desc: str) -> tuple[np.ndarray, list[bytes], list[str | None]]:
-    """Read 256x256 PNGs by `read_png` in threads, for Pillow releases the interpreter while it decodes.
+    """Read 256x256 PNGs with `read_png` in several threads, since Pillow releases the GIL while it decodes.
 
     Returns:
         pixels (N, 1, 256, 256) uint8, undefined where an image could not be read; the SHA-256 of each image that could;
@@ -233,7 +233,7 @@ def case_and_slice(path: Path) -> tuple[int | None, int | None]:
 
 
 def printable(path: str | Path) -> str:
-    """A path as one printable line: what is no character, or would end the line, is shown by its number."""
+    """A path as one printable line: unprintable characters, such as line breaks, are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
@@ -246,14 +246,14 @@ def _report(errors: list[str], n_files: int) -> str:
 
 
 def refuse_shared_cases(root: Path) -> None:
-    """Raise DataError if a case (a subject) is in two splits, so that test images would have been trained on."""
+    """Raise DataError if a case (a subject) is in two splits: scores of subjects seen in training are too good."""
     where: dict[int, str] = {}
     shared = {}
     for split in SPLITS:
         cases = [case_and_slice(path)[0] for path in list_scans(root, split)]
         if None in cases:
             n = cases.count(None)
-            print(f"{n} file names of {split} have no case number, which may be of subjects in another split.")
+            print(f"{n} file names of {split} have no case number; their subjects may also be in another split.")
         for case in set(cases) - {None}:
             if where.setdefault(case, split) != split:
                 shared[case] = (where[case], split)
@@ -262,7 +262,7 @@ def refuse_shared_cases(root: Path) -> None:
         more = f" (and {len(shared) - 1} more cases are in two splits)" if len(shared) > 1 else ""
         raise DataError(
             f"{printable(root)}: case {case} is in keras_png_slices_{first} and keras_png_slices_{second}{more}, so "
-            "that scores would be of subjects seen in training; correct the splits, or give --allow-shared-cases"
+            "scores would be too good; correct the splits, or give --allow-shared-cases"
         )
 
 
@@ -278,16 +278,16 @@ def refuse_equal_images(train_set: OasisDataset, other: OasisDataset) -> None:
     if equal:
         (i, j), more = equal[0], f" (and {len(equal) - 1} more images are)" if len(equal) > 1 else ""
         raise DataError(
-            f"{printable(other.files[j])}: has the pixels of {train_set.name(i)} in training{more}, so that scores "
-            "would be of images seen there; correct the splits, or give --allow-shared-cases"
+            f"{printable(other.files[j])}: has the pixels of {train_set.name(i)} in training{more}, so scores would "
+            "be too good; correct the splits, or give --allow-shared-cases"
         )
 
 
 def picture_box(images: Tensor, margin: int = BOX_MARGIN) -> tuple[slice, slice]:
-    """The rows and columns of images (N, 1, H, W) that are ever above 0, and `margin` pixels around them.
+    """The rows and columns in which any of images (N, 1, H, W) is above 0, and `margin` pixels around them.
 
-    They begin at a multiple of 4, so that codes lie where those of whole images do, and their number is a multiple of
-    8, at most H and W. All rows and columns if every image is black.
+    They begin at a multiple of 4, so that the codes of cropped images lie on the grid of whole ones. Their number is a
+    multiple of 8, or all of them. If every image is black, all rows and columns.
     """
     bright = images.amax((0, 1)) > 0
     return _box_along(bright.any(1), margin), _box_along(bright.any(0), margin)
@@ -330,10 +330,11 @@ def split_folder(root: Path, split: str) -> Path:
         near = next(
             (path.parent for path in (root.parent / folder.name, *root.glob(f"*/{folder.name}")) if path.is_dir()), None
         )
+        if near:
+            raise DataError(f"{printable(folder)}: missing; --data {printable(near)} has one")
         others = sorted(printable(path.name) for path in root.iterdir() if path.is_dir())[:6]
         advice = "the data folder (--data) must hold it" + (f", and has {', '.join(others)}" if others else "")
         advice += "; python -m preparation.images makes such a folder of any images"
-        advice = f"--data {printable(near)} has one" if near else advice
         raise DataError(f"{printable(folder)}: missing; {advice}")
     return folder
 
@@ -427,7 +428,7 @@ def find_data(named: str | None) -> Path | None:
     """
     for value, source in ((named, "--data"), (os.environ.get("OASIS_DIR") or None, "OASIS_DIR")):
         if value is not None:
-            if value and Path(value).is_file():
+            if Path(value).is_file():
                 raise DataError(f"{value}: is a file, named by {source}; unpack it, and name the folder there")
             if not value or not Path(value).is_dir():
                 raise DataError(f"{value or '(empty)'}: no such folder, named by {source}; name the OASIS folder there")

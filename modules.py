@@ -16,12 +16,12 @@ from torch import Tensor, nn
 # Images whose distances to 512 embeddings are held at once, 8 MB each: about a CPU's cache; one large kernel on a GPU.
 IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
 
-# Of the prior over codes.
-STRIDES = (8, 4, 2, 1)  # of its grids, each with the codes of those before
-WINDOW = 2  # rows above a code, and columns on either side, whose codes it sees directly
-CODE_FEATURES, PLACE_FEATURES = 16, 64  # channels for a code, and for where a slice lies
-FEATURES_SHARE = 0.1  # of codes' features in the first weights of their logits
-IGNORED = -100  # stands for a code outside the grid
+# Constants of the prior over codes.
+STRIDES = (8, 4, 2, 1)  # of its grids; each contains the coarser ones
+WINDOW = 2  # rows above a code, and columns on either side, whose codes the perceptron takes
+CODE_FEATURES, PLACE_FEATURES = 16, 64  # channels that embed a code, and the position of a slice in the head
+FEATURES_SHARE = 0.1  # initial weights of logits: this factor times the codes' features
+IGNORED = -100  # target of positions outside the grid, for cross_entropy's ignore_index
 N_PLANES = 32  # of the report's set, 1 mm apart
 MOST_DISTANCE = 16  # between a slice and a neighbour: half the planes
 
@@ -106,7 +106,7 @@ class VectorQuantizer(nn.Module):
 
         Returns:
             vq_loss: scalar, mse(sg[z_e], e) + β · mse(z_e, sg[e]): the last two terms of eq. 3.
-            z_q: (B, D, H, W), the embeddings chosen, but for rounding; its gradient passes to z_e unchanged.
+            z_q: (B, D, H, W), the chosen embeddings up to rounding; its gradient is passed to z_e unchanged.
             codes: (B, H, W) int64 in [0, n_embeddings).
         """
         with torch.autocast(z_e.device.type, enabled=False):
@@ -257,9 +257,10 @@ class Discriminator(nn.Module):
         return self.net(latents)
 
     def logits(self, x: Tensor, basis: Tensor | None = None) -> Tensor:
-        """The input of the Sigmoid, (B, 1): a loss computed from it stays finite where D is certain.
+        """The input of the Sigmoid, (B, 1). A loss computed from it is finite even where the Sigmoid rounds to 0 or 1.
 
-        With a basis (embeddings_dim, K), x (B, K, 64, 64) are coefficients: latents are, at each position, basis x.
+        Without a basis, x are latents. With one (embeddings_dim, K), x (B, K, 64, 64) are coefficients, and the latents
+        are basis @ x at each position.
         """
         if basis is None:
             return self.net[:-1](x)
@@ -284,12 +285,12 @@ def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
 
 
 class Condition(NamedTuple):
-    """What is known of slices before their codes: where they lie in the head, and other slices of it.
+    """What the prior over codes is conditioned on: where slices lie in the head, and neighbouring slices.
 
     Attributes:
         plane: (B,) int64, the number of the slice from 0, or N_PLANES where it is not known.
-        neighbours: (B, 2, H, W) int64, the codes of a slice below it and of one above; not read where there is none.
-        distance: (B, 2) int64, how many planes away these are, at most MOST_DISTANCE; 0 where there is none.
+        neighbours: (B, 2, H, W) int64, the codes of a slice below and of one above; ignored where `distance` is 0.
+        distance: (B, 2) int64, how many planes away these are, at most MOST_DISTANCE; 0 for no neighbour.
     """
 
     plane: Tensor
@@ -310,11 +311,11 @@ class DilatedBlock(nn.Module):
 
 
 class GridNetwork(nn.Module):
-    """The codes of a grid, one after the other in raster order, given those of the grid of twice the stride.
+    """Predicts the codes of a grid, one after the other in raster order, given the grid of twice the stride.
 
-    Two rows of two codes of the grid are a cell, whose first code is one of the coarser grid; in the first grid that
-    one is not known either. A convolutional network over cells sees all that is known beforehand; at each code, a
-    perceptron sees what that found there and the codes just before, in WINDOW rows above and columns beside.
+    A cell is 2x2 codes. Its upper left code is known from the coarser grid, except in the first grid, which has none. A
+    convolutional network computes features of each cell from all that is known beforehand. At each code, a perceptron
+    takes these features and the codes just before it: WINDOW rows above, and WINDOW columns on either side.
 
     Args:
         n_codes, size: number of codes, and the rows and columns of the grid.
@@ -333,15 +334,15 @@ class GridNetwork(nn.Module):
         first: bool,
     ):
         super().__init__()
-        self.places = (0, 1, 2, 3) if first else (1, 2, 3)  # of a cell, 0 1 above 2 3, that are predicted
+        self.predicted = (0, 1, 2, 3) if first else (1, 2, 3)  # positions in a cell, 0 1 above 2 3
         n_known = 2 * 4 * CODE_FEATURES + (0 if first else CODE_FEATURES)
         self.enter = nn.Conv2d(n_known, width, (1, 1))
         self.place = nn.Linear(PLACE_FEATURES, width)
         self.position = nn.Parameter(torch.zeros(width, *(-(-length // 2) for length in size)))
         self.blocks = nn.Sequential(*(DilatedBlock(width, dilation) for dilation in dilations))
-        self.context = nn.Conv2d(width, len(self.places) * hidden, (1, 1))
+        self.context = nn.Conv2d(width, len(self.predicted) * hidden, (1, 1))
         window = CODE_FEATURES, WINDOW + 1, 2 * WINDOW + 1
-        self.before = nn.ParameterList(torch.empty(hidden, *window) for _ in self.places)
+        self.before = nn.ParameterList(torch.empty(hidden, *window) for _ in self.predicted)
         for weight in self.before:
             nn.init.kaiming_uniform_(weight, math.sqrt(5))  # as nn.Conv2d does
         causal = torch.ones(window[1:])
@@ -360,7 +361,7 @@ class GridNetwork(nn.Module):
         x = self.enter(known.contiguous(memory_format=torch.channels_last))
         x = x + self.position + self.place(place)[:, :, None, None]
         x = self.context(F.relu(self.blocks(x)))
-        return x.permute(0, 2, 3, 1).unflatten(3, (len(self.places), -1))
+        return x.permute(0, 2, 3, 1).unflatten(3, (len(self.predicted), -1))
 
     def logits(self, before: Tensor, context: Tensor) -> Tensor:
         """(…, hidden), from the codes just before and from what is known beforehand -> (…, n_codes)."""
@@ -372,21 +373,21 @@ class GridNetwork(nn.Module):
 
         The other arguments are those of `contexts`.
         """
-        first, (height, width) = 0 in self.places, codes.shape[1:]
+        first, (height, width) = 0 in self.predicted, codes.shape[1:]
         context = self.contexts(None if first else maps[:, :, ::2, ::2], near, place)
         h, w = context.shape[1:3]
         maps = F.pad(_whole_cells(maps), (WINDOW, WINDOW, WINDOW, 0)).contiguous(memory_format=torch.channels_last)
         before = []
-        for weight, place_in_cell in zip(self.before, self.places, strict=True):
-            row, column = divmod(place_in_cell, 2)
+        for weight, position_in_cell in zip(self.before, self.predicted, strict=True):
+            row, column = divmod(position_in_cell, 2)
             rows = slice(row, row + 2 * h + WINDOW - 1)
             columns = slice(column, column + 2 * w + 2 * WINDOW - 1)
             before.append(F.conv2d(maps[:, :, rows, columns], weight * self.causal, stride=2).permute(0, 2, 3, 1))
         logits = self.logits(torch.stack(before, 3), context)
-        cells = F.pixel_unshuffle(_whole_cells(codes[:, None], IGNORED), 2)[:, self.places].permute(0, 2, 3, 1)
+        cells = F.pixel_unshuffle(_whole_cells(codes[:, None], IGNORED), 2)[:, self.predicted].permute(0, 2, 3, 1)
         nats = F.cross_entropy(logits.flatten(0, 3).float(), cells.flatten(), ignore_index=IGNORED, reduction="none")
         bits = torch.zeros(len(codes), 4, h, w, device=codes.device)
-        bits[:, self.places] = nats.view(cells.shape).permute(0, 3, 1, 2) / math.log(2)
+        bits[:, self.predicted] = nats.view(cells.shape).permute(0, 3, 1, 2) / math.log(2)
         return F.pixel_shuffle(bits, 2)[:, 0, :height, :width]
 
     def sample(self, noise: Tensor, coarse: Tensor | None, near: Tensor, place: Tensor, code: nn.Embedding) -> Tensor:
@@ -402,11 +403,11 @@ class GridNetwork(nn.Module):
             maps[:, WINDOW::2, WINDOW : WINDOW + width : 2] = code(coarse)
         for row in range(height):
             for column in range(width):
-                place_in_cell = 2 * (row % 2) + column % 2
-                if place_in_cell in self.places:
-                    which = self.places.index(place_in_cell)
+                position_in_cell = 2 * (row % 2) + column % 2
+                if position_in_cell in self.predicted:
+                    index = self.predicted.index(position_in_cell)
                     window = maps[:, row : row + WINDOW + 1, column : column + 2 * WINDOW + 1].flatten(1)
-                    logits = self.logits(window @ before[which], context[row // 2, column // 2, which])
+                    logits = self.logits(window @ before[index], context[row // 2, column // 2, index])
                     codes_here = _draw(logits, noise[:, row, column])
                     codes[:, row, column] = codes_here
                     maps[:, row + WINDOW, column + WINDOW] = code(codes_here)

@@ -46,10 +46,10 @@ from support.device import choose_device, exact_float32, keep_freed_memory
 from support.run import environment, mark, new_folder, read_record
 
 N_WALKS = 4
-N_STACKS = 4  # of 32 planes, unless --samples says otherwise
-MOST_SHOWN, MOST_STACKS = 64, 8  # in the grid
-AT_ONCE = 32  # brains; the planes of an autoregressive prior come in turn among them
-THRESHOLD = 0.6  # the report counts the images at or above it
+N_STACKS = 4  # heads with --slice 0-31, unless --samples gives a number
+MOST_SHOWN, MOST_STACKS = 64, 8  # slices, or stacks, in the figure
+AT_ONCE = 32  # samples in a batch; an autoregressive prior takes its planes in turn within a batch
+THRESHOLD = 0.6  # of SSIM; images at or above it are counted, as in the report
 
 
 @exact_float32()
@@ -71,11 +71,10 @@ def main(argv: list[str] | None = None) -> None:
 def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Print the report's four lines, and draw the split's scores, its best and its worst image."""
     dataset = open_split(o, vqvae)
-    labels, folder = dataset.labels, new_folder(o.out, "_predict")  # which may fail, before the scores take their time
+    labels, folder = dataset.labels, new_folder(o.out, "_predict")  # first, because it may fail, and scoring is slow
     scores = reconstruction.score(vqvae, dataset, labels)
     ssim = scores.ssim
-    columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
-    columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
+    columns = file_columns(dataset)
     columns["ssim"] = ssim.tolist()
     if labels is not None:
         for k, tissue in enumerate(TISSUES):
@@ -99,6 +98,12 @@ def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
     facts |= {"Split": f"{o.split}, {len(dataset)} images", "VQ-VAE": o.path}
     facts["Data"] = f"{dataset.root}: {describe(dataset)}"
     write_page(folder, "Reconstructions", facts, vqvae, dataset.phantoms)
+
+
+def file_columns(dataset: OasisDataset) -> dict[str, Sequence]:
+    """The first columns of a table with a row for each image."""
+    cases, slices = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
+    return {"file": [dataset.name(i) for i in range(len(dataset))], "case": cases, "slice": slices}
 
 
 def print_scores(scores: reconstruction.Scores, end: str) -> None:
@@ -131,7 +136,7 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
     prior = load_prior(files.find(o.prior), vqvae)
     splits = []
     if o.slice and not isinstance(prior, AutoregressivePrior):
-        raise UserError(f"--slice is for a prior that knows planes, and {o.prior} is none; leave it out")
+        raise UserError(f"--slice needs an autoregressive prior, and {o.prior} is not one; leave --slice out")
     if o.slice and (unknown := sorted(set(o.slice) - set(prior.planes))):
         raise UserError(f"--slice: {o.prior} was not trained on plane {unknown[0]}; leave it out, or name others")
     if o.data is not None:
@@ -146,8 +151,9 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         held_out, train = splits
         phantoms = phantoms or held_out.phantoms
         facts["Measured against"] = f"reconstructions of the {o.split} split of {held_out.root}"
-        comparison = compare(held_out.as_images(), fake, vqvae, train.as_images(), seed, "real")
-        comparisons.write(folder, comparison, train.as_images(), mark(phantoms), phantoms)
+        train_images = train.as_images()
+        comparison = compare(held_out.as_images(), fake, vqvae, train_images, seed, "real")
+        comparisons.write(folder, comparison, train_images, mark(phantoms), phantoms)
         facts |= {"Copies": comparisons.copies_line(comparison), "Sources of the measures": comparisons.SOURCES}
         if isinstance(prior, AutoregressivePrior):
             write_likelihood(folder, prior, held_out, mark(phantoms))
@@ -157,10 +163,10 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
 def draw_samples(
     prior: Prior, n: int, seed: int, out: str, planes: Sequence[int], keep: bool
 ) -> tuple[Path, Images | None]:
-    """Decode n new brains, one file each in samples/, the first ones as a grid, and walks between others.
+    """Write n generated slices to samples/, a figure of the first ones, and for the DCGAN a figure of walks.
 
-    With planes, they are slices of these, and with several, stacks of n heads. Files are written as slices come, so
-    that memory does not grow with n. Returns the folder, and with `keep` the slices.
+    With one plane all slices are of it; with several, n heads have a slice of each. Each batch is written at once, so
+    memory does not grow with n unless `keep`. Returns the folder, and with `keep` the slices.
     """
     started = time.perf_counter()
     stacked = len(planes) > 1
@@ -202,7 +208,7 @@ def draw_samples(
 
 
 def new_slices(prior: Prior, n: int, rng: torch.Generator, planes: Sequence[int]) -> Iterator[tuple[list[str], Tensor]]:
-    """The file names and the slices (B, 1, 256, 256) of n brains or stacks, as many at once as memory easily holds."""
+    """Yield the file names and the slices (B, 1, 256, 256) of n samples or stacks, AT_ONCE at a time."""
     width = max(3, len(str(n - 1)))
     with console.progress(total=n, desc="Sampling", unit=" brains", disable=n <= AT_ONCE) as bar:
         for start in range(0, n, AT_ONCE):
@@ -228,23 +234,23 @@ def draw_walks(prior: DCGANPrior, seed: int, figures: Figures) -> None:
 
 
 def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDataset, end: str) -> None:
-    """Write likelihood.csv, the bits of each slice, and print their mean, least and most with `end` after it.
+    """Write likelihood.csv, the bits of each slice, and print their mean, minimum and maximum, followed by `end`.
 
-    Slices are told their plane alone, and then the neighbours that come before them in the order of `halving`. Two
-    figures show where the bits of the most and of the least likely slice are.
+    Slices are conditioned on their plane alone, and then also on the neighbours that come before them in the order of
+    `halving`. Two figures show where the bits of the most and of the least likely slice are.
     """
     cache = CodeCache(prior.vqvae, dataset)
     figures = Figures(folder, dataset.phantoms)
-    columns = {"file": [dataset.name(i) for i in range(len(dataset))]}
-    columns["case"], columns["slice"] = zip(*map(dataset.case_and_slice, range(len(dataset))), strict=True)
-    for name, bits in likelihoods(prior, cache, torch.arange(len(cache))).items():
+    columns = file_columns(dataset)
+    by_condition = likelihoods(prior, cache, torch.arange(len(cache)))
+    for name, bits in by_condition.items():
         columns[f"bits_{name.replace(' ', '_')}"] = bits.tolist()
         print(f"Bits per image, {name}: mean {bits.mean():.0f}, from {bits.min():.0f} to {bits.max():.0f}{end}")
-        if name == "alone":
-            for kind, i in (("most", int(bits.argmin())), ("least", int(bits.argmax()))):
-                title = f"The {kind} likely image, {dataset.name(i)}: {bits[i]:.0f} bits"
-                bits_by_position = prior.bits(cache.batch([i]), plane_condition(cache.plane[[i]]))[0]
-                figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], bits_by_position, title)
+    bits = by_condition["alone"]
+    for kind, i in (("most", int(bits.argmin())), ("least", int(bits.argmax()))):
+        title = f"The {kind} likely image, {dataset.name(i)}: {bits[i]:.0f} bits"
+        bits_by_position = prior.bits(cache.batch([i]), plane_condition(cache.plane[[i]]))[0]
+        figures.likelihood(f"{kind}_likely.png", dataset.batch([i])[0], bits_by_position, title)
     files.write_csv(folder / "likelihood.csv", list(columns), list(zip(*columns.values(), strict=True)))
 
 
@@ -271,7 +277,7 @@ def export_codes(o: argparse.Namespace, vqvae: VQVAE) -> None:
 
 
 def open_split(o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
-    """--split of --data, else of the folder in run.json, else of where train.py looks. Never phantoms unasked.
+    """The split from --data, else from the folder in run.json, else from where train.py looks, but no demo data.
 
     Raises DataError if there is no such folder.
     """
@@ -319,9 +325,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--samples", metavar="N", type=count, help=f"how many (default: 64; with --data {MOST_MEASURED})"
     )
-    group.add_argument("--seed", metavar="S", type=SEED, help="of the noise (default: 0)")
-    text = f"a plane's number, or the first and last of a stack, as 0-{N_PLANES - 1}; of an autoregressive prior"
-    group.add_argument("--slice", metavar="PLANES", type=planes_of, help=text)
+    group.add_argument("--seed", metavar="S", type=SEED, help="seed of the noise (default: 0)")
+    text = f"only with an autoregressive prior: a plane, or the first and last plane of a stack, as in 0-{N_PLANES - 1}"
+    group.add_argument("--slice", metavar="PLANES", type=parse_planes, help=text)
     o = parser.parse_args(argv)
     if o.export_codes:
         codes = Path(o.export_codes)
@@ -332,19 +338,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     of_priors = (("--samples", o.samples), ("--seed", o.seed), ("--slice", o.slice))
     for name, value in of_priors:
         if value is not None and not o.prior:
-            parser.error(f"{name} is for new brains; name the generator with --prior, or leave it out")
+            parser.error(f"{name} is for generating; name a prior's file with --prior, or leave {name} out")
     if o.prior and o.data is None and (o.split or o.skip_bad):
         parser.error("--split and --skip-bad are for scans; name those with --data, or leave them out")
     if o.slice and o.data is not None:
-        parser.error("--slice and --data contradict each other: measures are of all planes; give one of them")
+        parser.error("--slice and --data contradict each other: slices of all planes are measured; give one of them")
     if o.prior and o.split == "train":
-        parser.error("--split train: brains of a generator are measured against images that it was not trained on")
+        parser.error("--split train: generated slices are compared with images that the prior was not trained on")
     o.split = o.split or ("validate" if o.prior else "test")  # the test split is for a model that is final
     return o
 
 
-def planes_of(word: str) -> list[int]:
-    """The planes that "17" or "0-31" names."""
+def parse_planes(word: str) -> list[int]:
+    """The planes of --slice, such as "17" or "0-31"."""
     numbers = re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", word)
     planes = range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1) if numbers else []
     if not planes or planes[-1] >= N_PLANES:

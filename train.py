@@ -1,4 +1,4 @@
-"""Train the VQ-VAE on brain slices, then a prior that generates its codes: the DCGAN, or another.
+"""Train the VQ-VAE on brain slices, then a prior that generates its codes: the DCGAN or an autoregressive one.
 
     python train.py                                      # $OASIS_DIR or ./keras_png_slices_data, else a demo
     python train.py --data DIR                           # OASIS elsewhere
@@ -86,7 +86,7 @@ def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: Oas
 def train_autoregressive(
     run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset
 ) -> AutoregressivePrior:
-    """Train the prior over codes instead: as `train_gan`. Return that of the epoch with the fewest validation bits."""
+    """Like `train_gan`, for the prior over codes. Return the prior of the epoch with the fewest validation bits."""
     stage = AutoregressiveStage(run, vqvae, train_set, validate_set)
     fit(stage, run)
     return stage.best()

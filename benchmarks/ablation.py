@@ -115,7 +115,7 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     if runs and open_run(runs[-1], Options, options.STAGES).epochs_of(o.stage) >= o.epochs:
         return
     print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
-    epochs = {options.option(o.stage, "epochs"): o.epochs}
+    epochs = {options.stage_option(o.stage, "epochs"): o.epochs}
     args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed} | epochs | changed
     vqvae = {"vqvae": o.vqvae} if o.vqvae else {}
     saved = begin.prepare({"resume": runs[-1]} if runs else args | vqvae)

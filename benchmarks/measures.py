@@ -42,8 +42,8 @@ def main() -> None:
     vqvae = load_vqvae(o.vqvae)
     train, validate = (OasisDataset(o.data, split).as_images() for split in ("train", "validate"))
     n = min(MOST_MEASURED, len(train), len(validate))
-    real = Reference(vqvae, reconstructed(vqvae, validate.spaced(n)), o.seed)
-    picked = train.drawn(n, o.seed)
+    real = Reference(vqvae, reconstructed(vqvae, validate.evenly_spaced(n)), o.seed)
+    picked = train.random_subset(n, o.seed)
     sides = {"other subjects": reconstructed(vqvae, picked)}
     for path in o.priors:
         prior = load_prior(path, vqvae)

@@ -5,8 +5,9 @@
     python -m evaluation DIR/keras_png_slices_test gen_imgs/RUN_predict/samples \\
         --train DIR/keras_png_slices_train --vqvae PATH/vqvae.pth --reconstruct real    # as predict.py --data DIR
 
-REAL are images of subjects that the generator was not trained on. A file named case_C_slice_S… is of subject C, another
-one of its own. Everything is written to a new folder, gen_imgs/<date_time>_evaluation/; its index.html shows it.
+REAL are images of subjects that the generator was not trained on. A file named case_C_slice_S… is of subject C; any
+other file counts as a subject of its own. Results are written to a new folder, gen_imgs/<date_time>_evaluation/, and
+shown by its index.html.
 """
 
 import sys
@@ -55,12 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     if train is not None:
         refuse_equal_images(folders["REAL"], folders["--train"], "--train")
         refuse_shared_subjects(folders["REAL"], folders["--train"])
-    folder = new_folder(options.out, "_evaluation")  # which may fail, before the measures take their time
+    folder = new_folder(options.out, "_evaluation")  # first, because it may fail, and measuring is slow
     comparison = compare(real, fake, vqvae, train, options.seed, options.reconstruct)
     comparisons.write(folder, comparison, train, "", phantoms=False)
     figures = Figures(folder)
     for name, side, text in (("fake.png", fake, options.fake), ("real.png", real, options.real)):
-        shown = side.spaced(N_SHOWN)
+        shown = side.evenly_spaced(N_SHOWN)
         title = f"{len(shown)} of {len(side)} images of {printable(text)}"
         figures.image_grid(name, shown.pixels.float() / 255, title)
     facts = {}
@@ -87,9 +88,11 @@ def refuse_equal_images(real: ImageFolder, other: ImageFolder, side: str) -> Non
     """Raise DataError if an image is in both folders."""
     if real.files == other.files:
         raise DataError(f"{printable(real.files[0].parent)}: is REAL and {side}; name two folders")
-    for i, j in equal_images(real, other)[:1]:
+    equal = equal_images(real, other)
+    if equal:
+        i, j = equal[0]
         first, second = printable(other.files[j]), printable(real.files[i])
-        raise DataError(f"{first}: has the pixels of {second}; REAL must be images that {side} has none of")
+        raise DataError(f"{first}: has the pixels of {second}; REAL and {side} must have no image in common")
 
 
 def refuse_shared_subjects(real: ImageFolder, train: ImageFolder) -> None:
@@ -122,10 +125,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--reconstruct",
         choices=("none", "real", "both"),
         default="none",
-        help="real: compare with reconstructions, "
-        "for images that PATH decoded; both: pass both sides through PATH (default: none)",
+        help="real: reconstruct REAL with --vqvae, if FAKE was decoded by it; "
+        "both: reconstruct REAL and FAKE with it (default: none)",
     )
-    parser.add_argument("--seed", metavar="S", type=SEED, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", metavar="S", type=SEED, default=0, help="seed of random choices (default: 0)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them")
     parser.add_argument("--out", metavar="DIR", default="gen_imgs", help="where the folder is made (default: gen_imgs)")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (default: auto)")

@@ -19,11 +19,11 @@ from support.console import in_parts
 from support.device import exact_float32
 
 PATCH, PATCHES_PER_IMAGE, PROJECTIONS = 7, 128, 512
-# Images a side that a training measures, at most. More take longer, and the intervals hardly shrink, for they are over
-# subjects.
+# Images of each set that are measured during training, at most. More take longer, and the confidence intervals, which
+# are over subjects, hardly shrink.
 MOST_MEASURED = 256
-MOST_PROJECTED = 256  # images a side of which patches are taken: 32,768 patches a level
-FEWEST_COMPARED = 30  # images a side, below which five folds and nearest neighbours say nothing
+MOST_PROJECTED = 256  # images of each set that patches are taken from: 32,768 patches per level
+FEWEST_COMPARED = 30  # images in each set; with fewer, five folds and nearest neighbours say nothing
 BATCH = 32  # images that a network sees at once; fixed, so that a measure does not depend on it
 
 MEASURES = {
@@ -60,13 +60,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def spaced(self, n: int) -> "Images":
+    def evenly_spaced(self, n: int) -> "Images":
         """At most n of the images, spaced evenly."""
         n = min(n, len(self))
         return self[[i * len(self) // n for i in range(n)]]
 
-    def drawn(self, n: int, seed: int) -> "Images":
-        """At most n of the images, drawn from the seed of a run."""
+    def random_subset(self, n: int, seed: int) -> "Images":
+        """At most n of the images, chosen at random with a run's seed."""
         order = torch.randperm(len(self), generator=seeds.generator(seed, "measured images"))
         return self[order[:n].tolist()]
 
@@ -77,7 +77,7 @@ class Images:
 
 
 class Row(NamedTuple):
-    """A measure of fake images, and what it is for real images of other subjects and for reconstructions."""
+    """A measure of fake images, of real images of other subjects, and of reconstructions of these."""
 
     name: str
     fake: Interval
@@ -102,9 +102,9 @@ class Comparison(NamedTuple):
 
 
 def of_arrays(pixels: np.ndarray | Tensor, subjects: Sequence[Hashable] | None = None) -> Images:
-    """A set of images (N, 256, 256) or (N, 1, 256, 256), uint8. Without `subjects`, each image is of its own.
+    """A set of images (N, 256, 256) or (N, 1, 256, 256), uint8. Without `subjects`, each image is one subject.
 
-    Raises ValueError if they are none.
+    Raises ValueError if the array has another shape or dtype, or is empty.
     """
     pixels = torch.as_tensor(pixels)
     if pixels.ndim == 3:
@@ -147,11 +147,11 @@ class Reference:
         self.features = features(vqvae, images.pixels, images.subjects)
 
     def measure(self, images: Images) -> dict[str, Interval]:
-        """`compared` of images."""
-        return self.compared(Reference(self.vqvae, images, self.seed))
+        """MEASURES of images, by name."""
+        return self.measure_reference(Reference(self.vqvae, images, self.seed))
 
-    def compared(self, other: "Reference") -> dict[str, Interval]:
-        """MEASURES of other images by name. Those that need FEWEST_COMPARED a side are NaN where there are fewer."""
+    def measure_reference(self, other: "Reference") -> dict[str, Interval]:
+        """MEASURES of another reference's images, by name. NaN where a measure needs more images: FEWEST_COMPARED."""
         rng = seeds.generator(self.seed, "resampling")
         measures = {"coherence": mean_coherence(other.features, rng)}
         n = min(len(other.images), len(self.images))
@@ -159,7 +159,7 @@ class Reference:
             measures |= two_sample_measures(self.features, other.features, rng)
         rng = torch.Generator().manual_seed(seeds.derived_seed(self.seed, "measures"))
         n = min(n, MOST_PROJECTED)
-        real, fake = (each.spaced(n).pixels.float() / 255 for each in (self.images, other.images))
+        real, fake = (each.evenly_spaced(n).pixels.float() / 255 for each in (self.images, other.images))
         measures["swd"] = Interval(sliced_wasserstein(real.cpu(), fake.cpu(), rng).mean().item())
         return {name: measures.get(name, Interval(math.nan)) for name in MEASURES}
 
@@ -179,9 +179,10 @@ def compare(
         reconstruct: "none" compares images as they are. "real" compares `fake`, which `vqvae` decoded, with
             reconstructions. "both" passes both sides through `vqvae`, so that its loss is on both.
 
-    In each row stands beside `fake` what a perfect generator would have, that of real images of other subjects; and
-    what the VQ-VAE alone costs, that of their reconstructions beside originals. Other subjects are `train`'s, as many
-    images as of `fake`, drawn from the seed. Without `train`, one half of the subjects is compared with the other.
+    Each row has two values to compare `fake` with. `real` is the measure of real images of other subjects, treated as
+    `fake` is: what a perfect generator would have. `reconstructions` is that of their reconstructions compared with
+    originals: what the VQ-VAE alone costs. The other subjects are as many random images of `train` as of `fake`, or
+    without `train` half of the subjects of `real`, compared with the other half.
     """
     if reconstruct not in ("none", "real", "both"):
         raise ValueError(f"reconstruct must be none, real or both, not {reconstruct}")
@@ -193,12 +194,12 @@ def compare(
 
     originals = reference if shown is counterpart else Reference(vqvae, counterpart, seed)
     decoded_others = Reference(vqvae, reconstructed(vqvae, others), seed)
-    decoded = originals.compared(decoded_others)
+    decoded = originals.measure_reference(decoded_others)
     if reconstruct == "none":
         floor = originals.measure(others)
     else:
         same = reference if counterpart is real else Reference(vqvae, reconstructed(vqvae, counterpart), seed)
-        floor = same.compared(decoded_others)
+        floor = same.measure_reference(decoded_others)
     rows = [Row(text, measured[name], floor[name], decoded[name]) for name, text in MEASURES.items()]
 
     copies = None
@@ -216,11 +217,11 @@ def _fifth_percentile(distance: Tensor) -> Interval:
 def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tuple[Images, Images]:
     """Up to n real images of other subjects, and those that they are compared with."""
     if train is not None:
-        return train.drawn(n, seed), real
+        return train.random_subset(n, seed), real
     if len(set(real.subjects)) == 1:  # its measures are NaN
         return real, real
     first, second = real.halves()
-    return second.spaced(n), first
+    return second.evenly_spaced(n), first
 
 
 def _missing(rows: list[Row], counterpart: Images, real: Images, fake: Images, train: Images | None) -> list[str]:

@@ -16,9 +16,9 @@ SHIFT = 2  # pixels by which a copy may be moved along each axis
 # Pixels of the Gaussian after which images are compared. Otherwise blurred images, which lack noise, would be nearer to
 # everything than held-out ones: 9 % of slices blurred by a pixel were near, and are 0.9 % now.
 SMOOTHING = 2.0
-# The nearest of CANDIDATES images is found pixel by pixel: those that are nearest when SMALLER times smaller. There the
-# source of a copy moved by 2 pixels along both axes was among the first 4 for 200 of 200 slices; for 4 times smaller
-# images, where neighbouring planes of a head are as near, for 197.
+# Only CANDIDATES images, the nearest when all are reduced by a factor of SMALLER, are compared pixel by pixel. For 200
+# slices that were copied and moved by 2 pixels along both axes, the source was always among the first 4 (reduced by 4
+# instead of 8, where neighbouring planes of a head are as near: for 197).
 SMALLER, CANDIDATES = 8, 4
 CHANCE = 0.01  # share of the held-out images that count as near: a perfect generator has as many
 AT_ONCE = 32  # images at once, whose candidates take 34 MB
@@ -28,11 +28,10 @@ class Nearest(NamedTuple):
     """For each of N images, the nearest of others.
 
     Attributes:
-        index: (N,) int64, its number.
-        distance: (N,) float64 from 0, equal but for brightness, to 1: the root of the share of the smoothed image's
-            square that is not explained.
-        rows, columns: (N,) int64, by how many pixels it is moved.
-        brightness: (N,) float64, the factor that it is multiplied by.
+        index: (N,) int64, its index among the others.
+        distance: (N,) float64 in [0, 1]: the least ‖x - a·y‖ / ‖x‖ of smoothed images over factors a and shifts of y.
+        rows, columns: (N,) int64, the shift in pixels at which it is nearest.
+        brightness: (N,) float64, the factor a.
     """
 
     index: Tensor
@@ -78,7 +77,7 @@ def find_copies(fake, real, train, rng: torch.Generator) -> Copies:
 
 
 def exact_interval(k: int, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of which k of n draws were seen (Clopper and Pearson 1934)."""
+    """The 95 % confidence interval of a proportion, k successes in n trials (Clopper and Pearson 1934)."""
     low = betaincinv(k, n - k + 1, 0.025) if k > 0 else 0.0
     high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
     return float(low), float(high)
@@ -94,10 +93,10 @@ def _quantile(values: Tensor, weights: Tensor) -> Tensor:
 @torch.no_grad()
 @exact_float32()
 def nearest(images: Tensor, others: Tensor) -> Nearest:
-    """The nearest of others (M, 1, H, W) uint8 of each of images (N, 1, H, W) uint8, whatever its brightness.
+    """For each of images (N, 1, H, W) uint8, the nearest of others (M, 1, H, W) uint8, up to a factor of brightness.
 
-    It may be moved by up to SHIFT pixels. Of the images SMALLER times smaller, the CANDIDATES with the highest cosine
-    similarity are compared pixel by pixel.
+    The others may be shifted by up to SHIFT pixels. Only CANDIDATES of them, those with the highest cosine similarity
+    when both are SMALLER times smaller, are compared pixel by pixel.
     """
     batches = []
     small = _normalised(others)

@@ -1,4 +1,4 @@
-"""Measures of reconstructions: SSIM as scikit-image computes it, PSNR, the one scoring function, codebook usage."""
+"""Measures of reconstructions: SSIM by scikit-image, PSNR, codebook usage; `score` computes all of them."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from support.console import in_batches
 from support.device import exact_float32
 
 BORDER = 3  # pixels at an image's border around which no 7x7 window lies inside it
-SCORE_BATCH = 32  # fixed, so that a score does not depend on how a network was trained
+SCORE_BATCH = 32  # images; fixed, so that scores do not depend on --batch-size
 PRIOR_COUNT = 32.0  # weight, in images, of the overall code frequencies with which `adaptive_bits` starts
 # A code position is foreground where its 4x4 pixels have a greater mean. In the report's set these are 99.8 % of the
 # positions inside the brain, and 7 % of those with noise alone, at more than 8 pixels from the head.
@@ -133,7 +133,7 @@ def means_by_tissue(labels: Tensor, values: Tensor) -> Tensor:
 def entropy(counts: Tensor) -> Tensor:
     """Entropy in bits of the distributions given by counts (…, n): (…).
 
-    Between 0 and log2(n); 0 where nothing was counted. k samples give at most log2(k), so few give too low a value.
+    Between 0 and log2(n); 0 where nothing was counted. k samples give at most log2(k), so few samples bias it low.
     """
     p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.special.entr(p).sum(-1) / math.log(2)
@@ -168,7 +168,7 @@ def codebook_usage(scores: Scores) -> dict[str, float]:
 
     Bits are for one image: `bits_raw` is log2(n_embeddings) at each position, `bits_entropy` the entropy of all codes
     together, `bits_adaptive` that of `adaptive_bits`, and `bits_entropy_by_position` the sum of the entropies at each
-    position. No coder reaches the last one: N images show at most log2(N) bits of an entropy.
+    position. No coder reaches the last one: estimated from N images, an entropy is at most log2(N).
     """
     overall = scores.usage.sum(0)
     positions, n_embeddings = scores.usage.shape

@@ -1,4 +1,4 @@
-"""What describes an image's texture, and the features by which `evaluation.two_sample` compares sets of images."""
+"""Texture of images, and the features with which `evaluation.two_sample` compares sets of images."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -84,10 +84,9 @@ def blur(images: Tensor, sigma: float) -> Tensor:
 
 
 def filtered(images: Tensor, kernel: Tensor) -> Tensor:
-    """Each of images (N, 1, H, W) correlated with a kernel (h, w) that lies inside: (N, 1, H - h + 1, W - w + 1).
+    """Images (N, 1, H, W) convolved with a kernel (h, w), without padding: (N, 1, H - h + 1, W - w + 1).
 
-    N is at least 1. They go as the channels of one image, which a CPU convolves many times faster than images of one
-    channel.
+    N is at least 1. The images are passed as channels of one image, which is many times faster on a CPU.
     """
     n = len(images)
     return F.conv2d(images.transpose(0, 1), kernel.repeat(n, 1, 1, 1), groups=n).transpose(0, 1)
@@ -128,15 +127,15 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device) / 16
     kernel = kernel[:, None] * kernel
 
-    def blur(x: Tensor) -> Tensor:
+    def smoothed(x: Tensor) -> Tensor:
         return filtered(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel)
 
     levels = []
     for _ in range(PYRAMID_LEVELS - 1):
-        half = blur(images)[:, :, ::2, ::2]
+        half = smoothed(images)[:, :, ::2, ::2]
         spread = torch.zeros_like(images)
         spread[:, :, ::2, ::2] = 4 * half
-        levels.append(images - blur(spread))
+        levels.append(images - smoothed(spread))
         images = half
     return [*levels, images]
 

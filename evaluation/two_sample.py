@@ -62,7 +62,10 @@ def two_sample_measures(real: Features, fake: Features, rng: torch.Generator) ->
       channel's mean one if that is more. Its limits are over samples of the real side alone, for coverage falls where
       fake images are repeated.
     """
-    both = _resampled(real, fake, rng)
+    both = []  # of each side: its features, its subjects' numbers (N,), weights (1 + RESAMPLES, N)
+    for side in (real, fake):
+        number = numbered(side.subjects)
+        both.append((side, number, resample(number, rng)))
     values = {"texture_auc": two_sample_auc(*_window_rows(both))}
 
     anatomy = principal_components(torch.cat([real.anatomy, fake.anatomy])).split(
@@ -77,11 +80,6 @@ def two_sample_measures(real: Features, fake: Features, rng: torch.Generator) ->
     x, y = (Rows(((side.moments - mean) / std).flatten(1), *rest) for side, *rest in both)
     values["coverage"] = coverage(x, y.values)
     return {name: interval(value) for name, value in values.items()}
-
-
-def _resampled(real: Features, fake: Features, rng: torch.Generator) -> list[tuple[Features, Tensor, Tensor]]:
-    """Each side, with its subjects' numbers (N,) and weights (1 + RESAMPLES, N)."""
-    return [(side, number, resample(number, rng)) for side in (real, fake) for number in (numbered(side.subjects),)]
 
 
 def _window_rows(both: list[tuple[Features, Tensor, Tensor]]) -> list[Rows]:
@@ -185,10 +183,10 @@ def fit_logistic(x: Tensor, label: Tensor) -> Tensor:
 def coverage(real: Rows, fake: Tensor) -> Tensor:
     """Coverage of real rows by fake values (M, F) (Naeem et al. 2020, arXiv 2002.09797, eq. 6): (R,).
 
-    The ball around a real row reaches to its NEIGHBOURS-th nearest row of another subject; coverage is the share of
-    balls with a fake row inside. In the paper balls reach to rows of any kind. But the slices of a subject are alike,
-    so that balls would be too small for a generator of new subjects. For as many fake rows, distributed as the real
-    ones, it is near 1 - 2^-NEIGHBOURS, or above.
+    The ball around a real row reaches to its NEIGHBOURS-th nearest real row of another subject; coverage is the share
+    of balls with a fake row inside. In the paper, rows of the same subject count too. But the slices of a subject are
+    alike, so balls would be too small for a generator of new subjects. With as many fake as real rows from the same
+    distribution, coverage is about 1 - 2^-NEIGHBOURS or more.
     """
     apart = torch.cdist(real.values, real.values)
     apart[real.subjects[:, None] == real.subjects] = torch.inf

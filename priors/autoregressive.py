@@ -12,17 +12,17 @@ from priors.code_cache import CodeCache
 from support import console, files
 from support.device import move, one_thread
 
-RARE = 1e-3  # share of the training images up to which a position outside the head may differ from the others
-AT_ONCE = 32  # images whose logits are held at once: 2 MB each
+RARE = 1e-3  # where at most this share of the training images has another code than the most frequent, there is no head
+AT_ONCE = 32  # images in a batch
 
 
 class Frame(NamedTuple):
-    """What surrounds the codes of heads, where codes hardly ever differ.
+    """The codes around the box that holds all heads. There, images hardly ever differ.
 
     Attributes:
         codes: (64, 64) int64, the most frequent code at each position.
-        corner, size: row and column of the upper left code that is modelled, and the rows and columns that are.
-        rare: probability of another code than the frame's at a position that is not modelled.
+        corner, size: row and column of the box's upper left code, and its numbers of rows and columns.
+        rare: probability that a code outside the box is not the frame's.
     """
 
     codes: Tensor
@@ -38,21 +38,22 @@ class Frame(NamedTuple):
 
 def fit_frame(codes: Tensor) -> Frame:
     """The frame of training codes (N, 64, 64): around all positions where more than RARE of the images differ."""
-    usual = codes.mode(0).values
-    other = (codes != usual).sum(0)
-    varied = other > RARE * len(codes)
-    if not varied.any():
-        varied[:] = True
-    spans = [places.nonzero().flatten().tolist() for places in (varied.any(1), varied.any(0))]
-    corner, size = (tuple(each) for each in zip(*((span[0], span[-1] + 1 - span[0]) for span in spans), strict=True))
-    frame = Frame(usual.long(), corner, size, 0.0)
-    outside = other.sum() - other[frame.box].sum()
-    n = len(codes) * (usual.numel() - math.prod(size))
-    return frame._replace(rare=(outside.item() + 1) / (n + 2))  # Laplace's rule of succession: never 0
+    most_frequent = codes.mode(0).values
+    n_different = (codes != most_frequent).sum(0)
+    varies = n_different > RARE * len(codes)
+    if not varies.any():
+        varies[:] = True
+    rows, columns = (varies.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    corner = rows[0], columns[0]
+    size = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
+    frame = Frame(most_frequent.long(), corner, size, 0.0)
+    n_rare = n_different.sum() - n_different[frame.box].sum()
+    n = len(codes) * (most_frequent.numel() - math.prod(size))
+    return frame._replace(rare=(n_rare.item() + 1) / (n + 2))  # Laplace's rule of succession: never 0
 
 
 def checked_frame(values: dict, n_codes: int) -> Frame:
-    """The frame that a file has. Raises ValueError if it is none for so many codes."""
+    """The frame stored in a file. Raises ValueError if it does not fit a codebook of n_codes."""
     frame = Frame(**values)
     numbers = all(type(n) is int for n in (*frame.corner, *frame.size)) and len(frame.corner) == len(frame.size) == 2
     if not numbers or not all(0 <= a and 0 < n and a + n <= 64 for a, n in zip(frame.corner, frame.size, strict=True)):
@@ -64,14 +65,14 @@ def checked_frame(values: dict, n_codes: int) -> Frame:
 
 
 class AutoregressivePrior:
-    """A distribution over codes (64, 64), of which slices and stacks of slices are drawn.
+    """A distribution over codes (64, 64), from which slices and stacks of slices are sampled.
 
     Args:
         network: models the codes inside the frame's box.
         frame: what is around it.
         vqvae: decodes codes; on the network's device.
-        planes: the numbers of the planes that the network was trained on; none where they were not known.
-        phantoms: whether it was trained on phantoms. What is made from its samples says so.
+        planes: the numbers of the planes that the network was trained on; empty if file names had none.
+        phantoms: whether it was trained on phantoms. Figures of its samples say so.
     """
 
     def __init__(
@@ -188,11 +189,13 @@ def plane_condition(plane: Tensor) -> Condition:
 
 
 def halving(planes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
-    """An order of planes, ascending numbers, in which errors do not add up: the middle one, then those half-way.
+    """An order in which to sample planes (ascending numbers): the middle one, then the middle of each half, and so on.
+
+    Errors add up over few steps only.
 
     Returns:
-        Steps. Each has planes with the distances to the nearest ones below and above that come in earlier steps, 0
-        where there is none.
+        For each step a list of (plane, below, above): the distances to the nearest planes below and above that were
+        sampled in earlier steps, 0 where there is none.
     """
     steps = []
     spans = [(0, len(planes))] if planes else []
@@ -213,21 +216,20 @@ def halving_distances(cache: CodeCache) -> Tensor:
     """For each slice of a split, how far its neighbours below and above in the order of `halving` are: (N, 2)."""
     distance = torch.zeros(len(cache), 2, dtype=torch.long)
     for slices in cache.heads.values():
-        for plane, below, above in (each for step in halving(sorted(slices)) for each in step):
-            distance[slices[plane]] = torch.tensor([below, above])
+        for step in halving(sorted(slices)):
+            for plane, below, above in step:
+                distance[slices[plane]] = torch.tensor([below, above])
     return distance.where(distance <= MOST_DISTANCE, 0)
 
 
 def likelihoods(prior: AutoregressivePrior, cache: CodeCache, indices: Tensor) -> dict[str, Tensor]:
-    """Bits of slices (N,) of a split, by what they are told: (N,) each.
+    """Bits of slices (N,) of a split under two conditions: (N,) each.
 
-    "alone" is their plane; "given neighbours" those too that come before them in the order of `halving`.
+    "alone": given their plane. "given neighbours": also given the slices that come before them in `halving`.
     """
     by_condition = {}
-    for name, distance in (
-        ("alone", torch.zeros(len(cache), 2).long()),
-        ("given neighbours", halving_distances(cache)),
-    ):
+    none = torch.zeros(len(cache), 2, dtype=torch.long)
+    for name, distance in {"alone": none, "given neighbours": halving_distances(cache)}.items():
         bits = []
         for part in console.in_parts(indices, AT_ONCE, "Likelihood"):
             condition = cache.condition(part, distance[part])

@@ -15,16 +15,16 @@ from support.device import move
 class CodeCache(Dataset):
     """The codes of a split, the number of each slice's plane, and where its neighbours in the head are.
 
-    Batches are indices, for which neighbours a slice is told is drawn anew in each step.
+    Batches are indices, because the neighbours that slices are conditioned on are drawn anew in each step.
 
     Args:
         vqvae, dataset: on one device.
 
     Attributes:
         codes: (N, 64, 64) int32, on the CPU.
-        plane: (N,) int64, the number in the file's name; N_PLANES where there is none, or one that is not a plane's.
-        heads: for each scan of a subject, the index of each of its slices by number. Numbers from N_PLANES on are of a
-            second scan, as `preparation.oasis` has them.
+        plane: (N,) int64, the slice number in the file name; N_PLANES if it has none, or one of N_PLANES or more.
+        heads: for each scan of a subject, the index of each of its slices by number. Numbers of N_PLANES or more belong
+            to a second scan, as `preparation.oasis` writes them.
     """
 
     def __init__(self, vqvae: VQVAE, dataset: OasisDataset):
@@ -34,7 +34,7 @@ class CodeCache(Dataset):
         numbers = [dataset.case_and_slice(i)[1] for i in range(len(dataset))]
         self.plane = self.planes_of(numbers)
         self.heads: dict[tuple, dict[int, int]] = {}
-        # The index of the slice so many planes above, less MOST_DISTANCE, of the same subject; -1 where there is none.
+        # (i, d + MOST_DISTANCE): index of the slice d planes above slice i in the same scan; -1 if there is none
         self._neighbours = torch.full((len(dataset), 2 * MOST_DISTANCE + 1), -1)
         for i, number in enumerate(numbers):
             if number is not None:
@@ -46,7 +46,7 @@ class CodeCache(Dataset):
 
     @staticmethod
     def planes_of(numbers: Sequence[int | None]) -> Tensor:
-        """The planes that slice numbers stand for; N_PLANES where there is none, or one that is not a plane's."""
+        """Slice numbers as planes: N_PLANES for None and for numbers of N_PLANES or more."""
         return torch.tensor([n if n is not None and n < N_PLANES else N_PLANES for n in numbers])
 
     def __len__(self) -> int:
@@ -60,9 +60,9 @@ class CodeCache(Dataset):
         return move(self.codes[torch.as_tensor(indices)], self.device).long()
 
     def condition(self, indices: Tensor, distance: Tensor) -> Condition:
-        """What is told of slices (B,): their planes, and the slices `distance` (B, 2) planes below and above.
+        """The condition of slices (B,): their planes, and the slices `distance` (B, 2) planes below and above.
 
-        A distance of 0 asks for none. Where a subject lacks the slice, there is none either.
+        Where the distance is 0, or the scan lacks that slice, there is no neighbour.
         """
         distance = distance.clone()
         offset = MOST_DISTANCE + torch.tensor([-1, 1]) * distance

@@ -14,19 +14,19 @@ from priors.spectrum import covariance_spectrum
 from support.console import in_batches
 from support.device import fits, move
 
-COMPARED = 512  # images whose covariances calibration aims at
+COMPARED = 512  # images, at most, whose covariances are the target of calibration
 
 
 class LatentCache(Dataset):
     """The coefficients of a split's latents, which a prior learns to generate.
 
-    Their mixtures are cut to tanh's range. They are kept in half precision (8·K kB an image) if that takes at most
-    half of the free memory, on the device or else on the host. Otherwise each batch is encoded when it is asked for.
+    They are clipped as the generator's output is (`LatentSpace.clipped`), and stored in float16 (8·K kB per image)
+    on the device or else on the host, if half of the free memory there is enough. Otherwise batches are encoded on use.
 
     Args:
         vqvae, dataset, space: the trained network, a `dataset.OasisDataset` and the map, on one device.
         quantized: whether latents are the embeddings of an image's codes, or the encoder's output z_e.
-        stored: whether the latents are kept; decided by the free memory if None. Also an attribute.
+        stored: whether coefficients are stored; None decides by the free memory. Also an attribute.
     """
 
     def __init__(self, vqvae: VQVAE, dataset: Dataset, space: LatentSpace, quantized: bool = False, stored=None):
@@ -41,10 +41,10 @@ class LatentCache(Dataset):
         self.stored = fits(n_bytes, device) or fits(n_bytes, host) if stored is None else stored
         if not self.stored:
             return
-        self.kept = torch.empty(size, dtype=torch.half, device=device if fits(n_bytes, device) else host)
+        self.coefficients = torch.empty(size, dtype=torch.half, device=device if fits(n_bytes, device) else host)
         start = 0
         for x in in_batches(dataset, desc="Encoding"):
-            self.kept[start : start + len(x)] = self._encode(x).permute(0, 2, 3, 1)
+            self.coefficients[start : start + len(x)] = self._encode(x).permute(0, 2, 3, 1)
             start += len(x)
 
     @torch.no_grad()
@@ -62,8 +62,8 @@ class LatentCache(Dataset):
         """(B, K, 64, 64) float32, on the space's device."""
         if not self.stored:
             return self._encode(self.dataset.batch(indices)).float()
-        kept = self.kept[move(torch.as_tensor(indices), self.kept.device)]
-        return move(kept, self.space.device).permute(0, 3, 1, 2).float()
+        coefficients = self.coefficients[move(torch.as_tensor(indices), self.coefficients.device)]
+        return move(coefficients, self.space.device).permute(0, 3, 1, 2).float()
 
     __getitems__ = batch  # what DataLoader calls
 

@@ -1,4 +1,4 @@
-"""The spectra of coefficients, by ring of radial frequencies: power, covariances, and linear maps between these."""
+"""Power spectra and covariances of coefficients in rings of equal frequency, and linear maps that match them."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def covariance_spectrum(c: Tensor) -> Tensor:
 
 
 def multiply_spectrum(c: Tensor, matrices: Tensor) -> Tensor:
-    """Multiply the Fourier transform of c (B, K, H, W), at each frequency, by its ring's matrix, of (R, K, K)."""
+    """Multiply the Fourier transform of c (B, K, H, W) at each frequency by its ring's matrix, from (R, K, K)."""
     gain = matrices[_rings(c)[:, : c.shape[-1] // 2 + 1]]
     f = torch.einsum("hwkl,blhwc->bkhwc", gain, torch.view_as_real(torch.fft.rfft2(c)))
     return torch.fft.irfft2(torch.view_as_complex(f.contiguous()), s=c.shape[-2:])
@@ -48,19 +48,19 @@ def _rings(c: Tensor) -> Tensor:
 def transport(generated: Tensor, real: Tensor) -> Tensor:
     """The symmetric matrices T (R, K, K) with T A T = B, for covariances A and B (R, K, K) about 0.
 
-    Of all linear maps from the one to the other they change values least, in mean square (Peyré and Cuturi 2019, arXiv
-    1803.00567, remark 2.31). Eigenvalues beyond 1 / LARGEST_FACTOR and LARGEST_FACTOR are cut to these.
+    Of all linear maps from A to B they change values least, in mean square (Peyré and Cuturi 2019, arXiv 1803.00567,
+    remark 2.31). Their eigenvalues are clamped to [1 / LARGEST_FACTOR, LARGEST_FACTOR], so T A T = B may not hold.
     """
     least = 1e-9 * torch.eye(generated.shape[-1], dtype=torch.double)  # what is 0 on both sides is kept
     a, b = (each.cpu().double() + least for each in (generated, real))  # MPS has no float64
-    root = _power(a, 0.5)
-    inverse = _power(a, -0.5)
-    values, vectors = torch.linalg.eigh(inverse @ _power(root @ b @ root, 0.5) @ inverse)
+    root = _matrix_power(a, 0.5)
+    inverse = _matrix_power(a, -0.5)
+    values, vectors = torch.linalg.eigh(inverse @ _matrix_power(root @ b @ root, 0.5) @ inverse)
     values = values.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return (vectors * values[:, None] @ vectors.mT).float().to(generated.device)
 
 
-def _power(a: Tensor, exponent: float) -> Tensor:
-    """Of symmetric matrices (R, K, K) with positive eigenvalues."""
+def _matrix_power(a: Tensor, exponent: float) -> Tensor:
+    """Powers of symmetric matrices (R, K, K) with positive eigenvalues."""
     values, vectors = torch.linalg.eigh(a)
     return vectors * values.clamp(min=1e-30).pow(exponent)[:, None] @ vectors.mT  # rounding may make them negative

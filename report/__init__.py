@@ -1,1 +1,1 @@
-"""What is looked at: figures and the page of a run."""
+"""Figures, and the HTML page of a run."""

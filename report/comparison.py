@@ -1,4 +1,4 @@
-"""What a comparison of generated images with real ones leaves: printed lines, tables and figures."""
+"""Printed lines, tables and figures of a comparison of generated images with real ones."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from support import files
 
 SIDES = ("scored", "other subjects", "reconstructions")
 SHOWN = 16  # pairs with the nearest training images
-# What a paper that uses the measures refers to.
+# References for a paper that uses the measures.
 SOURCES = (
     "classifier two-sample tests (AUC): arXiv 1610.06545; coverage: arXiv "
     "2002.09797; sliced Wasserstein distance: arXiv 1710.10196; this project: CITATION.cff"

@@ -58,7 +58,7 @@ def write_run(folder: Path) -> None:
 
 
 def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
-    """What a run was."""
+    """The facts at the top of a run's page, by name."""
     options, data = record["options"], record["data"]
     epochs = {row["stage"]: row["epoch"] for row in rows}
     facts = {}

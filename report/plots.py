@@ -54,7 +54,7 @@ class Figures:
 
     @_figure
     def image_grid(self, name: str, images, title: str, per_row: int = 8, planes: Sequence[int] = ()) -> None:
-        """Images (N, 1, H, W), so many a row, in the order given; `planes` are the numbers below the columns."""
+        """Images (N, 1, H, W), `per_row` in each row; `planes` are numbers written below the columns."""
         grid = make_grid(images.float().cpu().clamp(0, 1), nrow=per_row, padding=4, pad_value=1.0)[0].numpy()
         width = max(8, per_row)  # inches
         height = width * grid.shape[0] / grid.shape[1]
@@ -72,7 +72,7 @@ class Figures:
 
     @_figure
     def panels(self, name: str, images: dict, title: str) -> None:
-        """Maps (H, W) by what they are, four a row; each with its own range of grey, for their units differ."""
+        """Maps (H, W) by title, four in each row, each with its own range of grey because their units differ."""
         rows = -(-len(images) // 4)
         figure, axes = _subplots(rows, 4, 11, 0.5 + 2.9 * rows)
         figure.suptitle(self._with_note(title), fontsize=STYLE["axes.titlesize"])
@@ -169,7 +169,7 @@ class Figures:
         *columns: str,
         unit: str = "mean squared error",
     ) -> None:
-        """The loss of each step, and `columns` of metrics.csv: its mean in an epoch, that of validation after it."""
+        """The loss of each step, and `columns` of metrics.csv: its mean over an epoch, and any validation loss."""
         updates, *values = (np.asarray([row[key] for row in rows]) for key in ("updates", *columns))
         figure, axes = self._axes(6.4, 4.2, title)
         axes.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, linewidth=0.6, alpha=0.6, label="each step")
@@ -296,7 +296,7 @@ class Figures:
         return f"{title}\n{NOTE}" if self.phantoms else title
 
     def _save(self, figure, name: str, mode: str = "RGB") -> None:
-        """Write a figure; mode "L" if it has no colour: a grid of grainy brains takes half a megabyte even so.
+        """Write a figure; mode "L" (grey) makes files smaller, and even so a grid of slices takes half a megabyte.
 
         Pillow's `optimize` would take three times as long for files that are 2 % smaller.
         """

@@ -1,1 +1,1 @@
-"""What carries all the rest, and knows nothing of brains."""
+"""Infrastructure: run folders, files, console, device, several processes, seeds."""

@@ -1,4 +1,4 @@
-"""What a program says and hears: progress, signals, and errors as one line."""
+"""Progress bars, signals, number options, and errors as one line."""
 
 import argparse
 import contextlib
@@ -122,7 +122,7 @@ def in_batches(dataset, indices: Sequence[int] | None = None, size: int = 32, de
 
 
 def in_parts(rows: Sequence | Tensor, size: int, desc: str) -> Iterator[Sequence | Tensor]:
-    """So many rows at a time, with a progress bar if they are more. A signal takes effect between two parts."""
+    """Yield `size` rows at a time, with a progress bar if there are more. A signal takes effect between two parts."""
     with progress(total=len(rows), desc=desc, unit=" images", leave=False, disable=len(rows) <= size) as bar:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -132,7 +132,7 @@ def in_parts(rows: Sequence | Tensor, size: int, desc: str) -> Iterator[Sequence
 
 
 def in_threads(items: Sequence, work: Callable, n_threads: int, **bar) -> Iterator:
-    """What `work` returns for each item, in their order; a signal takes effect between two of them."""
+    """Yield work(item) for each item, in order, computed in threads. A signal takes effect between two items."""
 
     def stoppable(item):
         stop_if_signalled()

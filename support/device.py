@@ -1,4 +1,4 @@
-"""The device: which one, its free memory, exact arithmetic on it, and what makes training fast there."""
+"""Choice of the device, its free memory, exact float32, and settings that make training fast."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ from support.console import UserError, one_line
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name. "auto" is CUDA, then MPS, then the CPU. Each of several processes has its own GPU.
+    """The named device. "auto" is CUDA if available, else MPS, else the CPU. Each of several processes has its own GPU.
 
     Raises UserError if there is no such device here.
     """
@@ -69,7 +69,7 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Switch off TF32 and the timing by which cuDNN chooses algorithms: a score must not depend on the day.
+    """Exact float32 (no TF32) and deterministic cuDNN algorithms, so that scores are reproducible.
 
     Also a decorator, as in `@exact_float32()`.
     """
@@ -99,8 +99,8 @@ class FastPath(NamedTuple):
 
     Attributes:
         device: the type of device that it was chosen for.
-        plain: none of the rest: standard layout, float32 without TF32, the C library's own allocator.
-        bfloat16: the networks run under autocast, but for the quantizer and the decoder's last layer.
+        plain: --plain: standard layout, float32 without TF32, the C library's default allocation.
+        bfloat16: the networks run under autocast, except the quantizer and the decoder's last layer.
     """
 
     device: str
@@ -155,8 +155,8 @@ class FastPath(NamedTuple):
 def choose_fast_path(device: torch.device, precision: str, plain: bool) -> FastPath:
     """The fast path for a device, the same in all processes.
 
-    Precision "auto" is bfloat16 on GPUs that have it, for before Ampere it is emulated, which is slow, and on CPUs with
-    AMX, for on others it is slower than float32.
+    "auto" is bfloat16 on GPUs from Ampere on (older ones emulate it slowly) and on CPUs with AMX (on others it
+    is slower than float32).
     """
     if plain:
         return FastPath(device.type, plain=True)
@@ -165,7 +165,7 @@ def choose_fast_path(device: torch.device, precision: str, plain: bool) -> FastP
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32, by what the device has; not by timing, which depends on the day."""
+    """Whether the device has hardware for bfloat16. Nothing is timed, so the answer is always the same."""
     if device.type == "cpu":
         # PyTorch multiplies matrices by oneDNN, which this variable keeps from using newer instructions
         allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()

@@ -24,7 +24,7 @@ GRACE = 5  # seconds before another rank reports an error: rank 0 usually has th
 
 
 def start() -> None:
-    """Join the processes that torchrun started, if any. All ranks but 0 fall silent, except for errors."""
+    """Join the processes that torchrun started, if any. Only rank 0 prints from then on, except for errors."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -63,7 +63,7 @@ def stop() -> None:
     """Leave the group when all processes have finished."""
     if world_size() > 1:
         dist.barrier()
-        gc.collect()  # of what holds the group: gloo's threads must end before Python does (pytorch issue 190489)
+        gc.collect()  # frees references to the group: gloo's threads must end before Python does (pytorch issue 190489)
         dist.destroy_process_group()
 
 
@@ -82,7 +82,7 @@ def is_first() -> bool:
 
 
 def share(n: int, of: int | None = None) -> slice:
-    """The part of n items that belongs to this process, or to rank `of`. Sizes differ by at most one."""
+    """The slice of n items that belongs to this process, or to rank `of`. Slices differ in length by at most one."""
     r = rank() if of is None else of
     return slice(n * r // world_size(), n * (r + 1) // world_size())
 

@@ -1,4 +1,4 @@
-"""Files that are never torn, and checkpoints loaded with care."""
+"""Files that are written completely or not at all, and checkpoints that are validated when loaded."""
 
 import contextlib
 import csv
@@ -77,7 +77,7 @@ def lock(folder: Path) -> int | None:
 
 
 def save(contents: Any, path: Path) -> None:
-    """`torch.save` that never leaves a torn file."""
+    """`torch.save` that never leaves an incomplete file."""
     buffer = io.BytesIO()  # torch's own writer hides that a disk is full
     torch.save(contents, buffer)
     with atomically(path) as temporary:
@@ -128,7 +128,7 @@ def load(path: str | Path, build: Callable[[Any], Any] = lambda contents: conten
 
 
 def _refuse_what_grows(contents: Any) -> None:
-    """Raise ValueError for contents of a file that would take far more time or memory than the file has.
+    """Raise ValueError if using a file's contents could take far more time or memory than its size suggests.
 
     A tensor may repeat a few numbers or have none, and a list may hold another one many times.
     """

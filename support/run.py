@@ -24,12 +24,12 @@ RESUME_FILE = "resume.pth"
 
 @dataclasses.dataclass
 class Saved:
-    """What a run can be resumed from. Of a run that has not begun, its options.
+    """The saved state of a run that can be resumed; for a new run, only its options.
 
     Attributes:
         options: a dataclass.
         folder: where everything is written; None for one that is to be made.
-        state: what resuming needs besides the options, by stage: `epoch`, `history` and the stage's own keys.
+        state: by stage, what resuming needs besides the options: `epoch`, `started`, `history`, `Stage.state_dict`.
         rows: the rows of metrics.csv so far.
         fast_path: how the networks are trained; None if that is to be chosen.
     """
@@ -70,8 +70,8 @@ class Run(Saved):
         Args:
             data: the folder, whether it holds phantoms, what it holds in words, the number of images in each split, and
                 `OasisDataset.digest` of those that were read.
-            recipes: what decides a training besides the options.
-            outdated: files that are removed, as temporary ones are.
+            recipes: by stage, the settings that are not options (`training.recipes`).
+            outdated: files of a prior that begins anew; removed, as temporary files are.
 
         Raises UserError if another process has locked the folder, or if a resumed run began with other images.
         """
@@ -90,7 +90,7 @@ class Run(Saved):
                     "name its data with --data, or start a new run"
                 )
             record["resumed"] = [*record["resumed"], here]
-            self.save()  # so that raised numbers of epochs outlast an interruption
+            self.save()  # so that a higher number of epochs is kept if the run is interrupted
             for path in (*outdated, *self.folder.glob(".*.tmp")):  # temporary files of a killed process
                 path.unlink(missing_ok=True)
         options = dataclasses.asdict(self.options)
@@ -126,7 +126,7 @@ class Run(Saved):
         return self.clock - before
 
     def say(self, line: str) -> None:
-        """Print a line with a number."""
+        """Print a line, which ends with "(phantoms)" if the data are phantoms."""
         print(line + mark(self.phantoms), flush=True)
 
 
@@ -176,8 +176,8 @@ def read_record(folder: Path) -> dict:
     data = record.get("data", {})
     resumed = record.get("resumed", [])
     kinds = {"folder": str, "content": str, "images": dict, "digests": dict}
-    right = isinstance(data, dict) and all(isinstance(data[key], kinds[key]) for key in kinds.keys() & data.keys())
-    if not right or not isinstance(resumed, list):
+    is_valid = isinstance(data, dict) and all(isinstance(data[key], kinds[key]) for key in kinds.keys() & data.keys())
+    if not is_valid or not isinstance(resumed, list):
         raise UserError(f"{folder / 'run.json'}: was not written by train.py; repair or remove it")
     return record
 

@@ -184,7 +184,7 @@ def test_the_discriminator_of_the_validation_split_is_in_training_mode_and_leave
     found = stage._d_of_validation()
     assert all(torch.equal(value, before[key]) for key, value in stage.discriminator.state_dict().items())
     latents, judged = LatentCache(vqvae, OasisDataset(data, "validate"), space), []
-    for part in torch.randperm(10, generator=seeds.generator(0, "judging")).split(4):
+    for part in torch.randperm(10, generator=seeds.generator(0, "validation order")).split(4):
         c = space.with_position(latents.batch(part))
         judged += stage.discriminator(torch.einsum("dk,bkhw->bdhw", space.basis, c)).flatten().tolist()
     assert found == pytest.approx(sum(judged) / 10, abs=1e-4)

@@ -90,9 +90,9 @@ def few_are_enough(monkeypatch):
 
 def test_a_set_of_images_is_spaced_evenly_and_keeps_its_subjects(data):
     images = OasisDataset(data, "validate").as_images()
-    some = images.spaced(4)
+    some = images.evenly_spaced(4)
     assert some.subjects == [4, 4, 5, 5] and some.names == [images.names[i] for i in (0, 2, 5, 7)]
-    assert torch.equal(some.pixels, images.pixels[[0, 2, 5, 7]]) and len(images.spaced(99)) == 10
+    assert torch.equal(some.pixels, images.pixels[[0, 2, 5, 7]]) and len(images.evenly_spaced(99)) == 10
     with pytest.raises(ValueError, match="uint8"):
         generation.of_arrays(np.zeros((3, 256, 256)))
     with pytest.raises(ValueError, match="256"):

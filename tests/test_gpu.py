@@ -168,14 +168,14 @@ def test_the_vqvae_waits_only_to_revive_codes_and_has_the_losses_of_the_cpu(gpu,
 def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     stage = new_stage(new_gan, few, gpu.name, tmp_path, dcgan_training=method)
     latents = stage.data()
-    assert latents.kept.device.type == gpu.name and stage.space.shift.device.type == gpu.name
+    assert latents.coefficients.device.type == gpu.name and stage.space.shift.device.type == gpu.name
     update(stage, latents.batch([0, 1, 2]), 0)
     assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 1)) == []
     monkeypatch.setattr("priors.latent_cache.fits", lambda n_bytes, device: device.type == "cpu")
     beside = LatentCache(stage.prior.vqvae, latents.dataset, stage.space, latents.quantized)
     monkeypatch.setattr("priors.latent_cache.fits", lambda n_bytes, device: False)
     anew = LatentCache(stage.prior.vqvae, latents.dataset, stage.space, latents.quantized)
-    assert beside.kept.device.type == "cpu" and not anew.stored
+    assert beside.coefficients.device.type == "cpu" and not anew.stored
     assert gpu.waited(lambda: update(stage, beside.batch([3, 0, 1]), 2)) == []
     assert gpu.waited(lambda: update(stage, anew.batch([3, 0, 1]), 3)) == []
     for found in (latents, anew):

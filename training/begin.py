@@ -25,12 +25,12 @@ from support import distributed, files
 from support.console import UserError
 from support.device import FastPath, choose_device, choose_fast_path, has_fast_bfloat16
 from support.run import RESUME_FILE, Run, Saved, new_folder, open_run, read_record
-from training.options import FIELDS, STAGES, Options, flag, option, stages
+from training.options import FIELDS, STAGES, Options, flag, stage_option, stages
 from training.recipes import recipes_of
 
 
 def prepare(args: dict[str, Any]) -> Saved:
-    """The options of a new run, or what the folder of a run to resume holds. Nothing is written but phantoms.
+    """The options of a new run, or the saved state of the run to resume. Writes nothing except the demo's phantoms.
 
     Raises UserError if options contradict each other, or something that they name does not exist.
     """
@@ -41,7 +41,7 @@ def prepare(args: dict[str, Any]) -> Saved:
         raise UserError(f"--device {saved.options.device}: several processes need --device cuda (one GPU each) or cpu")
     for stage, _, _, batch_size in stages(saved.options):
         if batch_size < size:
-            name = flag(option(stage, "batch_size"))
+            name = flag(stage_option(stage, "batch_size"))
             raise UserError(f"{name} {batch_size}: must be at least the number of processes, {size}")
     return saved
 
@@ -84,7 +84,7 @@ def _name_unused(args: dict[str, Any], options: Options) -> None:
 
 
 def _resumed(args: dict[str, Any]) -> Saved:
-    """The run to resume, its options changed as `args` say where that is allowed."""
+    """The saved run, with the options in `args` changed. Raises UserError if one may not change."""
     saved = open_run(args.pop("resume"), Options, STAGES)
     if not saved.options.data:
         raise UserError(f"{saved.folder / RESUME_FILE}: names no data; start a new run")
@@ -103,7 +103,7 @@ def _resumed(args: dict[str, Any]) -> Saved:
         options.vqvae = str((saved.folder / "vqvae.pth").resolve())
     print(f"Resuming {saved.folder} after " + ", ".join(f"{s} epoch {part['epoch']}" for s, part in state.items()))
     if prior in state and options.only != prior and saved.epochs_of("vqvae") < options.epochs:
-        print(f"The VQ-VAE trains further, so the {STAGES[prior]} begins anew; its files will be replaced.")
+        print(f"The VQ-VAE is trained further, so the {STAGES[prior]} begins anew; its files will be replaced.")
         state = {stage: part for stage, part in state.items() if stage != prior}
         rows = saved.rows_of("vqvae")
     return dataclasses.replace(saved, options=options, state=state, rows=rows)
@@ -122,7 +122,7 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     fast_path.set_up()
 
     folder = saved.folder or distributed.from_first(lambda: new_folder(options.out))
-    # the file that marks phantoms may have been removed since the run began
+    # also by run.json: the file that marks phantoms may have been removed since the run began
     synthetic = train_set.phantoms or read_record(folder).get("data", {}).get("phantoms", False)
     run = Run(options, folder, saved.state, saved.rows, fast_path, device, synthetic, started)
     content = describe(train_set, validate_set)
@@ -145,7 +145,8 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
 def _read_splits(options: Options, device: torch.device) -> tuple[OasisDataset, OasisDataset, dict[str, int]]:
     """The training and the validation split, and how many images each split has.
 
-    Raises DataError if they cannot be used, or if a subject or an image is in two splits and that was not allowed.
+    Raises DataError if they cannot be used. Without --allow-shared-cases, also if a subject is in two of the three
+    splits, or an image in both of these.
     """
     data = Path(options.data)
     counts = {split: len(list_scans(data, split)) for split in SPLITS}
@@ -175,13 +176,13 @@ def choose_run_fast_path(saved: Saved, device: torch.device) -> FastPath:
     if kept is None or kept.device != device.type:
         return choose_fast_path(device, saved.options.precision, saved.options.plain)
     if kept.bfloat16 and not has_fast_bfloat16(device):
-        text = "the run was begun in bfloat16, which is slow here; it stays, for the same numbers"
+        text = "the run began in bfloat16, which is slow on this machine; it continues so, to give the same numbers"
         print(f"warning: {text}", file=sys.stderr)
     return kept
 
 
 def print_plan(args: dict[str, Any]) -> None:
-    """Print what train.py would do with these options, and what it would say of the data. Nothing is written."""
+    """Print the data, device, stages and options of the training that was asked for. Nothing is written."""
     saved = _resumed(args) if "resume" in args else _new(args, dry=True)
     options = saved.options
     data = Path(saved.options.data)

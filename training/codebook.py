@@ -32,7 +32,7 @@ class LossOnly:
         return self.quantizer.embedding.weight.detach()
 
     def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
-        """Move embeddings in step 0, 1, … of the run, before those nearest to its latents are looked up.
+        """Move embeddings in step 0, 1, … of the run, before the step's latents are quantized.
 
         z_e (B, D, 64, 64) float32 are the latents of this process's part of a batch of n images. `rng` is on the CPU,
         so that every process draws the same numbers.
@@ -52,8 +52,9 @@ class LossOnly:
 class KMeans(LossOnly):
     """Start from data, then keep every code in use: the default.
 
-    In the first steps a k-means step on each batch keeps embeddings where the latents are. Later, codes that were not
-    chosen for `revive_every` steps move to where the quantization error is, and their Adam moments are cleared.
+    In the first `kmeans_steps` steps, a k-means step on each batch keeps embeddings where the latents are. Later, every
+    `revive_every` steps, embeddings that no latent chose move to where the quantization error is large, and their Adam
+    moments are set to 0.
     """
 
     def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: CodebookRecipe = CODEBOOK):
@@ -110,10 +111,10 @@ class EMA(LossOnly):
         self.sums = self.embeddings.clone()
 
     def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
-        mine = distributed.weight(n) > 0  # otherwise the part is an image that another process counts
+        is_counted = distributed.weight(n) > 0  # otherwise this part repeats an image that another process counts
         _, counts, sums = cells(self.quantizer, z_e)
-        self.counts.lerp_(distributed.total(counts * mine)[:, None].float(), 1 - self.recipe.ema_decay)
-        self.sums.lerp_(distributed.total(sums * mine), 1 - self.recipe.ema_decay)
+        self.counts.lerp_(distributed.total(counts * is_counted)[:, None].float(), 1 - self.recipe.ema_decay)
+        self.sums.lerp_(distributed.total(sums * is_counted), 1 - self.recipe.ema_decay)
         alive = self.counts > 1e-20  # below, float32 loses the digits of both
         self.embeddings.copy_(torch.where(alive, self.sums / self.counts, self.embeddings))
 
@@ -130,7 +131,7 @@ METHODS = {"kmeans": KMeans, "paper": LossOnly, "ema": EMA}
 
 @torch.no_grad()
 def cells(quantizer: VectorQuantizer, z_e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cells of the codebook, that is, which latents z_e (B, D, H, W) have which code.
+    """Assign latents z_e (B, D, H, W) to embeddings: those with the same code are a cell.
 
     Returns:
         codes (B·H·W,), the number of latents with each code (n_embeddings,), and their sums (n_embeddings, D).
@@ -183,10 +184,10 @@ def move_dead(
         return
     cell = torch.multinomial(costs, n_dead, replacement=True, generator=rng)
     counts = counts.cpu()
-    rank = torch.rand(n_dead, generator=rng, dtype=torch.double) * counts[cell]
-    place = (counts.cumsum(0) - counts)[cell] + torch.minimum(rank.long(), counts[cell] - 1)
-    members = codes.argsort(stable=True)  # the positions of one code after those of another
-    weight[dead] = latents[members[move(place, members.device)]]
+    offset = torch.rand(n_dead, generator=rng, dtype=torch.double) * counts[cell]
+    index = (counts.cumsum(0) - counts)[cell] + torch.minimum(offset.long(), counts[cell] - 1)
+    members = codes.argsort(stable=True)  # positions, sorted by code
+    weight[dead] = latents[members[move(index, members.device)]]
 
 
 def _count(codes: Tensor, n: int) -> Tensor:

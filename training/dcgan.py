@@ -191,7 +191,8 @@ class DCGANStage(Stage):
         """Mean D(x) of the validation split. It is far below `d_real` where D has memorised the training split."""
         discriminator = copy.deepcopy(self.discriminator)  # BatchNorm's statistics change
         # shuffled: in file order a batch would be of two subjects, and BatchNorm's statistics theirs
-        order = torch.randperm(len(self.validate_latents), generator=seeds.generator(self.run.options.seed, "judging"))
+        rng = seeds.generator(self.run.options.seed, "validation order")
+        order = torch.randperm(len(self.validate_latents), generator=rng)
         batches = in_batches(self.validate_latents, order, self.batch_size, desc="D on validation")
         return torch.cat([self._logits(discriminator, c).sigmoid() for c in batches]).mean().item()
 

@@ -23,8 +23,11 @@ ADAM_BETA = Number(float, 0, "a number from 0 to below 1", below=1)
 
 
 def _option(default: Any, group: str, text: str, *, demo: Any = None, resumable: bool = False, **argument: Any) -> Any:
-    """A field of `Options`: its default, the demo's if another, whether `--resume` accepts a new value, and further
-    arguments of `ArgumentParser.add_argument`. Defaults are the report's where it gives one."""
+    """A field of `Options`.
+
+    Has the default, the demo's default if that differs, whether a new value is accepted with `--resume`, and further
+    arguments of `ArgumentParser.add_argument`.
+    """
     metadata = {"group": group, "text": text, "demo": demo, "resumable": resumable, "argument": argument}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -49,11 +52,11 @@ class Options:
     precision: str = _option(
         "auto", "run", "precision of training; auto is bfloat16 on GPUs that have it and CPUs with AMX, else float32",
         choices=("auto", "float32", "bfloat16"))
-    plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32, eager")
+    plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32 without TF32")
     prior: str = _option(
         "dcgan", "run", f"what generates codes: {', '.join(PRIORS)}", choices=tuple(PRIORS))
-    only: str | None = _option(None, "run", "train only this; a prior needs --vqvae", choices=tuple(STAGES))
-    vqvae: str | None = _option(None, "run", "trained VQ-VAE for --only with a prior", metavar="PATH")
+    only: str | None = _option(None, "run", "train only this stage; a prior needs --vqvae", choices=tuple(STAGES))
+    vqvae: str | None = _option(None, "run", "with --only and a prior: vqvae.pth of the trained VQ-VAE", metavar="PATH")
 
     epochs: int = _option(
         12, "VQ-VAE", "passes over the training images", demo=8, resumable=True, type=COUNT, metavar="N")
@@ -111,15 +114,16 @@ def flag(name: str) -> str:
 
 def stages(options: Options) -> list[tuple[str, str, int, int]]:
     """The stages that a run trains, in order: name, title, epochs, batch size."""
-    return [
-        (name, title, getattr(options, option(name, "epochs")), getattr(options, option(name, "batch_size")))
-        for name, title in STAGES.items()
-        if options.only in (None, name) and name in ("vqvae", options.prior)
-    ]
+    trained = []
+    for name, title in STAGES.items():
+        if options.only in (None, name) and name in ("vqvae", options.prior):
+            epochs, batch_size = (getattr(options, stage_option(name, key)) for key in ("epochs", "batch_size"))
+            trained.append((name, title, epochs, batch_size))
+    return trained
 
 
-def option(stage: str, name: str) -> str:
-    """The field of `Options` for an option of a stage."""
+def stage_option(stage: str, name: str) -> str:
+    """The field of `Options` of a stage's option: "epochs" of "dcgan" is dcgan_epochs."""
     return name if stage == "vqvae" else f"{stage}_{name}"
 
 

@@ -28,15 +28,15 @@ CODEBOOK = CodebookRecipe()
 
 @dataclass(frozen=True)
 class VQVAERecipe:
-    """Of the VQ-VAE.
+    """How the VQ-VAE is trained.
 
     At a constant learning rate the weights wander from step to step, and with them the grey level of the black
     background, to which SSIM is very sensitive. So an exponential moving average (EMA) of them is scored and saved, and
     the learning rate falls at the end.
 
     Attributes:
-        average_decay: of the EMA. It is short: weights that change together do not average one by one, so that a long
-            one decodes black to a level that none of them had.
+        average_decay: of the EMA. The average is short: a long one decodes black to a grey level that no single set of
+            weights has.
         constant_rate, last_rate: of `training.fit.rate_factor`.
     """
 
@@ -50,8 +50,8 @@ class VQVAERecipe:
 class R1:
     """The penalty on the discriminator's gradient at real latents (arXiv 1801.04406, eq. 9), with a weight γ.
 
-    γ is `least` while the discriminator's lead, the running mean of D(x) - D(G(z)), is at most `tolerated_lead`, and
-    grows by a factor of e for each 1 / `guard` above: a constant weight is too much early or too little late.
+    γ = least · exp(guard · max(0, lead - tolerated_lead)), where the lead is the running mean of D(x) - D(G(z)). A
+    constant weight is too large early or too small late.
 
     Attributes:
         lead_decay: of the running mean.
@@ -65,14 +65,14 @@ class R1:
 
 @dataclass(frozen=True)
 class DCGANRecipe:
-    """Of the DCGAN.
+    """How the DCGAN is trained.
 
     Attributes:
         quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
         space: of the map between latents and the generator's range; None divides by the codebook's largest value.
-        position: whether the discriminator is told where it is (`LatentSpace.with_position`).
-        start_steps, start_lr: at most so many steps, in which the generator learns real latents before it meets a
-            discriminator; half as many as follow.
+        position: whether the discriminator gets the position as channels (`LatentSpace.with_position`).
+        start_steps, start_lr: steps, at most, in which the generator is fitted to real latents before adversarial
+            training, and their learning rate; there are never more than half as many as in all epochs.
         r1: None for no penalty.
         average_decay: of the EMA of the generator's weights, which draws the samples; 0 draws with the last weights.
         calibrated: whether samples get the covariances of real latents.
@@ -98,19 +98,20 @@ DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-tra
 
 @dataclass(frozen=True)
 class AutoregressiveRecipe:
-    """Of the prior over codes.
+    """How the prior over codes is trained.
 
     Attributes:
         width, dilations, hidden: of a `modules.GridNetwork`.
-        without_plane, without_neighbours: shares of slices that are not told their plane, or no neighbour, so that the
-            prior also draws without.
-        without_one: share of each neighbour, of slices that are told some, that is left out: the first planes of a
-            stack have neighbours on one side alone.
-        exchanged: up to such a share of a neighbour's codes are another slice's, for it will be drawn, not real.
+        without_plane, without_neighbours: probability that a slice's plane, or both neighbours, is dropped, so that the
+            prior can also sample without them.
+        without_one: probability that each of the other neighbours is dropped: the first planes of a stack have
+            neighbours on one side only.
+        exchanged: greatest share of a neighbour's codes that are replaced by another slice's, because in a stack the
+            neighbours are generated, not real.
         average_decay: of the EMA of the weights.
         warm_up: steps in which the learning rate rises.
         constant_rate, last_rate: of `training.fit.rate_factor`.
-        gradient_norm: at most.
+        gradient_norm: gradients are clipped to this norm.
     """
 
     width: int = 64

@@ -14,7 +14,7 @@ from support.console import UserError
 from support.run import Run
 
 N_SHOWN = 64  # as the report's figures have them
-N_MEASURES = 10  # in a run: each takes some 20 seconds
+N_MEASURES = 10  # at most, in a run: each takes some 20 seconds
 
 
 class Samples:
@@ -52,7 +52,7 @@ class Samples:
     @cached_property
     def reference(self) -> Reference:
         """What samples are measured against; computed when it is first needed, which takes long."""
-        images = self.validate_set.as_images().spaced(self.n_measured)
+        images = self.validate_set.as_images().evenly_spaced(self.n_measured)
         return Reference(self.vqvae, reconstructed(self.vqvae, images), self.run.options.seed)
 
     @property
@@ -65,10 +65,10 @@ class Samples:
         return prior.noise(n, seeds.generator(self.run.options.seed, stream))
 
     def begin(self, prior) -> None:
-        """Draw samples of the untrained prior, and take the measures of reconstructions; on rank 0."""
+        """Draw samples before the first epoch, and measure reconstructions of training images; on rank 0."""
         if distributed.is_first():
             self.draw(prior, 0)
-            others = self.train_set.as_images().drawn(self.n_measured, self.run.options.seed)
+            others = self.train_set.as_images().random_subset(self.n_measured, self.run.options.seed)
             others = reconstructed(self.vqvae, others)
             self.floor = {name: measure.value for name, measure in self.reference.measure(others).items()}
 
@@ -84,7 +84,7 @@ class Samples:
         self.floor = state["floor"]
 
     def are_measured(self, epoch: int) -> bool:
-        """Whether samples are measured after an epoch: N_MEASURES times in a run."""
+        """Whether samples are measured after an epoch: N_MEASURES times in a run, or after each if they are fewer."""
         now, before = (n * N_MEASURES // self.epochs for n in (epoch, epoch - 1))
         return now > before
 
@@ -96,18 +96,20 @@ class Samples:
         return {name: measure.value for name, measure in self.reference.measure(of_arrays(pixels)).items()}
 
     def draw(self, prior, epoch: int) -> None:
-        """Draw N_SHOWN samples after an epoch; 0 is before training."""
-        images = prior.sample_images(self.noise(prior, N_SHOWN, "dcgan samples"))  # a signal may end the program here
-        when = f"after epoch {epoch}" if epoch else "before training"
-        title = f"{len(images)} fixed noise vectors, decoded {when}"
+        """Draw N_SHOWN samples after an epoch; 0 is before the first one."""
+        noise = self.noise(prior, N_SHOWN, "samples by epoch")
+        images = prior.sample_images(noise)  # a signal may end the program here
+        when = f"after epoch {epoch}" if epoch else "before the first epoch"
+        title = f"{len(images)} samples {when}, always from the same noise"
         self.figures.image_grid(f"{self.prefix}_epoch_{epoch}.png", images, title)
 
     def print_measures(self, rows: list[dict]) -> None:
-        """Print the measures of the last of a stage's rows, if it has them, and draw those of all."""
+        """If the last of a stage's rows has measures, print them, and draw those of all epochs."""
         row = rows[-1]
+        if "swd" not in row:
+            return
+        values = {text: (row[key], self.floor[key]) for key, text in MEASURES.items()}
+        shown = [f"{text}: {a:.3g} ({b:.3g})" for text, (a, b) in values.items() if math.isfinite(a + b)]
+        self.run.say(f"Generated slices (reconstructions): {'; '.join(shown)}")
         measured = [each for each in rows if "swd" in each]
-        if "swd" in row:
-            values = {text: (row[key], self.floor[key]) for key, text in MEASURES.items()}
-            shown = [f"{text}: {a:.3g} ({b:.3g})" for text, (a, b) in values.items() if math.isfinite(a + b)]
-            self.run.say(f"Generated slices (reconstructions): {'; '.join(shown)}")
-            self.figures.measures_by_epoch(f"{self.prefix}_measures.png", measured, self.floor)
+        self.figures.measures_by_epoch(f"{self.prefix}_measures.png", measured, self.floor)
