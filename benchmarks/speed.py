@@ -154,7 +154,7 @@ def report_style() -> nn.Module:
 def peer_dcgan(device, folder: Path) -> Work:
     vqvae, train_set = few_images(device, folder)
     latents = LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set))
-    return Work(peers.dcgan_step(lambda: latents.space.mixed(latents.batch(range(BATCH))), device))
+    return Work(peers.dcgan_step(lambda: latents.space.to_channels(latents.batch(range(BATCH))), device))
 
 
 def peer_validation(device, folder: Path) -> Work:

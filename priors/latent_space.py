@@ -30,8 +30,8 @@ class SpaceRecipe:
         directions: from so many, images decode with the same SSIM as from all (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
         clipped: share of the heads' values that tanh's range cuts off.
-        outline: length from which on latents show a head, as a share of the root mean square length in heads; 0 for no
-            outline. Far from heads latents then decode to black, where the filter would leave a faint pattern.
+        outline: the threshold of `LatentSpace.outline`, as a share of the root mean square length in heads; 0 for none.
+            Far from heads latents then decode to black, where the filter would leave a faint pattern.
         amplitudes_cut: share of real images at either end that generated amplitudes cannot have; None for no limits.
     """
 
@@ -48,21 +48,22 @@ NO_LIMITS = torch.tensor([0.0, torch.finfo(torch.float32).max])  # of amplitudes
 
 @dataclass(frozen=True, eq=False)
 class LatentSpace:
-    """Latents z (B, D, H, W) <-> coefficients c (B, K, H, W) <- the generator's output t (B, D, H, W) in [-1, 1].
+    """Maps latents z (B, D, H, W) to coefficients c (B, K, H, W) and back, and the generator's output t to c.
 
-    D is the length of an embedding, which the report's networks have as channels; K numbers at a position are kept.
+    D is the length of an embedding, K the number of coefficients at a position.
 
     c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
-    z = shift + directions (scale⁻¹ * c) within `support`, and at most HEAD_MARGIN positions from the head that z shows.
-    Generated coefficients are mixᵀ t, times a factor that brings their `amplitude` into the range of real ones.
+    z = shift + directions (scale⁻¹ * c) within `support`, and at most HEAD_MARGIN positions from a head. Generated
+    coefficients are mixᵀ t, with t (B, D, H, W) in [-1, 1], times a factor that brings their `amplitude` into the range
+    of real ones. A discriminator sees mix c and the position, with D channels.
 
     Attributes:
         shift: (D, H, W), what maps to 0.
         directions: (D, K), orthonormal columns; what is orthogonal to them is not kept.
         scale: (K, H, W // 2 + 1), positive.
         mix: (D, K), orthonormal columns; not used where K = D.
-        support: (H, W), 1 where latents differ from `shift`, else 0.
-        outline: (), the root mean square length of z - shift, around a position, from which on it shows a head.
+        support: (H, W), 1 where latents can differ from `shift`, else 0.
+        outline: (), a threshold: a head is where the root mean square length of z - shift around a position exceeds it.
         amplitudes: (2,), the least and the greatest `amplitude` of generated coefficients.
     """
 
@@ -113,26 +114,26 @@ class LatentSpace:
         """Coefficients (B, K, H, W) -> latents (B, D, H, W)."""
         c = _filter(c, 1 / self.scale) * self.support
         head = gaussian_blur(c.square().sum(1, keepdim=True), 7, 1.0) >= self.outline.square()
-        return _multiply(self.directions, c * _around(head)) + self.shift
+        return _multiply(self.directions, c * _dilate(head)) + self.shift
 
     def from_generator(self, t: Tensor) -> Tensor:
         """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W), float32 if it is less."""
-        c = self.unmixed(t)
+        c = self.to_coefficients(t)
         c = c.to(torch.promote_types(c.dtype, torch.float32))
         a = amplitude(c)
         return c * (a.clamp(*self.amplitudes) / a)[:, None, None, None]
 
-    def unmixed(self, t: Tensor) -> Tensor:
+    def to_coefficients(self, t: Tensor) -> Tensor:
         """(B, D, H, W) -> mixᵀ t, (B, K, H, W), within `support`."""
         return t * self.support if self._all_kept else _multiply(self.mix.T, t) * self.support
 
-    def mixed(self, c: Tensor) -> Tensor:
+    def to_channels(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W) -> mix c, (B, D, H, W)."""
         return c if self._all_kept else _multiply(self.mix, c)
 
     def clipped(self, c: Tensor) -> Tensor:
-        """Coefficients (B, K, H, W), their mixture cut to tanh's range as the generator's output is."""
-        return self.unmixed(self.mixed(c).clamp(-1, 1))
+        """Coefficients (B, K, H, W), cut to tanh's range as generated ones are."""
+        return self.to_coefficients(self.to_channels(c).clamp(-1, 1))
 
     def with_position(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W) -> (B, K + POSITION_CHANNELS, H, W): those, and the position.
@@ -173,8 +174,10 @@ class LatentSpace:
     def of_codebook(cls, vqvae: VQVAE) -> "LatentSpace":
         """All embeddings in [-1, 1], by one factor."""
         weight = vqvae.vector_quantizer.embedding.weight.detach()
-        size, identity = weight.shape[1], torch.eye(weight.shape[1]).to(weight)
-        shift, support = weight.new_zeros(size, 64, 64), weight.new_ones(64, 64)
+        size = weight.shape[1]
+        identity = torch.eye(weight.shape[1]).to(weight)
+        shift = weight.new_zeros(size, 64, 64)
+        support = weight.new_ones(64, 64)
         scale = (1 / weight.abs().max()).expand(size, 64, 33).clone()
         return cls(shift, identity, scale, identity, support, weight.new_zeros(()), NO_LIMITS.to(weight))
 
@@ -188,9 +191,10 @@ class LatentSpace:
         - directions: the leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
           and all by one factor, so that tanh's range cuts off the share `clipped` of the heads' values.
-        - mix: the first functions of a cosine transform, which spread each coefficient over all channels.
-        - support: where z differs from `shift`, by a tenth of their length in heads, in any of the images, and
-          HEAD_MARGIN around.
+        - mix: the first functions of a cosine transform. They spread each coefficient over all channels, so that fewer
+          values are cut off.
+        - support: positions at most HEAD_MARGIN from one where, in some image, the length of z - shift is above a tenth
+          of its root mean square in heads.
         - amplitudes: the range of those of the images, but for `amplitudes_cut` at either end.
         - outline: the recipe's share of the root mean square length of z - shift in heads.
         """
@@ -198,27 +202,29 @@ class LatentSpace:
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
         frequent = codes.mode(0).values
         constant = (codes == frequent).double().mean(0) > 0.5
-        usual = torch.where(constant, frequent, codes.flatten().mode().values)
-        shift = weight[usual].permute(2, 0, 1)
-        head = codes != usual if (codes != usual).any() else torch.ones_like(codes, dtype=torch.bool)
+        background = torch.where(constant, frequent, codes.flatten().mode().values)
+        shift = weight[background].permute(2, 0, 1)
+        head = codes != background
+        if not head.any():
+            head[:] = True
         difference = (z - shift).permute(0, 2, 3, 1)[head].double()
-        second = difference.T @ difference / len(difference)
-        size = second.trace().sqrt().clamp(min=1e-6).float()
-        near = ((z - shift).norm(dim=1) > 0.1 * size).any(0)
+        second_moment = difference.T @ difference / len(difference)
+        rms = second_moment.trace().sqrt().clamp(min=1e-6).float()
+        varies = ((z - shift).norm(dim=1) > 0.1 * rms).any(0)
 
-        n_directions = min(recipe.directions, len(second))
+        n_directions = min(recipe.directions, len(second_moment))
         space = cls(
             shift=shift,
-            directions=torch.linalg.eigh(second).eigenvectors.flip(1)[:, :n_directions].float(),
+            directions=torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, :n_directions].float(),
             scale=torch.ones(n_directions, z.shape[2], z.shape[3] // 2 + 1),
-            mix=_cosines(len(second))[:, :n_directions],
-            support=_around(near[None])[0],
-            outline=recipe.outline * size,
+            mix=_cosines(len(second_moment))[:, :n_directions],
+            support=_dilate(varies[None])[0],
+            outline=recipe.outline * rms,
             amplitudes=NO_LIMITS,
         )
-        power = power_spectrum(space.encode(z)).clamp(min=1e-5 * size**2)
+        power = power_spectrum(space.encode(z)).clamp(min=1e-5 * rms**2)
         space = replace(space, scale=power ** (-recipe.emphasis / 2))
-        values = space.mixed(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
+        values = space.to_channels(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)
         if recipe.amplitudes_cut is not None:
@@ -250,8 +256,8 @@ def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:
     n = min(FIT_IMAGES, len(dataset))
     picked = [i * len(dataset) // n for i in range(n)]
     latents = (vqvae.latents(x) for x in in_batches(dataset, picked, desc="Encoding"))
-    both = [(z.cpu(), vqvae.vector_quantizer.nearest(z).cpu()) for z in latents]
-    z, codes = zip(*both, strict=True)
+    pairs = [(z.cpu(), vqvae.vector_quantizer.nearest(z).cpu()) for z in latents]
+    z, codes = zip(*pairs, strict=True)
     return torch.cat(z), torch.cat(codes)
 
 
@@ -268,7 +274,7 @@ def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
     return F.conv2d(x, matrix[:, :, None, None])
 
 
-def _around(head: Tensor) -> Tensor:
+def _dilate(head: Tensor) -> Tensor:
     """1 at most HEAD_MARGIN positions, along both axes, from where head (..., H, W) is true, else 0."""
     return F.max_pool2d(head.float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)
 

@@ -51,7 +51,7 @@ def test_a_space_maps_there_and_back(space):
 
 def test_the_discriminator_sees_a_rotation_of_coefficients_and_its_position(space):
     c = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(0))
-    plain, seen = space.mixed(c), torch.einsum("dk,bkhw->bdhw", space.basis, space.with_position(c))
+    plain, seen = space.to_channels(c), torch.einsum("dk,bkhw->bdhw", space.basis, space.with_position(c))
     torch.testing.assert_close(plain, torch.einsum("dk,bkhw->bdhw", space.mix, c), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.einsum("dk,bdhw->bkhw", space.mix, seen), c, rtol=1e-4, atol=1e-4)
     # two channels are left of eight: one for the column, one for the row, of what is inside the support

@@ -43,5 +43,5 @@ def test_a_started_generator_resembles_latents(latents):
     for weights, low, high in ((before, -0.1, 0.1), (state, 0.4, 1.0)):
         generator.load_state_dict(weights)
         with torch.no_grad():
-            made = latents.space.unmixed(generator(noise)).mean(0)
+            made = latents.space.to_coefficients(generator(noise)).mean(0)
         assert low < (made * mean).sum() / made.norm() / mean.norm() < high

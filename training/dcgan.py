@@ -53,17 +53,24 @@ class DCGANStage(Stage):
         options, fast_path = run.options, run.fast_path
         self.recipe = recipe or DCGAN[options.dcgan_training]
         self.epochs, self.batch_size = options.dcgan_epochs, options.dcgan_batch_size
-        self.autocast, self.average_decay = fast_path.autocast, self.recipe.average_decay
+        self.autocast = fast_path.autocast
+        self.average_decay = self.recipe.average_decay
         self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs)
-        space, stored, gain = self._fit_or_restore(vqvae, train_set)
-        self.space, quantized = space.to(run.device), self.recipe.quantized
+        embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
+        if self.name in run.state:
+            space, stored, gain = self._restore(run.state[self.name]["extra"], embeddings_dim)
+        else:  # latents are stored where they fit into memory
+            space = self._fit_space(vqvae, train_set)
+            stored = None
+            gain = None
+        self.space = space.to(run.device)
+        quantized = self.recipe.quantized
         self.latents = LatentCache(vqvae, train_set, self.space, quantized, stored)
         self.validate_latents = LatentCache(vqvae, validate_set, self.space, quantized, self.latents.stored)
         where = "in memory" if self.latents.stored else "too many for memory, so each batch is encoded when it is used"
         print(f"DCGAN: {len(self.latents)} latents, {where}", flush=True)
 
         torch.manual_seed(seeds.derived_seed(options.seed, "dcgan weights"))
-        embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         self.generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
         self.discriminator = Discriminator(embeddings_dim).apply(dcgan_init)
         self.average = copy.deepcopy(self.generator).to(run.device, memory_format=fast_path.layout)
@@ -78,24 +85,24 @@ class DCGANStage(Stage):
         self.begun: dict = {}  # step and optimizer of a start that was interrupted
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
-    def _fit_or_restore(self, vqvae: VQVAE, train_set: OasisDataset) -> tuple[LatentSpace, bool | None, Tensor | None]:
-        """The space, whether latents are stored (None: where they fit into memory), and the calibration's gain.
-
-        On resuming they are the saved ones, and so is what `samples` needs. Raises UserError for another VQ-VAE.
-        """
-        if self.name in self.run.state:
-            with restoring(self.run.folder):
-                saved = self.run.state[self.name]["extra"]
-                self.samples.load_state_dict(saved, self.title)
-                dim = vqvae.vector_quantizer.embedding.embedding_dim
-                space, gain = LatentSpace.from_tensors(saved["space"], dim), saved["gain"]
-                if gain is not None:
-                    gain = checked(gain, "gain", (N_RINGS, space.rank, space.rank)).to(self.run.device)
-                return space, bool(saved["stored"]), gain
+    def _fit_space(self, vqvae: VQVAE, train_set: OasisDataset) -> LatentSpace:
         recipe = self.recipe.space
         if recipe is None:
-            return LatentSpace.of_codebook(vqvae).to("cpu"), None, None
-        return distributed.from_first(lambda: LatentSpace.fit(vqvae, train_set, recipe).to("cpu")), None, None
+            return LatentSpace.of_codebook(vqvae)
+        return distributed.from_first(lambda: LatentSpace.fit(vqvae, train_set, recipe).to("cpu"))
+
+    def _restore(self, saved: dict, embeddings_dim: int) -> tuple[LatentSpace, bool, Tensor | None]:
+        """Restore the samples' state; return the space, whether latents are stored, and the calibration's gain.
+
+        The rest of `extra_state` is restored by `load_extra_state`. Raises UserError for another VQ-VAE.
+        """
+        with restoring(self.run.folder):
+            self.samples.load_state_dict(saved, self.title)
+            space = LatentSpace.from_tensors(saved["space"], embeddings_dim)
+            gain = saved["gain"]
+            if gain is not None:
+                gain = checked(gain, "gain", (N_RINGS, space.rank, space.rank)).to(self.run.device)
+            return space, bool(saved["stored"]), gain
 
     def data(self) -> LatentCache:
         return self.latents
@@ -154,7 +161,8 @@ class DCGANStage(Stage):
         g_loss = cross_entropy(self._logits(self.discriminator, fake), 1)
         _update(self.generator, self.optimizers["generator"], g_loss * weight)
 
-        mean_real, mean_fake = d_real.detach().sigmoid().mean(), d_fake.detach().sigmoid().mean()
+        mean_real = d_real.detach().sigmoid().mean()
+        mean_fake = d_fake.detach().sigmoid().mean()
         if r1 is not None:
             lead = distributed.total((mean_real - mean_fake) * weight)
             self.lead.lerp_(lead.to(self.lead.dtype), 1 - r1.lead_decay)
@@ -172,7 +180,7 @@ class DCGANStage(Stage):
             if self.recipe.position:  # the first also multiplies by `mix`, within D's first convolution
                 logits = discriminator.logits(self.space.with_position(c), self.space.basis)
             else:
-                logits = discriminator.logits(self.space.mixed(c))
+                logits = discriminator.logits(self.space.to_channels(c))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def evaluate(self, epoch: int) -> dict[str, float]:

@@ -53,7 +53,7 @@ def start_generator(
         for step in steps:
             indices = order[step]
             with fast_path.autocast():
-                made = space.unmixed(generator(move(noise[indices], space.device)[:, :, None, None]))
+                made = space.to_coefficients(generator(move(noise[indices], space.device)[:, :, None, None]))
             optimizer.zero_grad()
             F.mse_loss(made.float(), latents.batch(picked[indices])).backward()
             optimizer.step()
