@@ -43,8 +43,7 @@ def main(run: Path, predicted: Path) -> None:
     if record["data"]["phantoms"]:
         target = HERE / "phantoms"
         names = {name: name for name in (*OF_PHANTOMS, *OF_PHANTOMS_PREDICTED)}
-        for n, name in ((0, "0"), (1, "1"), (options["epochs"], "last")):
-            names |= {f"epoch_{n}{kind}": f"epoch_{name}{kind}" for kind in ("", "_single")}
+        names |= {"epoch_0": "epoch_0", "epoch_1": "epoch_1", f"epoch_{options['epochs']}": "epoch_last"}
         draw_strip(Path(record["data"]["folder"]))
         draw_way(Path(record["data"]["folder"]))
     else:
