@@ -63,7 +63,7 @@ def train_as_one_of_two(words: list[str]) -> None:
     rank, port, errors, *words = words
     two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
     os.environ |= two | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    sys.stderr = sys.__stderr__ = open(errors, "w")
+    sys.stderr = sys.__stderr__ = open(errors, "w", buffering=1)
     console.run_program(partial(train.main, words), "train.py")
 
 
