@@ -1,6 +1,7 @@
 """`python -m evaluation`: what it refuses, and copies that were planted."""
 
 import csv
+import runpy
 import shutil
 import subprocess
 import sys
@@ -59,10 +60,15 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folders, spoil, message)
     assert not (folders / "gen_imgs").exists()
 
 
-def test_it_runs_as_a_module_and_as_a_file(tmp_path):
-    for command in (["-m", "evaluation"], [PROJECT / "evaluation" / "__main__.py"]):
-        done = subprocess.run([sys.executable, *command, "--help"], cwd=PROJECT, capture_output=True, text=True)
-        assert done.returncode == 0 and "python -m evaluation REAL FAKE" in done.stdout, done.stderr
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # it is imported already
+def test_it_runs_as_a_module_and_as_a_file(tmp_path, monkeypatch, capsys):
+    command = [sys.executable, PROJECT / "evaluation" / "__main__.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "python -m evaluation REAL FAKE" in done.stdout, done.stderr
+    monkeypatch.setattr(sys, "argv", ["evaluation", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("evaluation", run_name="__main__")
+    assert "python -m evaluation REAL FAKE" in capsys.readouterr().out
 
 
 def test_arrays_are_compared_from_python(images):

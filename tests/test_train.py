@@ -30,12 +30,15 @@ from conftest import (
 )
 from PIL import Image
 
+import train
 from dataset import OasisDataset
 from modules import VQVAE
+from preparation import phantoms
 from priors.checkpoints import load_prior, load_vqvae
 from priors.latent_cache import LatentCache
 from priors.spectrum import LARGEST_FACTOR, covariance_spectrum, transport
 from support import seeds
+from support.console import UserError
 from support.device import has_fast_bfloat16
 from training.options import FIELDS, flag
 
@@ -489,14 +492,19 @@ def test_half_a_launchers_environment_is_refused(tmp_path, monkeypatch):
 
 
 def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE")  # with progress as a user sees it
-    words = [sys.executable, "-u", str(PROJECT / "train.py")]
-    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        first = [process.stdout.readline() for _ in range(6)]
-        process.kill()
-    assert "DEMO" in first[1] and "phantoms" in first[1]
-    assert re.search(r"512 training, 64 validation images\): phantoms, 576 slices of 18 subjects", first[4])
-    assert len(list((tmp_path / "phantoms").rglob("case_*.png"))) == 640
+    def few(folder, write=phantoms.write):
+        write(folder, {"train": [1, 2], "validate": [3], "test": [4]})
+
+    def stop(*words):
+        raise UserError("it has started")
+
+    monkeypatch.setattr(phantoms, "write", few)
+    monkeypatch.setattr(train, "train_vqvae", stop)
+    done = run_program("train.py", cwd=tmp_path)
+    refused(done, "it has started")
+    assert "DEMO" in done.stdout and "64 training, 32 validation images): phantoms, 96 slices of 3" in done.stdout
+    assert len(list((tmp_path / "phantoms").rglob("case_*.png"))) == 128
+    assert {split: len(cases) for split, cases in phantoms.CASES.items()} == {"train": 16, "validate": 2, "test": 2}
 
 
 def test_help_names_every_option_with_its_default(tmp_path):
