@@ -15,6 +15,7 @@ from typing import NamedTuple
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars; read when tqdm is imported
 os.environ.pop("OASIS_DIR", None)
 
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from preparation import images as any_images
 from preparation import oasis, phantoms
 from priors.latent_cache import LatentCache
 from priors.latent_space import LatentSpace
+from report.plots import Figures
 from support import console, files
 from training import codebook
 
@@ -84,6 +86,12 @@ def vqvae(train_set) -> VQVAE:
 def latents(vqvae, train_set) -> LatentCache:
     """The training split's latents, as the balanced DCGAN learns them."""
     return LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set))
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Figures are begun but not rendered and written, which takes half of the time of a small run."""
+    monkeypatch.setattr(Figures, "_save", lambda self, figure, name, mode="RGB": plt.close(figure))
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def run_main(module, words, monkeypatch, capfd) -> tuple[str, str]:
     return capfd.readouterr()
 
 
-def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, monkeypatch, capfd):
+def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, monkeypatch, capfd, without_figures):
     words = ["vqvae", "--data", data, "--out", tmp_path, "--rows", "paper", "no average", "--seeds", "0"]
     words += ["--epochs", "2"]
 
@@ -120,7 +120,7 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, 
 
 
 @pytest.mark.parametrize("stage", ["dcgan", "autoregressive"])
-def test_a_row_of_a_prior_is_trained_with_its_recipe(stage, data, tmp_path, monkeypatch, capfd):
+def test_a_row_of_a_prior_is_trained_with_its_recipe(stage, data, tmp_path, monkeypatch, capfd, without_figures):
     words = [stage, "--data", data, "--out", tmp_path, "--vqvae", PRETRAINED / "vqvae.pth", "--rows", "no average"]
     out, _ = run_main(ablation, [*words, "--seeds", "0", "--epochs", "1"], monkeypatch, capfd)
     (run,) = (tmp_path / f"{stage}-no-average-0-of-1").iterdir()

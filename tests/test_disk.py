@@ -61,7 +61,7 @@ def in_whole_seconds(folder: Path) -> None:
         os.utime(path, ns=2 * (path.stat().st_mtime_ns // 10**9 * 10**9,))
 
 
-def test_a_run_goes_on_after_each_file_that_could_not_be_written(trained, data, tmp_path, failing):
+def test_a_run_goes_on_after_each_file_that_could_not_be_written(trained, data, tmp_path, failing, without_figures):
     """And ends as one that was left alone. A run that never wrote resume.pth is begun anew."""
     begin = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--out", tmp_path / "out")
     for name, n in (("run.json", 1), ("vqvae.pth", 1), ("resume.pth", 1), ("resume.pth", 3)):

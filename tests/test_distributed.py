@@ -77,7 +77,7 @@ def test_two_processes_give_the_curve_of_one(runs_of_one_and_two):
     assert int(two["state"]["vqvae"]["extra"]["usage"].sum()) == int(one["state"]["vqvae"]["extra"]["usage"].sum())
 
 
-def test_the_dcgan_of_two_processes_begins_as_that_of_one(runs_of_one_and_two, data, tmp_path):
+def test_the_dcgan_of_two_processes_begins_as_that_of_one(runs_of_one_and_two, data, tmp_path, without_figures):
     """On the same VQ-VAE: the two runs' own ones differ by rounding, which the start of the generator magnifies."""
     _, two = runs_of_one_and_two[1]
     words = (*SMALL, "--dcgan-epochs", 1, "--out", "again")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,6 @@ from modules import VQVAE
 from preparation import phantoms
 from priors.latent_cache import LatentCache
 from priors.latent_space import LatentSpace
-from report.plots import Figures
 from support import files
 from support.device import FastPath, exact_float32
 from support.run import Run
@@ -208,9 +206,7 @@ def test_measures_are_those_of_the_cpu(gpu, few):
         torch.testing.assert_close(one.cpu().double(), other.double(), rtol=1e-2, atol=1e-4, equal_nan=True)
 
 
-def test_the_programs_use_the_gpu(gpu, few, tmp_path, monkeypatch):
-    # Figures are drawn but for their files, which take half of the time and know no device.
-    monkeypatch.setattr(Figures, "_save", lambda self, figure, name, mode="RGB": plt.close(figure))
+def test_the_programs_use_the_gpu(gpu, few, tmp_path, without_figures):
     words = ("--data", few, *SMALL[:-2], "--epochs", 1, "--dcgan-epochs", 1, "--device", gpu.name)
     done = run_program("train.py", *words, cwd=tmp_path)
     run = new_run(done, tmp_path / "gen_imgs")

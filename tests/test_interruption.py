@@ -204,7 +204,7 @@ def test_killed_processes_of_two_end_the_other_with_a_line_and_lose_nothing(star
         assert_same_history(whole, run, stages)
 
 
-def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, data, tmp_path):
+def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, data, tmp_path, without_figures):
     """As on some network disks: each may disturb the other, no more. With locks, the second one is refused."""
     words = ("--data", data, *VQVAE_WORDS, "--only", "vqvae", "--epochs", 1)
     alone = new_run(run_program("train.py", *words, cwd=tmp_path), tmp_path / "gen_imgs")

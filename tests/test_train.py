@@ -138,10 +138,11 @@ def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
     torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
 
 
-def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, folder):
+def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, folder, request):
     """One epoch, raised to two, but killed before the second is complete: in the end as if it had not been killed."""
     words = ("--data", data, *SMALL, "--epochs", 1, "--dcgan-epochs", 1, "--seed", 5, "--out", "short")
     short = new_run(run_program("train.py", *words, cwd=folder), folder / "short")
+    request.getfixturevalue("without_figures")
     more = ("--epochs", 2)
     dry = run_program("train.py", "--resume", short, *more, "--dry-run", cwd=folder)
     assert "so the DCGAN begins anew" in dry.stdout
@@ -161,7 +162,7 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, fo
     assert run_program("predict.py", *words, cwd=folder).returncode == 0  # they belong together
 
 
-def test_resuming_a_codebook_of_moving_averages(data, folder):
+def test_resuming_a_codebook_of_moving_averages(data, folder, without_figures):
     words = ("--data", data, *SMALL, "--only", "vqvae", "--codebook", "ema", "--epochs", 2)
     whole = new_run(run_program("train.py", *words, "--out", "ema", cwd=folder), folder / "ema")
     kill_after([sys.executable, PROJECT / "train.py", *words, "--out", "ema_1"], folder, "Epoch: 2", 1)
@@ -177,7 +178,7 @@ def test_resuming_a_codebook_of_moving_averages(data, folder):
     assert (saved[0]["extra"]["ema_counts"] > 1).any()
 
 
-def test_another_seed_gives_other_weights(data, folder, trained):
+def test_another_seed_gives_other_weights(trained, data, folder, without_figures):
     words = ("--data", data, *SMALL, "--epochs", 1, "--only", "vqvae", "--out", "other")
     other = new_run(run_program("train.py", *words, cwd=folder), folder / "other")
     a, b = (torch.load(run / "vqvae.pth", weights_only=True) for run in (trained[1], other))
@@ -236,7 +237,7 @@ def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_
     )
 
 
-def test_the_second_stage_alone(trained, data, folder):
+def test_the_second_stage_alone(trained, data, folder, without_figures):
     _, run = trained
     words = ("--data", data, *SMALL, *EPOCHS, "--seed", 5, "--only", "dcgan")
     done = run_program("train.py", *words, "--vqvae", run / "vqvae.pth", "--out", "dcgan", cwd=folder)
@@ -249,7 +250,7 @@ def test_the_second_stage_alone(trained, data, folder):
     refused(run_program("train.py", "--resume", alone, cwd=folder), "vqvae.pth", "has changed since the DCGAN began")
 
 
-def test_the_reports_bare_procedure(trained, data, folder):
+def test_the_reports_bare_procedure(trained, data, folder, without_figures):
     _, run = trained
     words = ("--data", data, *SMALL, "--dcgan-epochs", 1, "--only", "dcgan", "--vqvae", run / "vqvae.pth")
     done = run_program("train.py", *words, "--dcgan-training", "report", "--out", "bare", cwd=folder)
@@ -323,7 +324,9 @@ def test_the_autoregressive_priors_folder(autoregressed):
         assert all(torch.equal(saved["state_dict"][key], value) for key, value in average.items())
 
 
-def test_a_killed_autoregressive_prior_resumed_equals_an_uninterrupted_one(autoregressed, trained, data, folder):
+def test_a_killed_autoregressive_prior_resumed_equals_an_uninterrupted_one(
+    autoregressed, trained, data, folder, without_figures
+):
     words = ("--data", data, *AUTOREGRESSIVE, "--vqvae", trained[1] / "vqvae.pth", "--out", "autoregressive_killed")
     kill_after([sys.executable, PROJECT / "train.py", *words], folder, "Epoch: 2", 1)
     (killed,) = (folder / "autoregressive_killed").iterdir()
