@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
 def score(o: argparse.Namespace, vqvae: VQVAE) -> None:
     """Print the report's four lines, and draw the split's scores, its best and its worst image."""
     dataset = open_split(o, vqvae)
-    labels, folder = dataset.labels, new_folder(o.out, "_predict")  # first, because it may fail, and scoring is slow
+    labels = dataset.labels
+    folder = new_folder(o.out, "_predict")  # first, because it may fail, and scoring is slow
     scores = reconstruction.score(vqvae, dataset, labels)
     ssim = scores.ssim
     columns = file_columns(dataset)
@@ -192,7 +193,7 @@ def draw_samples(
     of = f" of {n}" if count > len(shown) else ""
     if stacked:
         title = f"Planes {planes[0]} to {planes[-1]}, one generated head in each row{of} (seed {seed})"
-        figures.image_grid("stack.png", torch.stack(shown), title, len(planes), planes)
+        figures.image_grid("stack.png", torch.stack(shown), title, planes)
     else:
         plane = f" at plane {planes[0]}" if planes else ""
         title = f"{len(shown)}{of} generated brains{plane} (seed {seed})"

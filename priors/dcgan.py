@@ -69,7 +69,7 @@ class DCGANPrior:
             real: `covariance_spectrum` of real coefficients.
             noise: (B, 128, 1, 1), on the CPU, of the samples that are compared.
         """
-        generated = torch.cat([self.coefficients(move(part, self.space.device)) for part in noise.split(32)])
+        generated = torch.cat([self.coefficients(move(part, self.space.device)) for part in noise.split(AT_ONCE)])
         prior = copy.copy(self)
         prior.gain = transport(covariance_spectrum(generated), real)
         return prior
@@ -79,7 +79,7 @@ class DCGANPrior:
 
         Averaged statistics do not fit averaged weights.
         """
-        update_bn([part.to(self.space.device) for part in noise.split(32)], self.generator)
+        update_bn([part.to(self.space.device) for part in noise.split(AT_ONCE)], self.generator)
 
     def checkpoint(self) -> dict:
         """The contents of generator.pth."""

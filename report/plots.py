@@ -53,8 +53,9 @@ class Figures:
         self.phantoms = phantoms
 
     @_figure
-    def image_grid(self, name: str, images, title: str, per_row: int = 8, planes: Sequence[int] = ()) -> None:
-        """Images (N, 1, H, W), `per_row` in each row; `planes` are numbers written below the columns."""
+    def image_grid(self, name: str, images, title: str, planes: Sequence[int] = ()) -> None:
+        """Images (N, 1, H, W), eight in each row; or one for each of `planes`, whose numbers are below the columns."""
+        per_row = len(planes) or 8
         grid = make_grid(images.float().cpu().clamp(0, 1), nrow=per_row, padding=4, pad_value=1.0)[0].numpy()
         width = max(8, per_row)  # inches
         height = width * grid.shape[0] / grid.shape[1]

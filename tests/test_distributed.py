@@ -158,9 +158,9 @@ def in_two_processes(tmp_path_factory) -> list[dict]:
 def _join(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    works = (_dcgan_step, _codebook, partial(_best_autoregressive, folder), _autoregressive_step)
-    names = ("dcgan step", "codebook", "best", "autoregressive step")
-    torch.save({name: work(rank) for name, work in zip(names, works, strict=True)}, folder / f"{rank}.pt")
+    works = {"dcgan step": _dcgan_step, "codebook": _codebook, "autoregressive step": _autoregressive_step}
+    works["best"] = partial(_best_autoregressive, folder)
+    torch.save({name: work(rank) for name, work in works.items()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -39,7 +39,7 @@ def test_grey_values_are_not_rescaled(tmp_path, value):
 
 
 def test_the_number_of_a_plane_is_below_the_middle_of_its_column(figures):
-    FIGURES.image_grid("x.png", torch.zeros(6, 1, 64, 64), "T", 3, [4, 5, 6])
+    FIGURES.image_grid("x.png", torch.zeros(6, 1, 64, 64), "T", [4, 5, 6])
     axes = figures[0].axes[0]
     (black,) = np.nonzero(axes.images[0].get_array()[40] == 0)
     assert axes.get_xticks() == pytest.approx(black.reshape(3, 64).mean(1), abs=0.6)

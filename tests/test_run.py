@@ -1,6 +1,5 @@
 """The folder of a run: names, the lock, the record, resuming; and seeds."""
 
-import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from support.device import FastPath
 from support.run import Run, environment, new_folder, open_run, read_record
 
 STAGES = ("vqvae", "dcgan")
+DATA = {"folder": "d", "phantoms": False, "content": "", "images": {}, "digests": {}}
 
 
 @dataclass
@@ -76,12 +76,13 @@ def test_resuming_what_is_no_run(tmp_path):
 
 
 def test_two_processes_cannot_work_on_one_run(tmp_path):
-    run = Run(Options(), tmp_path)
-    run._handle = files.lock(tmp_path)
+    first, second = (Run(Options(), tmp_path, fast_path=FastPath("cpu")) for _ in range(2))
+    first.begin(DATA, {})
     with pytest.raises(UserError, match="another process is at work"):
-        files.lock(tmp_path)
-    run.release()
-    os.close(files.lock(tmp_path))
+        second.begin(DATA, {})
+    first.release()
+    second.begin(DATA, {})
+    second.release()
 
 
 def test_a_resume_file_stands_for_its_folder(tmp_path):
@@ -117,9 +118,8 @@ def test_what_is_no_run_json_is_refused(tmp_path, text):
 
 def test_recipes_that_changed_before_a_run_was_resumed_are_recorded_beside_the_first(tmp_path):
     run = Run(Options(), tmp_path, fast_path=FastPath("cpu"))
-    data = {"folder": "d", "phantoms": False, "content": "", "images": {}, "digests": {}}
     for recipes in ({"vqvae": {"dilations": (1, 2)}}, {"vqvae": {"dilations": (1, 2)}}, {"vqvae": {"dilations": (4,)}}):
-        run.begin(data, recipes)
+        run.begin(DATA, recipes)
         run.save()
         run.release()
     record = read_record(tmp_path)
