@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"  # figures are only written to files, whatever the environment says
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -194,6 +195,9 @@ class Figures:
                 label, (1, level), (-4, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=9
             )
         axes.set(xlabel=xlabel, ylabel="SSIM (1 = identical)", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
         figure.legend(loc="outside right upper", fontsize=9)
         self._save(figure, name)
 
