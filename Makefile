@@ -28,7 +28,7 @@ fuzz: .venv/installed
 	FUZZ=1000 .venv/bin/python -m pytest --hypothesis-seed=$$seed tests/test_fuzz*.py || exit 1; done
 
 kills: .venv/installed
-	KILLS=80 .venv/bin/python -m pytest -s tests/test_interruption.py -k killed
+	KILLS=80 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -s tests/test_interruption.py -k killed
 
 # what only a machine with a GPU can show
 gpu-check: .venv/installed

@@ -2,13 +2,17 @@
 
 import csv
 import io
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import struct
-import subprocess
 import sys
+import time
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +95,11 @@ def latents(vqvae, train_set) -> LatentCache:
 @pytest.fixture
 def without_figures(monkeypatch):
     """Figures are begun but not rendered and written, which takes half of the time of a small run."""
-    monkeypatch.setattr(Figures, "_save", lambda self, figure, name, mode="RGB": plt.close(figure))
+    monkeypatch.setattr(Figures, "_save", close)
+
+
+def close(figures: Figures, figure: plt.Figure, name: str, mode: str = "RGB") -> None:
+    plt.close(figure)
 
 
 @pytest.fixture
@@ -159,16 +167,69 @@ def png_of(chunks) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def kill_after(command, cwd, line: str, times: int) -> None:
-    """Start a program and kill it, as a power cut would, when it has printed a line a number of times."""
-    command = list(map(str, command))
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for printed in process.stdout:
-            times -= printed.startswith(line)
-            if times == 0:
-                process.kill()
-                break
-    assert process.returncode == -signal.SIGKILL
+@pytest.fixture(scope="session")
+def start():
+    """`start(folder, main, *words)`: calls main with the words in a new process, without the seconds of importing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "predict", "preparation.oasis", "nibabel", "pytest", "skimage.metrics"])
+
+    def start(folder: Path, main: Callable[[list[str]], None], *words) -> multiprocessing.Process:
+        arguments = (str(folder), torch.get_num_threads(), main, [str(word) for word in words])
+        process = context.Process(target=in_a_child, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+def in_a_child(folder: str, threads: int, main: Callable[[list[str]], None], words: list[str]) -> None:
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(threads)
+    for name in ("fsync", "replace"):  # a pause before each, so that kills fall between them
+        setattr(os, name, partial(after_a_pause, getattr(os, name)))
+    main(words)
+
+
+def after_a_pause(function, *words):
+    time.sleep(0.005)
+    return function(*words)
+
+
+def train_printing(words: list[str]) -> None:
+    """The first word is the file for standard output. Figures are not rendered."""
+    printed, *words = words
+    sys.stdout = open(printed, "w", buffering=1)
+    Figures._save = close
+    train.main(words)
+
+
+def train_as_one_of_two(words: list[str]) -> None:
+    """The first words are the rank, the port where the processes meet, and the file for standard error."""
+    rank, port, errors, *words = words
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= two | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sys.stderr = sys.__stderr__ = open(errors, "w", buffering=1)
+    console.run_program(partial(train.main, words), "train.py")
+
+
+def start_two(start: Callable, folder: Path, *words, main=train_as_one_of_two) -> list[multiprocessing.Process]:
+    """Two processes of one run, as torchrun starts them. Their errors are in the files `errors_0` and `errors_1`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [start(folder, main, rank, port, folder / f"errors_{rank}", *words) for rank in range(2)]
+
+
+def kill_after(start: Callable, folder: Path, words, line: str) -> None:
+    """Begin `train.py words` in another process and kill it, as a power cut would, when it has printed a line."""
+    printed = folder / "printed.txt"
+    process = start(folder, train_printing, printed, *words)
+    while process.is_alive() and not (printed.exists() and f"\n{line}" in printed.read_text()):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    printed.unlink()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def refused(done: Done, *words: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import PRETRAINED, PROJECT, kill_after, resume_file, run_program
+from conftest import PRETRAINED, PROJECT, kill_after, resume_file, run_program, start_two
 
 from modules import VQVAE
 from support import distributed
@@ -115,12 +115,13 @@ def test_one_process_speaks_and_writes(runs_of_one_and_two):
     assert len(list(run_two.parent.iterdir())) == 1
 
 
-def test_two_processes_resume_what_one_began(runs_of_one_and_two, data, tmp_path):
+def test_two_processes_resume_what_one_began(runs_of_one_and_two, data, tmp_path, start):
     words = ("--data", data, *SMALL, "--epochs", 2, "--only", "vqvae", "--out", "run")
-    kill_after([sys.executable, PROJECT / "train.py", *words], tmp_path, "Epoch: 2", 1)
+    kill_after(start, tmp_path, words, "Epoch: 2")
     (run,) = (tmp_path / "run").iterdir()
-    done = torchrun(PROJECT / "train.py", "--resume", run, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    for process in start_two(start, tmp_path, "--resume", run):
+        process.join()
+        assert process.exitcode == 0
     row = resume_file(run)["rows"][1]
     _, whole = runs_of_one_and_two[0]
     expected = resume_file(whole)["rows"][1]

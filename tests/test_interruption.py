@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import (
     CONVERSION,
     PROJECT,
@@ -32,12 +30,12 @@ from conftest import (
     resume_file,
     rows,
     run_program,
+    start_two,
 )
 
 import predict
 import train
 from preparation import images, oasis, phantoms
-from support import console
 
 KILLS = int(os.environ.get("KILLS", 1))  # of a prior's training
 WORDS = ("--batch-size", "4", "--n-embeddings", "16", "--embeddings-dim", "4", "--device", "cpu", "--seed", "2")
@@ -58,52 +56,8 @@ def train_without_locks(words: list[str]) -> None:
     train.main(words)
 
 
-def train_as_one_of_two(words: list[str]) -> None:
-    """The first words are the rank, the port where the processes meet, and the file for standard error."""
-    rank, port, errors, *words = words
-    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
-    os.environ |= two | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    sys.stderr = sys.__stderr__ = open(errors, "w", buffering=1)
-    console.run_program(partial(train.main, words), "train.py")
-
-
-MAINS = {
-    "train": train.main,
-    "train as one of two": train_as_one_of_two,
-    "train without locks": train_without_locks,
-    "predict": predict.main,
-    "oasis": oasis.main,
-    "images": images.main,
-    "phantoms": lambda words: phantoms.write(words[0], {"train": [1], "validate": [2], "test": [3]}, 4),
-}
-
-
-def in_a_child(folder: str, program: str, words: list[str]) -> None:
-    os.chdir(folder)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    torch.set_num_threads(1)
-    for name in ("fsync", "replace"):  # a pause before each, so that kills fall between them
-        setattr(os, name, partial(after_a_pause, getattr(os, name)))
-    MAINS[program](words)
-
-
-def after_a_pause(function, *words):
-    time.sleep(0.005)
-    return function(*words)
-
-
-@pytest.fixture(scope="module")
-def start():
-    """Starts a program's main in a new process, without the seconds that importing takes each time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "predict", "preparation.oasis"])
-
-    def start(folder: Path, program: str, *words) -> multiprocessing.Process:
-        process = context.Process(target=in_a_child, args=(str(folder), program, [str(word) for word in words]))
-        process.start()
-        return process
-
-    return start
+def write_phantoms(words: list[str]) -> None:
+    phantoms.write(words[0], {"train": [1], "validate": [2], "test": [3]}, 4)
 
 
 def wait(process: multiprocessing.Process, seconds: float, out: Path, for_a_save: bool) -> None:
@@ -126,7 +80,7 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
     if KILLS == 1:
         words = (*words, "--epochs", "1", "--dcgan-epochs", "1")
     begun = time.monotonic()
-    whole = start(tmp_path, "train", "--data", data, *words, "--out", "whole")
+    whole = start(tmp_path, train.main, "--data", data, *words, "--out", "whole")
     whole.join()
     assert whole.exitcode == 0
     seconds = time.monotonic() - begun
@@ -139,7 +93,7 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
             run = next(out.iterdir(), None) if out.is_dir() else None
             resumable = run is not None and (run / "resume.pth").exists()
             more = ("--resume", run) if resumable else ("--data", data, *words, "--out", out)
-            process = start(tmp_path, "train", *more)
+            process = start(tmp_path, train.main, *more)
             if run is not None and not resumable:
                 shutil.rmtree(run)  # killed before anything was saved: a new run is begun
             if kills < KILLS:
@@ -166,13 +120,7 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
 @pytest.mark.parametrize("victims", [[1], [0], [0, 1]][: 1 if KILLS == 1 else 3])
 def test_killed_processes_of_two_end_the_other_with_a_line_and_lose_nothing(start, data, tmp_path, victims):
     """Resumed by two processes, the run ends as one of two that was left alone, bit for bit."""
-
-    def begin(*words) -> list[multiprocessing.Process]:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        errors = (tmp_path / f"errors_{rank}" for rank in range(2))
-        return [start(tmp_path, "train as one of two", i, port, path, *words) for i, path in enumerate(errors)]
-
+    begin = partial(start_two, start, tmp_path)
     words, (stages, weights) = ("--data", data, *VQVAE_WORDS, "--only", "vqvae"), (["vqvae"], ["vqvae.pth"])
     if KILLS > 1:
         words, stages, weights = ("--data", data, *WORDS), ["vqvae", "dcgan"], PRIORS["dcgan"][1]
@@ -211,7 +159,7 @@ def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, dat
     shared = shutil.copytree(alone, tmp_path / "shared")
     more = ("--epochs", 2, "--resume")
     assert run_program("train.py", *more, alone, cwd=tmp_path).returncode == 0
-    both = [start(tmp_path, "train without locks", *more, shared) for _ in range(2)]
+    both = [start(tmp_path, train_without_locks, *more, shared) for _ in range(2)]
     for process in both:
         process.join()
     assert_nothing_is_torn(shared)
@@ -223,15 +171,15 @@ def test_two_processes_that_resume_one_run_without_locks_lose_nothing(start, dat
 
 @pytest.mark.parametrize("use", ["scores", "codes", "samples", "slices", "images", "phantoms"])
 def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start, data, trained, heads, tmp_path, use):
-    drawn = ("predict", trained[1] / "vqvae.pth", "--out", tmp_path / "out")
+    drawn = (predict.main, trained[1] / "vqvae.pth", "--out", tmp_path / "out")
     predicted = (*drawn, "--data", data, "--split", "validate")
     words = {
         "scores": predicted,
         "codes": (*predicted, "--export-codes", tmp_path / "codes.npz"),
         "samples": (*drawn, "--samples", 3, "--prior", trained[1] / "generator.pth"),
-        "slices": ("oasis", heads, tmp_path / "out", *CONVERSION),
-        "images": ("images", data, tmp_path / "out"),
-        "phantoms": ("phantoms", tmp_path / "out"),
+        "slices": (oasis.main, heads, tmp_path / "out", *CONVERSION),
+        "images": (images.main, data, tmp_path / "out"),
+        "phantoms": (write_phantoms, tmp_path / "out"),
     }[use]
     rng, seconds = random.Random(1), 0
     for kill in range(1 if KILLS == 1 else KILLS * 7 // 4):

@@ -138,7 +138,7 @@ def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
     torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
 
 
-def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, folder, request):
+def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, folder, start, request):
     """One epoch, raised to two, but killed before the second is complete: in the end as if it had not been killed."""
     words = ("--data", data, *SMALL, "--epochs", 1, "--dcgan-epochs", 1, "--seed", 5, "--out", "short")
     short = new_run(run_program("train.py", *words, cwd=folder), folder / "short")
@@ -148,7 +148,7 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, fo
     assert "so the DCGAN begins anew" in dry.stdout
     calm = shutil.copytree(short, folder / "calm")
     assert run_program("train.py", "--resume", calm, *more, cwd=folder).returncode == 0
-    kill_after([sys.executable, PROJECT / "train.py", "--resume", short, *more], folder, "Device", 1)
+    kill_after(start, folder, ("--resume", short, *more), "Device")
     saved = resume_file(short)
     assert saved["options"]["epochs"] == 2 and "dcgan" not in saved["state"]
     assert not (short / "generator.pth").exists() and not (short / "gan_epoch_1.png").exists()
@@ -162,10 +162,10 @@ def test_raised_epochs_begin_the_dcgan_anew_and_outlast_an_interruption(data, fo
     assert run_program("predict.py", *words, cwd=folder).returncode == 0  # they belong together
 
 
-def test_resuming_a_codebook_of_moving_averages(data, folder, without_figures):
+def test_resuming_a_codebook_of_moving_averages(data, folder, start, without_figures):
     words = ("--data", data, *SMALL, "--only", "vqvae", "--codebook", "ema", "--epochs", 2)
     whole = new_run(run_program("train.py", *words, "--out", "ema", cwd=folder), folder / "ema")
-    kill_after([sys.executable, PROJECT / "train.py", *words, "--out", "ema_1"], folder, "Epoch: 2", 1)
+    kill_after(start, folder, (*words, "--out", "ema_1"), "Epoch: 2")
     (half,) = (folder / "ema_1").iterdir()
     assert resume_file(half)["state"]["vqvae"]["epoch"] == 1
     done = run_program("train.py", "--resume", half, cwd=folder)
@@ -325,10 +325,10 @@ def test_the_autoregressive_priors_folder(autoregressed):
 
 
 def test_a_killed_autoregressive_prior_resumed_equals_an_uninterrupted_one(
-    autoregressed, trained, data, folder, without_figures
+    autoregressed, trained, data, folder, start, without_figures
 ):
     words = ("--data", data, *AUTOREGRESSIVE, "--vqvae", trained[1] / "vqvae.pth", "--out", "autoregressive_killed")
-    kill_after([sys.executable, PROJECT / "train.py", *words], folder, "Epoch: 2", 1)
+    kill_after(start, folder, words, "Epoch: 2")
     (killed,) = (folder / "autoregressive_killed").iterdir()
     assert len(rows(killed, "autoregressive")) == 1
     done = run_program("train.py", "--resume", killed, cwd=folder)
