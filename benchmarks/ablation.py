@@ -74,8 +74,7 @@ TABLES = {
             "12 directions": (replace(BALANCED, space=replace(SPACE, directions=12)), {}),
             # the other three are for the position
             "61 directions": (replace(BALANCED, space=replace(SPACE, directions=61)), {}),
-            "no R1": (replace(BALANCED, r1=None), {}),
-            "constant R1": (replace(BALANCED, r1=replace(BALANCED.r1, guard=0.0)), {}),
+            "no R1": (replace(BALANCED, r1=0.0), {}),
             "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
             "no position": (replace(BALANCED, position=False), {}),
             "any amplitude": (replace(BALANCED, space=replace(SPACE, amplitudes_cut=None)), {}),

@@ -187,7 +187,7 @@ def _dcgan_step(rank):
         total = distributed.total(values * distributed.weight(5))
         if dtype is torch.double:
             found |= {key: value.clone() for key, value in torch.nn.ModuleDict(stage.networks).state_dict().items()}
-            found |= {"values": total, "lead": stage.lead.clone()}
+            found |= {"values": total}
             stage.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     return found | {"values in bfloat16": total}
 

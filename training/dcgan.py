@@ -81,7 +81,6 @@ class DCGANStage(Stage):
             # in place: several processes then share BatchNorm's statistics
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
-        self.lead = torch.zeros((), device=run.device)  # of the discriminator, see `recipes.R1`
         self.begun: dict = {}  # step and optimizer of a start that was interrupted
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
@@ -140,10 +139,10 @@ class DCGANStage(Stage):
         Returns:
             (4,): the discriminator's loss without R1, mean D(x) and mean D(G(z)) before its step, the generator's loss.
         """
-        r1 = self.recipe.r1
+        gamma = self.recipe.r1
         weight = distributed.weight(n)
         noise = move(distributed.part(self.prior.noise(n, rng)), batch.device)
-        real = batch.requires_grad_(r1 is not None)
+        real = batch.requires_grad_(gamma > 0)
 
         # (1) Update D: minimise -log D(x) - log(1 - D(G(z))) + γ/2 |∇x logit D(x)|²
         with self.autocast():
@@ -152,9 +151,9 @@ class DCGANStage(Stage):
         d_fake = self._logits(self.discriminator, fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
         loss = d_loss
-        if r1 is not None:
+        if gamma:
             (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
-            loss = loss + self.gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
+            loss = loss + gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
         _update(self.discriminator, self.optimizers["discriminator"], loss * weight)
 
         # (2) Update G: minimise -log D(G(z))
@@ -163,16 +162,7 @@ class DCGANStage(Stage):
 
         mean_real = d_real.detach().sigmoid().mean()
         mean_fake = d_fake.detach().sigmoid().mean()
-        if r1 is not None:
-            lead = distributed.total((mean_real - mean_fake) * weight)
-            self.lead.lerp_(lead.to(self.lead.dtype), 1 - r1.lead_decay)
         return torch.stack([d_loss.detach(), mean_real, mean_fake, g_loss.detach()])
-
-    @property
-    def gamma(self) -> Tensor:
-        """The weight of R1."""
-        r1 = self.recipe.r1
-        return r1.least * (r1.guard * (self.lead - r1.tolerated_lead).clamp(min=0)).exp()
 
     def _logits(self, discriminator: Discriminator, c: Tensor) -> Tensor:
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
@@ -185,8 +175,7 @@ class DCGANStage(Stage):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior, and measure it when that is due."""
-        columns = {"lead": self.lead.item()} if self.recipe.r1 else {}
-        columns["d_validate"] = self._d_of_validation()
+        columns = {"d_validate": self._d_of_validation()}
         noise = self.samples.noise(self.prior, min(CALIBRATION_SAMPLES, len(self.latents)), "calibration")
         if self.recipe.average_decay:
             self.prior.reset_batch_norm(noise)
@@ -220,10 +209,9 @@ class DCGANStage(Stage):
 
     def extra_state(self) -> dict:
         space = {"space": self.space.to("cpu").tensors(), "stored": self.latents.stored}
-        return self.samples.state_dict() | space | {"lead": self.lead, "gain": self.prior.gain, "begun": self.begun}
+        return self.samples.state_dict() | space | {"gain": self.prior.gain, "begun": self.begun}
 
     def load_extra_state(self, state: dict) -> None:
-        self.lead.copy_(state["lead"])
         self.begun = state["begun"]
 
 

@@ -47,23 +47,6 @@ class VQVAERecipe:
 
 
 @dataclass(frozen=True)
-class R1:
-    """The penalty on the discriminator's gradient at real latents (arXiv 1801.04406, eq. 9), with a weight γ.
-
-    γ = least · exp(guard · max(0, lead - tolerated_lead)), where the lead is the running mean of D(x) - D(G(z)). A
-    constant weight is too large early or too small late.
-
-    Attributes:
-        lead_decay: of the running mean.
-    """
-
-    least: float = 0.3
-    guard: float = 10.0
-    tolerated_lead: float = 0.4
-    lead_decay: float = 0.98
-
-
-@dataclass(frozen=True)
 class DCGANRecipe:
     """How the DCGAN is trained.
 
@@ -73,7 +56,8 @@ class DCGANRecipe:
         position: whether the discriminator gets the position as channels (`LatentSpace.with_position`).
         start_steps, start_lr: steps, at most, in which the generator is fitted to real latents before adversarial
             training, and their learning rate; there are never more than half as many as in all epochs.
-        r1: None for no penalty.
+        r1: the weight γ of the penalty on the discriminator's gradient at real latents (arXiv 1801.04406, eq. 9); 0 for
+            none.
         average_decay: of the EMA of the generator's weights, which draws the samples; 0 draws with the last weights.
         calibrated: whether samples get the covariances of real latents.
     """
@@ -83,7 +67,7 @@ class DCGANRecipe:
     position: bool = True
     start_steps: int = 3000
     start_lr: float = 1e-3
-    r1: R1 | None = R1()
+    r1: float = 0.3
     average_decay: float = 0.999
     calibrated: bool = True
 
@@ -91,7 +75,7 @@ class DCGANRecipe:
 BALANCED = DCGANRecipe()
 # The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
 REPORT = DCGANRecipe(
-    quantized=True, space=None, position=False, start_steps=0, r1=None, average_decay=0.0, calibrated=False
+    quantized=True, space=None, position=False, start_steps=0, r1=0.0, average_decay=0.0, calibrated=False
 )
 DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
 
