@@ -213,11 +213,11 @@ def train_as_one_of_two(words: list[str]) -> None:
     console.run_program(partial(train.main, words), "train.py")
 
 
-def start_two(start: Callable, folder: Path, *words, main=train_as_one_of_two) -> list[multiprocessing.Process]:
+def start_two(start: Callable, folder: Path, *words) -> list[multiprocessing.Process]:
     """Two processes of one run, as torchrun starts them. Their errors are in the files `errors_0` and `errors_1`."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    return [start(folder, main, rank, port, folder / f"errors_{rank}", *words) for rank in range(2)]
+    return [start(folder, train_as_one_of_two, rank, port, folder / f"errors_{rank}", *words) for rank in range(2)]
 
 
 def kill_after(start: Callable, folder: Path, words, line: str) -> None:
