@@ -44,7 +44,7 @@ class DCGANPrior:
 
     def coefficients(self, noise: Tensor) -> Tensor:
         """Noise (B, 128, 1, 1), on the space's device -> coefficients (B, K, 64, 64), not calibrated."""
-        return self.space.from_generator(self.generator.eval()(noise))
+        return self.space.to_coefficients(self.generator.eval()(noise))
 
     @torch.no_grad()
     def sample(self, noise: Tensor) -> Tensor:

@@ -32,18 +32,15 @@ class SpaceRecipe:
         clipped: share of the heads' values that tanh's range cuts off.
         outline: the threshold of `LatentSpace.outline`, as a share of the root mean square length in heads; 0 for none.
             Far from heads latents then decode to black, where the filter would leave a faint pattern.
-        amplitudes_cut: share of real images at either end that generated amplitudes cannot have; None for no limits.
     """
 
     directions: int = 6
     emphasis: float = 0.5
     clipped: float = 0.005
     outline: float = 0.6
-    amplitudes_cut: float | None = 0.02
 
 
 SPACE = SpaceRecipe()
-NO_LIMITS = torch.tensor([0.0, torch.finfo(torch.float32).max])  # of amplitudes
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +51,8 @@ class LatentSpace:
 
     c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
     z = shift + directions (scale⁻¹ * c) within `support`, and at most HEAD_MARGIN positions from a head. Generated
-    coefficients are mixᵀ t, with t (B, D, H, W) in [-1, 1], times a factor that brings their `amplitude` into the range
-    of real ones. A discriminator sees mix c and the position, with D channels.
+    coefficients are mixᵀ t, with t (B, D, H, W) in [-1, 1]. A discriminator sees mix c and the position, with D
+    channels.
 
     Attributes:
         shift: (D, H, W), what maps to 0.
@@ -64,7 +61,6 @@ class LatentSpace:
         mix: (D, K), orthonormal columns; not used where K = D.
         support: (H, W), 1 where latents can differ from `shift`, else 0.
         outline: (), a threshold: a head is where the root mean square length of z - shift around a position exceeds it.
-        amplitudes: (2,), the least and the greatest `amplitude` of generated coefficients.
     """
 
     shift: Tensor
@@ -73,7 +69,6 @@ class LatentSpace:
     mix: Tensor
     support: Tensor
     outline: Tensor
-    amplitudes: Tensor
 
     def to(self, device: torch.device | str) -> "LatentSpace":
         """The same map on another device."""
@@ -98,12 +93,10 @@ class LatentSpace:
         scale = tensors["scale"]
         n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
         shapes = {"scale": (n, 64, 33), "shift": (dim, 64, 64), "directions": (dim, n), "mix": (dim, n)}
-        shapes |= {"support": (64, 64), "outline": (), "amplitudes": (2,)}
+        shapes |= {"support": (64, 64), "outline": ()}
         values = {name: checked(tensors[name], name, shape) for name, shape in shapes.items()}
         if not (values["scale"] > 0).all() or not (1 / values["scale"]).isfinite().all():
             raise ValueError("its 'scale' has values that are not positive")
-        if not 0 <= values["amplitudes"][0] <= values["amplitudes"][1]:
-            raise ValueError("its 'amplitudes' are not in order")
         return cls(**values)
 
     def encode(self, z: Tensor) -> Tensor:
@@ -116,15 +109,8 @@ class LatentSpace:
         head = gaussian_blur(c.square().sum(1, keepdim=True), 7, 1.0) >= self.outline.square()
         return _multiply(self.directions, c * _dilate(head)) + self.shift
 
-    def from_generator(self, t: Tensor) -> Tensor:
-        """The generator's output (B, D, H, W) in [-1, 1] -> coefficients (B, K, H, W), float32 if it is less."""
-        c = self.to_coefficients(t)
-        c = c.to(torch.promote_types(c.dtype, torch.float32))
-        a = amplitude(c)
-        return c * (a.clamp(*self.amplitudes) / a)[:, None, None, None]
-
     def to_coefficients(self, t: Tensor) -> Tensor:
-        """(B, D, H, W) -> mixᵀ t, (B, K, H, W), within `support`."""
+        """The generator's output (B, D, H, W) in [-1, 1] -> coefficients mixᵀ t, (B, K, H, W), within `support`."""
         return t * self.support if self._all_kept else _multiply(self.mix.T, t) * self.support
 
     def to_channels(self, c: Tensor) -> Tensor:
@@ -179,7 +165,7 @@ class LatentSpace:
         shift = weight.new_zeros(size, 64, 64)
         support = weight.new_ones(64, 64)
         scale = (1 / weight.abs().max()).expand(size, 64, 33).clone()
-        return cls(shift, identity, scale, identity, support, weight.new_zeros(()), NO_LIMITS.to(weight))
+        return cls(shift, identity, scale, identity, support, weight.new_zeros(()))
 
     @classmethod
     @torch.no_grad()
@@ -195,7 +181,6 @@ class LatentSpace:
           values are cut off.
         - support: positions at most HEAD_MARGIN from one where, in some image, the length of z - shift is above a tenth
           of its root mean square in heads.
-        - amplitudes: the range of those of the images, but for `amplitudes_cut` at either end.
         - outline: the recipe's share of the root mean square length of z - shift in heads.
         """
         z, codes = _encode(vqvae, dataset)
@@ -220,26 +205,13 @@ class LatentSpace:
             mix=_cosines(len(second_moment))[:, :n_directions],
             support=_dilate(varies[None])[0],
             outline=recipe.outline * rms,
-            amplitudes=NO_LIMITS,
         )
         power = power_spectrum(space.encode(z)).clamp(min=1e-5 * rms**2)
         space = replace(space, scale=power ** (-recipe.emphasis / 2))
         values = space.to_channels(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)
-        if recipe.amplitudes_cut is not None:
-            ends = torch.tensor([recipe.amplitudes_cut, 1 - recipe.amplitudes_cut])
-            space = replace(space, amplitudes=amplitude(space.encode(z)).quantile(ends))
         return space.to(vqvae.vector_quantizer.embedding.weight.device)
-
-
-def amplitude(c: Tensor) -> Tensor:
-    """How large coefficients c (B, K, H, W) are where a head is: (B,). It does not depend on the size of the head.
-
-    The sum of their squared lengths over that of their lengths, the mean of lengths that is weighted by them.
-    """
-    square = c.square().sum(1)
-    return square.sum((1, 2)) / (square + 1e-12).sqrt().sum((1, 2)) + 1e-6
 
 
 def checked(value: object, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -146,7 +146,7 @@ class DCGANStage(Stage):
 
         # (1) Update D: minimise -log D(x) - log(1 - D(G(z))) + γ/2 |∇x logit D(x)|²
         with self.autocast():
-            fake = self.space.from_generator(self.generator(noise))
+            fake = self.space.to_coefficients(self.generator(noise))
         d_real = self._logits(self.discriminator, real)
         d_fake = self._logits(self.discriminator, fake.detach())
         d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
