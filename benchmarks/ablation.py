@@ -114,9 +114,9 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
         return
     print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
     epochs = {options.stage_option(o.stage, "epochs"): o.epochs}
-    args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed} | epochs | changed
+    args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed, "precision": o.precision}
     vqvae = {"vqvae": o.vqvae} if o.vqvae else {}
-    saved = begin.prepare({"resume": runs[-1]} if runs else args | vqvae)
+    saved = begin.prepare({"resume": runs[-1]} if runs else args | epochs | changed | vqvae)
     run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
     try:
         vqvaes = [copy_vqvae(run)] if o.vqvae else []
@@ -153,6 +153,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=SEED, metavar="S", default=[0, 1], help="default: 0 1")
     parser.add_argument("--epochs", type=COUNT, metavar="N", default=6, help="default: 6")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
     o = parser.parse_args()
     rows = TABLES[o.stage].rows
     o.rows = o.rows or list(rows)

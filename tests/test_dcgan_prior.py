@@ -1,6 +1,5 @@
 """The DCGAN as a prior: sampling, snapping to codes, calibration, and its file."""
 
-
 import numpy as np
 import pytest
 import torch
