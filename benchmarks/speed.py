@@ -6,8 +6,8 @@
 
 Each side runs in a process of its own, so that none profits from another's settings. The processes wait while one of
 them works, and take turns: in each round every side does its work once. Before the first round each does it three
-times (caches, allocators). What is printed is the median over rounds, with the smallest and the largest; and
-for our steps, which share of the time and of the arithmetic each layer has. bfloat16 is tried where it is fast.
+times (caches, allocators). What is printed is the median over rounds, with the smallest and the largest. bfloat16 is
+tried where it is fast.
 """
 
 import argparse
@@ -51,7 +51,6 @@ from training.vqvae import VQVAEStage
 
 BATCH = 32
 PRODUCT = 4096  # rows and columns of the matrices whose product is the limit
-LEAST_SHARE = 0.02  # of the time of a step that a layer is listed with
 
 
 class Work(NamedTuple):
@@ -61,13 +60,11 @@ class Work(NamedTuple):
         once: does the work for n images.
         n: how many images that is; 1 for a matrix product.
         limit: the matrix product that its speed is set against.
-        networks: whose layers are timed, by name.
     """
 
     once: Callable[[], object]
     n: int = BATCH
     limit: str = "float32"
-    networks: dict[str, nn.Module] = {}
 
 
 # --- ours
@@ -109,7 +106,7 @@ def step_of(stage: Stage) -> Work:
         for name, average in stage.averages.items():
             update_average(average, stage.networks[name], 1000, stage.average_decay)
 
-    return Work(once, limit="bfloat16" if stage.run.fast_path.bfloat16 else "float32", networks=stage.networks)
+    return Work(once, limit="bfloat16" if stage.run.fast_path.bfloat16 else "float32")
 
 
 def our_vqvae(device, folder: Path, whole: bool = False, **change) -> Work:
@@ -212,41 +209,6 @@ def timed(work: Work, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def layers(work: Work) -> list[tuple[str, float, float]]:
-    """Name, share of the time, and operations of each convolution, forward and first backward, in a step on a CPU."""
-    seconds: dict[str, float] = {}
-    operations: dict[str, float] = {}
-    hooks = []
-
-    def add(name: str, started: list[float], *_) -> None:
-        seconds[name] = seconds.get(name, 0) + time.perf_counter() - started.pop()
-
-    def start(started: list[float], *_) -> None:
-        started.append(time.perf_counter())
-
-    for network_name, network in work.networks.items():
-        for name, layer in network.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                name = f"{network_name}.{name}"
-                started = []
-
-                def after(layer, inputs, output, name=name, started=started) -> None:
-                    add(name, started)
-                    where = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-                    forward = 2 * layer.weight.numel() * where.shape[0] * where.shape[2:].numel()
-                    parts = 1 + bool(output.requires_grad) * (1 + inputs[0].requires_grad)
-                    operations[name] = operations.get(name, 0) + forward * parts
-                    if output.grad_fn is not None:
-                        output.grad_fn.register_prehook(partial(start, started))
-                        output.grad_fn.register_hook(partial(add, name, started))
-
-                hooks += [layer.register_forward_pre_hook(partial(start, started)), layer.register_forward_hook(after)]
-    total = timed(work, torch.device("cpu"))
-    for hook in hooks:
-        hook.remove()
-    return [(name, seconds[name] / total, operations[name]) for name in seconds]
-
-
 def peak_memory(device: torch.device) -> int | None:
     """Bytes that this process has had at most: on the GPU, else in main memory (where Linux says it)."""
     if device.type == "cuda":
@@ -275,8 +237,7 @@ def worker(part: str, name: str, device: torch.device, folder: Path) -> None:
         peak = peak_memory(device)
         with FlopCounterMode(display=False) as counter:
             work.once()
-        found = layers(work) if name == "ours" and device.type == "cpu" else []
-        answer({"peak": peak, "operations": counter.get_total_flops(), "layers": found})
+        answer({"peak": peak, "operations": counter.get_total_flops()})
 
 
 def measure(part: str, o, folder: Path) -> dict[str, dict]:
@@ -307,7 +268,7 @@ def measure(part: str, o, folder: Path) -> dict[str, dict]:
 
 
 def report(part: str, found: dict[str, dict]) -> None:
-    """Tables in Markdown: images a second beside the first side's and the limit's, and our layers."""
+    """Tables in Markdown: images a second beside the first side's and the limit's."""
     flops = {name: 2 * PRODUCT**3 / statistics.median(found.pop(name)["seconds"]) for name in LIMITS if name in found}
     columns = [part, "images/s", "least to most", "ours / this", "peak memory / GB", "GFLOP an image", "of the limit"]
     print("\n| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1))
@@ -321,14 +282,6 @@ def report(part: str, found: dict[str, dict]) -> None:
         print("| " + " | ".join([*cells, f"{share:.0%} of {side['limit']}"]) + " |")
     for name, most in flops.items():
         print(f"\n{name.capitalize()}: {most / 1e9:.0f} GFLOP/s ({PRODUCT} x {PRODUCT} x {PRODUCT} matrix product).")
-    if found["ours"]["layers"]:
-        operations = found["ours"]["operations"]
-        shares = [(f"`{name}`", t, n / operations) for name, t, n in found["ours"]["layers"]]
-        shares.append(("not convolutions", *(1 - sum(each[i] for each in shares) for i in (1, 2))))
-        print(f"\n| layers with {LEAST_SHARE:.0%} and more | share of the time | of the arithmetic |\n|---|---:|---:|")
-        for name, time_share, arithmetic in shares:
-            if time_share >= LEAST_SHARE:
-                print(f"| {name} | {time_share:.0%} | {arithmetic:.0%} |")
     sys.stdout.flush()
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from conftest import PRETRAINED, resume_file
 from skimage.metrics import structural_similarity
 
-from dataset import OasisDataset, picture_box
+from dataset import OasisDataset
 from evaluation import generation
 from modules import VQVAE
 from support.console import UserError
@@ -57,7 +57,7 @@ def test_the_peers_validation_is_scikit_images(images):
     assert peers.validate(reference, images[:2]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_speed_benchmark_times_every_side_and_its_layers(data, monkeypatch, capfd):
+def test_the_speed_benchmark_times_every_side(data, monkeypatch, capfd):
     monkeypatch.setattr(speed, "BATCH", 3)
     monkeypatch.setattr(speed, "PRODUCT", 64)
     for part, sides in speed.PARTS.items():
@@ -71,17 +71,9 @@ def test_the_speed_benchmark_times_every_side_and_its_layers(data, monkeypatch, 
                 if answers:  # else its package is missing
                     found[name] = first | answers[-1] | {"seconds": answers[:-1]}
         assert found["limit, float32"]["operations"] == 2 * 64**3
-        layers, operations = found["ours"]["layers"], found["ours"]["operations"]
         speed.report(part, found)
         out = capfd.readouterr().out
-        assert all(f"| {name} | " in out for name in found) and ("| not convolutions |" in out) == (
-            part != "validation"
-        )
-        if part == "vqvae":
-            height, width = picture_box(OasisDataset(data, "train").images)
-            positions = 3 * (height.stop - height.start) * (width.stop - width.start) // 16
-            look_up = 2 * 512 * 64 * positions  # is no layer
-            assert sum(arithmetic for *_, arithmetic in layers) == pytest.approx(operations - look_up, rel=1e-6)
+        assert all(f"| {name} | " in out for name in found)
 
 
 def run_main(module, words, monkeypatch, capfd) -> tuple[str, str]:
