@@ -7,7 +7,7 @@
 Each side runs in a process of its own, so that none profits from another's settings. The processes wait while one of
 them works, and take turns: in each round every side does its work once. Before the first round each does it three
 times (caches, allocators). What is printed is the median over rounds, with the smallest and the largest. bfloat16 is
-tried where it is fast.
+tried where the processor has instructions for it.
 """
 
 import argparse
@@ -198,6 +198,10 @@ LIMITS = {
 # --- measuring
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    return has_fast_bfloat16(device) or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def timed(work: Work, device: torch.device) -> float:
     """Seconds that a side's work takes once."""
     started = time.perf_counter()
@@ -244,7 +248,7 @@ def measure(part: str, o, folder: Path) -> dict[str, dict]:
     """Start a process for each side, let them take turns, and collect what each took."""
     running, found = {}, {}
     for name in PARTS[part] | LIMITS:
-        if "bfloat16" in name and not has_fast_bfloat16(choose_device(o.device)):
+        if "bfloat16" in name and not multiplies_bfloat16(choose_device(o.device)):
             continue  # many times slower than float32
         words = [sys.executable, __file__, "--worker", part, name, str(folder), "--device", o.device]
         environment = os.environ | {"OMP_NUM_THREADS": str(o.threads)}
