@@ -77,7 +77,6 @@ TABLES = {
             "no R1": (replace(BALANCED, r1=0.0), {}),
             "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
             "no position": (replace(BALANCED, position=False), {}),
-            "no outline": (replace(BALANCED, space=replace(SPACE, outline=0.0)), {}),
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
         },
         {"d_real": ".2f", "d_validate": ".2f"} | MEASURED,

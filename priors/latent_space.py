@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import gaussian_blur
 
 from modules import VQVAE
 from priors.spectrum import power_spectrum
@@ -30,14 +29,11 @@ class SpaceRecipe:
         directions: from so many, images decode with the same SSIM as from all (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
         clipped: share of the heads' values that tanh's range cuts off.
-        outline: the threshold of `LatentSpace.outline`, as a share of the root mean square length in heads; 0 for none.
-            Far from heads latents then decode to black, where the filter would leave a faint pattern.
     """
 
     directions: int = 6
     emphasis: float = 0.5
     clipped: float = 0.005
-    outline: float = 0.6
 
 
 SPACE = SpaceRecipe()
@@ -50,9 +46,8 @@ class LatentSpace:
     D is the length of an embedding, K the number of coefficients at a position.
 
     c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
-    z = shift + directions (scale⁻¹ * c) within `support`, and at most HEAD_MARGIN positions from a head. Generated
-    coefficients are mixᵀ t, with t (B, D, H, W) in [-1, 1]. A discriminator sees mix c and the position, with D
-    channels.
+    z = shift + directions (scale⁻¹ * c) within `support`. Generated coefficients are mixᵀ t, with t (B, D, H, W) in
+    [-1, 1]. A discriminator sees mix c and the position, with D channels.
 
     Attributes:
         shift: (D, H, W), what maps to 0.
@@ -60,7 +55,6 @@ class LatentSpace:
         scale: (K, H, W // 2 + 1), positive.
         mix: (D, K), orthonormal columns; not used where K = D.
         support: (H, W), 1 where latents can differ from `shift`, else 0.
-        outline: (), a threshold: a head is where the root mean square length of z - shift around a position exceeds it.
     """
 
     shift: Tensor
@@ -68,7 +62,6 @@ class LatentSpace:
     scale: Tensor
     mix: Tensor
     support: Tensor
-    outline: Tensor
 
     def to(self, device: torch.device | str) -> "LatentSpace":
         """The same map on another device."""
@@ -93,7 +86,7 @@ class LatentSpace:
         scale = tensors["scale"]
         n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
         shapes = {"scale": (n, 64, 33), "shift": (dim, 64, 64), "directions": (dim, n), "mix": (dim, n)}
-        shapes |= {"support": (64, 64), "outline": ()}
+        shapes["support"] = (64, 64)
         values = {name: checked(tensors[name], name, shape) for name, shape in shapes.items()}
         if not (values["scale"] > 0).all() or not (1 / values["scale"]).isfinite().all():
             raise ValueError("its 'scale' has values that are not positive")
@@ -106,8 +99,7 @@ class LatentSpace:
     def decode(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W) -> latents (B, D, H, W)."""
         c = _filter(c, 1 / self.scale) * self.support
-        head = gaussian_blur(c.square().sum(1, keepdim=True), 7, 1.0) >= self.outline.square()
-        return _multiply(self.directions, c * _dilate(head)) + self.shift
+        return _multiply(self.directions, c) + self.shift
 
     def to_coefficients(self, t: Tensor) -> Tensor:
         """The generator's output (B, D, H, W) in [-1, 1] -> coefficients mixᵀ t, (B, K, H, W), within `support`."""
@@ -165,7 +157,7 @@ class LatentSpace:
         shift = weight.new_zeros(size, 64, 64)
         support = weight.new_ones(64, 64)
         scale = (1 / weight.abs().max()).expand(size, 64, 33).clone()
-        return cls(shift, identity, scale, identity, support, weight.new_zeros(()))
+        return cls(shift, identity, scale, identity, support)
 
     @classmethod
     @torch.no_grad()
@@ -181,7 +173,6 @@ class LatentSpace:
           values are cut off.
         - support: positions at most HEAD_MARGIN from one where, in some image, the length of z - shift is above a tenth
           of its root mean square in heads.
-        - outline: the recipe's share of the root mean square length of z - shift in heads.
         """
         z, codes = _encode(vqvae, dataset)
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
@@ -203,8 +194,7 @@ class LatentSpace:
             directions=torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, :n_directions].float(),
             scale=torch.ones(n_directions, z.shape[2], z.shape[3] // 2 + 1),
             mix=_cosines(len(second_moment))[:, :n_directions],
-            support=_dilate(varies[None])[0],
-            outline=recipe.outline * rms,
+            support=F.max_pool2d(varies[None].float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)[0],
         )
         power = power_spectrum(space.encode(z)).clamp(min=1e-5 * rms**2)
         space = replace(space, scale=power ** (-recipe.emphasis / 2))
@@ -244,11 +234,6 @@ def _cosines(n: int) -> Tensor:
 def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
     """The matrix (M, C) times the vector at each position of x (B, C, H, W): (B, M, H, W)."""
     return F.conv2d(x, matrix[:, :, None, None])
-
-
-def _dilate(head: Tensor) -> Tensor:
-    """1 at most HEAD_MARGIN positions, along both axes, from where head (..., H, W) is true, else 0."""
-    return F.max_pool2d(head.float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)
 
 
 def _filter(c: Tensor, gain: Tensor) -> Tensor:

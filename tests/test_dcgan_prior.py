@@ -21,8 +21,9 @@ def test_samples_are_snapped_to_the_codebook(vqvae, latents, monkeypatch):
     codes = prior.sample(noise)
     coefficients = latents.space.to_coefficients(prior.generator(noise).detach())
     continuous = latents.space.decode(coefficients).permute(0, 2, 3, 1).reshape(-1, 8)
-    nearest = torch.cdist(continuous.double(), vqvae.vector_quantizer.embedding.weight.double()).argmin(1)
-    assert codes.shape == (5, 64, 64) and (codes.flatten() == nearest).float().mean() > 0.999
+    distance = torch.cdist(continuous.double(), vqvae.vector_quantizer.embedding.weight.double())
+    assert codes.shape == (5, 64, 64)  # of nearly equal embeddings either may be the nearest
+    torch.testing.assert_close(distance.gather(1, codes.view(-1, 1))[:, 0], distance.amin(1), rtol=1e-3, atol=1e-4)
     monkeypatch.setattr(dcgan, "AT_ONCE", 2)
     images = prior.sample_images(noise)
     assert images.shape == (5, 1, 256, 256) and 0 <= images.min() and images.max() <= 1
@@ -56,8 +57,9 @@ def test_calibration_gives_generated_latents_the_covariance_of_real_ones(vqvae, 
         sizes = np.sqrt(np.einsum("rkk,rll->rkl", real, real))
         assert np.abs((wrong - real) / sizes).max() > 0.3
         np.testing.assert_allclose(found / sizes, real / sizes, rtol=0, atol=0.02)
-    codes = vqvae.vector_quantizer.nearest(latents.space.decode(calibrated))
-    assert (prior.sample(numbers) == codes).float().mean() > 0.999
+    z, quantizer = latents.space.decode(calibrated), vqvae.vector_quantizer
+    nearest, sampled = ((quantizer.look_up(k) - z).norm(dim=1) for k in (quantizer.nearest(z), prior.sample(numbers)))
+    torch.testing.assert_close(sampled, nearest, rtol=1e-3, atol=1e-4)  # of nearly equal embeddings either may be taken
 
 
 def test_batch_statistics_are_measured_for_the_weights_as_they_are(vqvae, latents):
