@@ -5,8 +5,9 @@
 SSIM is scikit-image's map of 7x7 windows, averaged over the windows around the brain's pixels (by the label maps beside
 the scans, which must be there), around other pixels of the plane that are above 0 (skull, scalp, noise), around pixels
 that are 0 inside the plane, and around those of the frame outside it. What the DCGAN keeps is what `LatentSpace` maps
-there and back. The second table says in how many directions of latent space the images are: latents are cut to the
-first k directions of greatest mean square, as seen from the background's embedding, then quantized and decoded.
+there and back. Decoded images are cut to [0, 1], as new slices are. The second table says in how many directions of
+latent space the images are: latents are cut to the first k directions of greatest mean square, as seen from the
+background's embedding, then quantized and decoded.
 """
 
 import argparse
@@ -58,9 +59,9 @@ def main() -> None:
         z_e = vqvae.latents(x)
         through = space.decode(space.clipped(space.encode(z_e)))
         codes, kept = (vqvae.vector_quantizer.nearest(z) for z in (z_e, through))
-        for row, x_hat in zip(
-            measured.values(), (vqvae.decode(codes), vqvae.decoder(z_e), vqvae.decode(kept)), strict=True
-        ):
+        decoded = (vqvae.decode(codes), vqvae.decoder(z_e), vqvae.decode(kept))
+        for row, x_hat in zip(measured.values(), decoded, strict=True):
+            x_hat = x_hat.clamp(0, 1)
             similarity = reconstruction.ssim_map(x, x_hat)[0, BORDER:-BORDER, BORDER:-BORDER]
             row.append([similarity[mask].mean().item() for mask in masks] + [reconstruction.psnr(x, x_hat).item()])
     print(f"{len(shares)} validation images; SSIM by where the window's middle lies\n")
@@ -87,7 +88,7 @@ def print_directions(vqvae: VQVAE, images: torch.Tensor) -> None:
     for k in (1, 2, 3, 4, 6, 8, len(values)):
         kept = difference @ directions[:, :k] @ directions[:, :k].T + quantizer.embedding.weight[background]
         kept = kept.float().view(len(images), 64, 64, -1).permute(0, 3, 1, 2)
-        decoded = [vqvae.decode(quantizer.nearest(part)) for part in kept.split(16)]
+        decoded = [vqvae.decode(quantizer.nearest(part)).clamp(0, 1) for part in kept.split(16)]
         ssim = reconstruction.ssim(images, torch.cat(decoded)).mean()
         share = values[:k].sum() / values.sum()
         print(f"| {k} | {share:.4f} | {values[k - 1].clamp(min=0).sqrt():.3f} | {ssim:.4f} |")
