@@ -256,16 +256,13 @@ class Discriminator(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         return self.net(latents)
 
-    def logits(self, x: Tensor, basis: Tensor | None = None) -> Tensor:
+    def logits(self, x: Tensor, mix: Tensor) -> Tensor:
         """The input of the Sigmoid, (B, 1). A loss computed from it is finite even where the Sigmoid rounds to 0 or 1.
 
-        Without a basis, x are latents. With one (embeddings_dim, K), x (B, K, 64, 64) are coefficients, and the latents
-        are basis @ x at each position.
+        x (B, K, 64, 64) are coefficients, and the latents are mix @ x at each position, with mix (embeddings_dim, K).
         """
-        if basis is None:
-            return self.net[:-1](x)
         conv = self.net[0][0]  # with fewer channels it computes the same in less time
-        x = F.conv2d(x, torch.einsum("ocij,ck->okij", conv.weight, basis), None, conv.stride, conv.padding)
+        x = F.conv2d(x, torch.einsum("ocij,ck->okij", conv.weight, mix), None, conv.stride, conv.padding)
         return self.net[1:-1](self.net[0][1:](x))
 
 

@@ -72,11 +72,9 @@ TABLES = {
             "embeddings": (replace(BALANCED, quantized=True), {}),
             "no start": (replace(BALANCED, start_steps=0), {}),
             "12 directions": (replace(BALANCED, space=replace(SPACE, directions=12)), {}),
-            # the other three are for the position
-            "61 directions": (replace(BALANCED, space=replace(SPACE, directions=61)), {}),
+            "all directions": (replace(BALANCED, space=replace(SPACE, directions=64)), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),
             "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
-            "no position": (replace(BALANCED, position=False), {}),
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
         },
         {"d_real": ".2f", "d_validate": ".2f"} | MEASURED,

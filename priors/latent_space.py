@@ -1,11 +1,10 @@
-"""The map between latents and the generator's range, and the position that a discriminator is told.
+"""The map between latents and the generator's range.
 
 The generator ends in tanh, so its range is [-1, 1]. `LatentSpace` is fitted on the training split and stored in
 generator.pth.
 """
 
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from priors.spectrum import power_spectrum
 from support.console import in_batches
 
 FIT_IMAGES = 128  # that a space is fitted on, spaced evenly over the split
-POSITION_CHANNELS = 3  # that tell a discriminator where it is
 HEAD_MARGIN = 2  # rows and columns around heads that belong to them
 
 
@@ -47,13 +45,13 @@ class LatentSpace:
 
     c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
     z = shift + directions (scale⁻¹ * c) within `support`. Generated coefficients are mixᵀ t, with t (B, D, H, W) in
-    [-1, 1]. A discriminator sees mix c and the position, with D channels.
+    [-1, 1]. A discriminator sees mix c.
 
     Attributes:
         shift: (D, H, W), what maps to 0.
         directions: (D, K), orthonormal columns; what is orthogonal to them is not kept.
         scale: (K, H, W // 2 + 1), positive.
-        mix: (D, K), orthonormal columns; not used where K = D.
+        mix: (D, K), orthonormal columns.
         support: (H, W), 1 where latents can differ from `shift`, else 0.
     """
 
@@ -103,50 +101,15 @@ class LatentSpace:
 
     def to_coefficients(self, t: Tensor) -> Tensor:
         """The generator's output (B, D, H, W) in [-1, 1] -> coefficients mixᵀ t, (B, K, H, W), within `support`."""
-        return t * self.support if self._all_kept else _multiply(self.mix.T, t) * self.support
+        return _multiply(self.mix.T, t) * self.support
 
     def to_channels(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W) -> mix c, (B, D, H, W)."""
-        return c if self._all_kept else _multiply(self.mix, c)
+        return _multiply(self.mix, c)
 
     def clipped(self, c: Tensor) -> Tensor:
         """Coefficients (B, K, H, W), cut to tanh's range as generated ones are."""
         return self.to_coefficients(self.to_channels(c).clamp(-1, 1))
-
-    def with_position(self, c: Tensor) -> Tensor:
-        """Coefficients (B, K, H, W) -> (B, K + POSITION_CHANNELS, H, W): those, and the position.
-
-        A discriminator sees `basis` times these. A convolution does not know where it is, and with BatchNorm a
-        discriminator does not see how large the values are. So further channels tell it the column and the row in
-        [-0.5, 0.5], and a constant, 0.5, to compare the values with. Where D is too small for it, there are fewer, and
-        none where K = D.
-        """
-        if self._all_kept:
-            return c
-        position = self._position.expand(len(c), -1, -1, -1)
-        return torch.cat([c, position], 1).contiguous(memory_format=torch.channels_last)
-
-    @cached_property
-    def basis(self) -> Tensor | None:
-        """(D, K + POSITION_CHANNELS), orthonormal columns: `mix`, and those of the position. None where K = D."""
-        dim, n = self.mix.shape
-        return (
-            None
-            if self._all_kept
-            else torch.cat([self.mix, _cosines(dim)[:, n : n + POSITION_CHANNELS].to(self.mix)], 1)
-        )
-
-    @property
-    def _all_kept(self) -> bool:
-        """Whether coefficients are not mixed, for there are as many as channels."""
-        return self.mix.shape[0] == self.mix.shape[1]
-
-    @cached_property
-    def _position(self) -> Tensor:
-        """(POSITION_CHANNELS, H, W) within `support`."""
-        dim, n = self.mix.shape
-        along = torch.linspace(-0.5, 0.5, len(self.support)).to(self.support).expand_as(self.support)
-        return torch.stack([along, along.T, torch.full_like(along, 0.5)])[: dim - n] * self.support
 
     @classmethod
     def of_codebook(cls, vqvae: VQVAE) -> "LatentSpace":

@@ -167,10 +167,7 @@ class DCGANStage(Stage):
     def _logits(self, discriminator: Discriminator, c: Tensor) -> Tensor:
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
         with self.autocast():  # one for each call: it caches bfloat16 weights, and an update makes these stale
-            if self.recipe.position:  # the first also multiplies by `mix`, within D's first convolution
-                logits = discriminator.logits(self.space.with_position(c), self.space.basis)
-            else:
-                logits = discriminator.logits(self.space.to_channels(c))
+            logits = discriminator.logits(c, self.space.mix)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
