@@ -76,7 +76,7 @@ def test_each_network_moves_by_its_own_loss(new_stage):
     generator, discriminator = copy.deepcopy(stage.generator), copy.deepcopy(stage.discriminator)
     noise = noise_of(stage, 3).double()
     stage.prior.noise = lambda n, rng: noise
-    stage.space = replace(stage.space, support=stage.space.support.double())
+    stage.space = replace(stage.space, support=stage.space.support.double(), mix=stage.space.mix.double())
     step(stage, real)
     d_real, d_fake = discriminator(real), discriminator(copy.deepcopy(generator)(noise))
     loss = -(d_real.log().mean() + (1 - d_fake).log().mean())
@@ -109,7 +109,7 @@ class Quadratic(torch.nn.Module):
         super().__init__()
         self.a = torch.nn.Parameter(torch.tensor(a).double())
 
-    def logits(self, x, basis):
+    def logits(self, x, mix):
         return (self.a * x.double().square().flatten(1).sum(1, keepdim=True)).float()
 
 
@@ -168,6 +168,5 @@ def test_the_discriminator_of_the_validation_split_is_in_training_mode_and_leave
     assert all(torch.equal(value, before[key]) for key, value in stage.discriminator.state_dict().items())
     latents, judged = LatentCache(vqvae, OasisDataset(data, "validate"), space), []
     for part in torch.randperm(10, generator=seeds.generator(0, "validation order")).split(4):
-        c = space.with_position(latents.batch(part))
-        judged += stage.discriminator(torch.einsum("dk,bkhw->bdhw", space.basis, c)).flatten().tolist()
+        judged += stage.discriminator(space.to_channels(latents.batch(part))).flatten().tolist()
     assert found == pytest.approx(sum(judged) / 10, abs=1e-4)

@@ -155,18 +155,15 @@ def test_quantizer_stays_float32_under_autocast():
 
 def test_discriminator_logits_are_what_the_sigmoid_gets():
     discriminator, x = Discriminator().eval(), torch.rand(3, 64, 64, 64)
-    assert torch.equal(discriminator.logits(x).sigmoid(), discriminator(x))
+    assert torch.equal(discriminator.logits(x, torch.eye(64)).sigmoid(), discriminator(x))
 
 
 def test_discriminator_logits_of_coefficients_are_those_of_latents_with_all_their_gradients():
     torch.manual_seed(0)
     discriminator, found = Discriminator().apply(dcgan_init).double(), []
-    basis = torch.linalg.qr(torch.randn(64, 9, dtype=torch.double))[0]
+    mix = torch.linalg.qr(torch.randn(64, 9, dtype=torch.double))[0]
     c = torch.randn(3, 9, 64, 64, dtype=torch.double, requires_grad=True)
-    for logits in (
-        discriminator.logits(torch.einsum("dk,bkhw->bdhw", basis, c)),
-        discriminator.logits(c, basis),
-    ):
+    for logits in (discriminator.net[:-1](torch.einsum("dk,bkhw->bdhw", mix, c)), discriminator.logits(c, mix)):
         (slope,) = torch.autograd.grad(logits.sum(), c, create_graph=True)
         of_weights = torch.autograd.grad(logits.mean() + slope.square().mean(), discriminator.parameters())
         found.append([logits, slope, *of_weights])
