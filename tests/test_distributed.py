@@ -181,7 +181,7 @@ def _dcgan_step(rank):
             stage.optimizers[name] = torch.optim.SGD(network.to(dtype).parameters(), rate)
         noise = torch.randn(5, 128, 1, 1, generator=torch.Generator().manual_seed(1)).to(dtype)
         stage.prior.noise = lambda n, rng, noise=noise: noise
-        stage.space = replace(stage.space, support=stage.space.support.to(dtype))
+        stage.space = replace(stage.space, support=stage.space.support.to(dtype), mix=stage.space.mix.to(dtype))
         real = torch.rand(5, 8, 64, 64, generator=torch.Generator().manual_seed(2)).to(dtype) - 0.5
         values = stage.step(distributed.part(real).clone(), 5, 0, torch.Generator())
         total = distributed.total(values * distributed.weight(5))
