@@ -8,6 +8,7 @@ stopped is resumed. Nothing is of the test split.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from evaluation.generation import MEASURES
 from priors.latent_space import SPACE
 from support import console
 from support.console import SEED, UserError
-from support.run import RESUME_FILE, open_run
+from support.run import RESUME_FILE, open_run, read_record
 from train import copy_vqvae
 from training import begin, options
 from training.autoregressive import AutoregressiveStage
@@ -72,7 +73,6 @@ TABLES = {
             "embeddings": (replace(BALANCED, quantized=True), {}),
             "no start": (replace(BALANCED, start_steps=0), {}),
             "12 directions": (replace(BALANCED, space=replace(SPACE, directions=12)), {}),
-            "all directions": (replace(BALANCED, space=replace(SPACE, directions=64)), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),
             "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
@@ -107,13 +107,15 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     out = folder_of(o, name, seed)
     recipe, changed = table.rows[name]
     runs = [path.parent for path in sorted(out.glob(f"*/{RESUME_FILE}"))]
+    if runs and read_record(runs[-1])["recipes"][o.stage] != json.loads(json.dumps(asdict(recipe))):
+        raise UserError(f"{runs[-1]}: was trained by another recipe; name another --out")
     if runs and open_run(runs[-1], Options, options.STAGES).epochs_of(o.stage) >= o.epochs:
         return
     print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
-    epochs = {options.stage_option(o.stage, "epochs"): o.epochs}
     args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed, "precision": o.precision}
+    args[options.stage_option(o.stage, "epochs")] = o.epochs
     vqvae = {"vqvae": o.vqvae} if o.vqvae else {}
-    saved = begin.prepare({"resume": runs[-1]} if runs else args | epochs | changed | vqvae)
+    saved = begin.prepare({"resume": runs[-1]} if runs else args | changed | vqvae)
     run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
     try:
         vqvaes = [copy_vqvae(run)] if o.vqvae else []

@@ -199,6 +199,7 @@ LIMITS = {
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has any instructions for bfloat16. Training takes it only where these are always fast."""
     return has_fast_bfloat16(device) or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -272,7 +273,7 @@ def measure(part: str, o, folder: Path) -> dict[str, dict]:
 
 
 def report(part: str, found: dict[str, dict]) -> None:
-    """Tables in Markdown: images a second beside the first side's and the limit's."""
+    """A table in Markdown: images a second beside the first side's and the limit's."""
     flops = {name: 2 * PRODUCT**3 / statistics.median(found.pop(name)["seconds"]) for name in LIMITS if name in found}
     columns = [part, "images/s", "least to most", "ours / this", "peak memory / GB", "GFLOP an image", "of the limit"]
     print("\n| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1))

@@ -100,7 +100,10 @@ class LatentSpace:
         return _multiply(self.directions, c) + self.shift
 
     def to_coefficients(self, t: Tensor) -> Tensor:
-        """The generator's output (B, D, H, W) in [-1, 1] -> coefficients mixᵀ t, (B, K, H, W), within `support`."""
+        """The generator's output (B, D, H, W) in [-1, 1] -> mixᵀ t, (B, K, H, W), within `support`.
+
+        The result is float32 where t is bfloat16, because `support` is.
+        """
         return _multiply(self.mix.T, t) * self.support
 
     def to_channels(self, c: Tensor) -> Tensor:

@@ -91,15 +91,13 @@ def test_each_network_moves_by_its_own_loss(new_stage):
 
 
 def test_the_discriminator_cannot_see_the_amplitude_of_a_batch():
-    """But for its eps, BatchNorm makes a batch and half of it the same, unless there is something to compare with."""
+    """But for its eps, BatchNorm makes a batch and half of it the same: why samples are calibrated."""
     torch.manual_seed(0)
     discriminator = Discriminator().apply(dcgan.dcgan_init)
     real = torch.rand(4, 64, 64, 64) - 0.5
     with torch.no_grad():
         whole, half = discriminator(real), discriminator(real / 2)
         torch.testing.assert_close(whole, half, rtol=0.02, atol=0)
-        whole, half = discriminator(real + 0.5), discriminator(real / 2 + 0.5)
-        assert (whole / half - 1).abs().max() > 0.05
 
 
 class Quadratic(torch.nn.Module):

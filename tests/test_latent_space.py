@@ -30,22 +30,29 @@ def encoded(vqvae, train_set):
 def test_a_space_maps_there_and_back(space):
     c = 0.1 * torch.randn(3, 6, 64, 64, generator=torch.Generator().manual_seed(0)) * space.support
     t = torch.einsum("dk,bkhw->bdhw", space.mix, c)
+    torch.testing.assert_close(space.to_channels(c), t, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(t.norm(dim=1), c.norm(dim=1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(space.to_coefficients(t), c, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(space.clipped(c), c, rtol=1e-4, atol=1e-6)
     clipped = torch.einsum("dk,bdhw->bkhw", space.mix, (100 * t).clamp(-1, 1))  # to what tanh can give
     torch.testing.assert_close(space.clipped(100 * c), clipped, rtol=1e-4, atol=1e-5)
     z, outside = space.decode(c), space.support == 0
     assert outside.any() and torch.equal(z[:, :, outside], space.shift[:, outside].expand(3, -1, -1))
+    assert not space.to_coefficients(torch.ones(1, 8, 64, 64))[:, :, outside].any()
     difference = z - space.shift  # only along the directions
     along = torch.einsum("dk,ek,behw->bdhw", space.directions, space.directions, difference)
     torch.testing.assert_close(along, difference, rtol=1e-3, atol=1e-4)
 
 
-def test_the_discriminator_sees_a_rotation_of_coefficients(space):
-    c = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(0))
-    channels = space.to_channels(c)
-    torch.testing.assert_close(channels, torch.einsum("dk,bkhw->bdhw", space.mix, c), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(channels.norm(dim=1), c.norm(dim=1))
+def test_the_support_reaches_two_positions_beyond_what_varies(space, encoded, vqvae):
+    z, codes = encoded
+    weight = vqvae.vector_quantizer.embedding.weight.detach()
+    usual = (space.shift.flatten(1).T[:, None] == weight).all(2).int().argmax(1).view(64, 64)
+    length = (z - space.shift).double().square().sum(1).sqrt()
+    rms = length[codes != usual].square().mean().sqrt()
+    varies = (length > 0.1 * rms).any(0).numpy()
+    expected = scipy.ndimage.binary_dilation(varies, np.ones((5, 5)))
+    assert (expected == (space.support.numpy() > 0)).mean() > 0.99 and (expected != varies).mean() > 0.05
 
 
 def test_coefficients_are_numpys(space, encoded):

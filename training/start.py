@@ -55,7 +55,7 @@ def start_generator(
             with fast_path.autocast():
                 made = space.to_coefficients(generator(move(noise[indices], space.device)[:, :, None, None]))
             optimizer.zero_grad()
-            F.mse_loss(made.float(), latents.batch(picked[indices])).backward()
+            F.mse_loss(made, latents.batch(picked[indices])).backward()
             optimizer.step()
             bar.update(1)
             console.stop_if_signalled()
