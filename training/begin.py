@@ -176,7 +176,7 @@ def choose_run_fast_path(saved: Saved, device: torch.device) -> FastPath:
     if kept is None or kept.device != device.type:
         return choose_fast_path(device, saved.options.precision, saved.options.plain)
     if kept.bfloat16 and not has_fast_bfloat16(device):
-        text = "the run began in bfloat16, which is slow on this machine; it continues so, to give the same numbers"
+        text = "the run began in bfloat16, which may be slow on this machine; it continues so, to give the same numbers"
         print(f"warning: {text}", file=sys.stderr)
     return kept
 
