@@ -25,7 +25,6 @@ from report.plots import Figures  # noqa: E402
 from support import seeds  # noqa: E402
 from support.run import read_record  # noqa: E402
 
-OF_PHANTOMS = ("codebook_comparison", "codebook", "decoded")
 OF_SCANS = ("train_ssim_scores", "train_recon_losses", "test_ssim_scores")
 OF_PRIORS = {
     "dcgan": ("gan_losses", "gan_measures", "samples"),
@@ -41,8 +40,7 @@ def main(run: Path, predicted: Path) -> None:
     stage = record["options"]["only"] or "vqvae"
     if record["data"]["phantoms"]:
         target = HERE / "phantoms"
-        names = {name: name for name in OF_PHANTOMS}
-        names |= {"epoch_0": "epoch_0", "epoch_1": "epoch_1", f"epoch_{options['epochs']}": "epoch_last"}
+        names = {"epoch_0": "epoch_0", "epoch_1": "epoch_1", f"epoch_{options['epochs']}": "epoch_last"}
         draw_strip(Path(record["data"]["folder"]))
         draw_way(Path(record["data"]["folder"]))
     else:
