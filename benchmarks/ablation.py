@@ -152,7 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=SEED, metavar="S", default=[0, 1], help="default: 0 1")
     parser.add_argument("--epochs", type=COUNT, metavar="N", default=6, help="default: 6")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
+    parser.add_argument("--precision", choices=options.PRECISIONS, default="auto", help="default: auto")
     o = parser.parse_args()
     rows = TABLES[o.stage].rows
     o.rows = o.rows or list(rows)

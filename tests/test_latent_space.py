@@ -27,6 +27,13 @@ def encoded(vqvae, train_set):
         return vqvae.latents(train_set.batch(range(15))), vqvae.encode(train_set.batch(range(15)))
 
 
+@pytest.fixture(scope="module")
+def usual(space, vqvae):
+    """The code (64, 64) whose embedding is the space's shift."""
+    weight = vqvae.vector_quantizer.embedding.weight.detach()
+    return (space.shift.flatten(1).T[:, None] == weight).all(2).int().argmax(1).view(64, 64)
+
+
 def test_a_space_maps_there_and_back(space):
     c = 0.1 * torch.randn(3, 6, 64, 64, generator=torch.Generator().manual_seed(0)) * space.support
     t = torch.einsum("dk,bkhw->bdhw", space.mix, c)
@@ -44,10 +51,8 @@ def test_a_space_maps_there_and_back(space):
     torch.testing.assert_close(along, difference, rtol=1e-3, atol=1e-4)
 
 
-def test_the_support_reaches_two_positions_beyond_what_varies(space, encoded, vqvae):
+def test_the_support_reaches_two_positions_beyond_what_varies(space, encoded, usual):
     z, codes = encoded
-    weight = vqvae.vector_quantizer.embedding.weight.detach()
-    usual = (space.shift.flatten(1).T[:, None] == weight).all(2).int().argmax(1).view(64, 64)
     length = (z - space.shift).double().square().sum(1).sqrt()
     rms = length[codes != usual].square().mean().sqrt()
     varies = (length > 0.1 * rms).any(0).numpy()
@@ -79,10 +84,8 @@ def test_what_is_constant_is_subtracted(space, encoded, vqvae):
         assert torch.equal(space.shift[:, row, column], weight[usual])
 
 
-def test_directions_are_scipys_principal_ones(space, encoded, vqvae):
+def test_directions_are_scipys_principal_ones(space, encoded, usual):
     z, codes = encoded
-    weight = vqvae.vector_quantizer.embedding.weight.detach()
-    usual = (space.shift.flatten(1).T[:, None] == weight).all(2).int().argmax(1).view(64, 64)
     head = (z - space.shift).permute(0, 2, 3, 1)[codes != usual].double().numpy()
     expected = scipy.linalg.svd(head, full_matrices=False)[2][:6]
     overlap = np.abs(np.einsum("kd,dk->k", expected, space.directions.double().numpy()))

@@ -14,6 +14,7 @@ from training import codebook
 from training.recipes import DCGAN
 
 STAGES = {"vqvae": "VQ-VAE"} | {name: prior.title for name, prior in PRIORS.items()}  # in order, with their titles
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 COUNT = Number(int, 1, "a whole number from 1 to 2147483647", below=2**31)
 SIZE = Number(int, 1, "a whole number from 1 to 65536", below=65537)
@@ -51,7 +52,7 @@ class Options:
         "auto", "run", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", resumable=True, metavar="NAME")
     precision: str = _option(
         "auto", "run", "precision of training; auto is bfloat16 on GPUs that have it and CPUs with AMX, else float32",
-        choices=("auto", "float32", "bfloat16"))
+        choices=PRECISIONS)
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32 without TF32")
     prior: str = _option(
         "dcgan", "run", f"what generates codes: {', '.join(PRIORS)}", choices=tuple(PRIORS))
