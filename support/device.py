@@ -155,8 +155,8 @@ class FastPath(NamedTuple):
 def choose_fast_path(device: torch.device, precision: str, plain: bool) -> FastPath:
     """The fast path for a device, the same in all processes.
 
-    "auto" is bfloat16 on GPUs from Ampere on (older ones emulate it slowly) and on CPUs with AMX (on others it
-    is slower than float32).
+    "auto" is bfloat16 on GPUs from Ampere on (older ones emulate it slowly), on CPUs with AMX, and on AMD's with
+    AVX512_BF16 (on others it is slower than float32).
     """
     if plain:
         return FastPath(device.type, plain=True)
@@ -169,7 +169,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         # PyTorch multiplies matrices by oneDNN, which this variable keeps from using newer instructions
         allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-        return torch.cpu._is_amx_tile_supported() and (allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed)
+        if torch.cpu._is_amx_tile_supported():
+            return allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not say
+        is_fast = has.get("avx512_bf16", False) and has["cpu_name"].startswith("AMD")  # Intel's was slower than float32
+        return is_fast and (allowed in ("", "ALL", "DEFAULT") or "BF16" in allowed)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

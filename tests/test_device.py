@@ -107,19 +107,24 @@ def test_what_is_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "has_amx, variable, fast",
+    "has_amx, has_avx512_bf16, name, variable, fast",
     [
-        (True, None, True),
-        (True, "ALL", True),
-        (True, "avx512_core_amx", True),
-        (True, "AVX512_CORE_BF16", False),
-        (True, "AVX2", False),
-        (False, None, False),
-        (False, "ALL", False),
+        (True, True, "Intel Xeon", None, True),
+        (True, True, "Intel Xeon", "ALL", True),
+        (True, True, "Intel Xeon", "avx512_core_amx", True),
+        (True, True, "Intel Xeon", "AVX512_CORE_BF16", False),
+        (True, True, "Intel Xeon", "AVX2", False),
+        (False, True, "Intel Xeon", None, False),
+        (False, True, "AMD EPYC", None, True),
+        (False, True, "AMD EPYC", "avx512_core_bf16", True),
+        (False, True, "AMD EPYC", "AVX2", False),
+        (False, False, "AMD EPYC", "ALL", False),
     ],
 )
-def test_bfloat16_is_fast_on_cpus_with_amx_alone(has_amx, variable, fast, monkeypatch):
+def test_bfloat16_is_fast_with_amx_and_on_amd(has_amx, has_avx512_bf16, name, variable, fast, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    capabilities = {"avx512_bf16": has_avx512_bf16, "cpu_name": name}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if variable:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", variable)

@@ -51,7 +51,7 @@ class Options:
     device: str = _option(
         "auto", "run", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps", resumable=True, metavar="NAME")
     precision: str = _option(
-        "auto", "run", "precision of training; auto is bfloat16 on GPUs that have it and CPUs with AMX, else float32",
+        "auto", "run", "precision of training; auto is bfloat16 where the device multiplies it fast, else float32",
         choices=PRECISIONS)
     plain: bool = _option(False, "run", "no speed optimizations: standard layout, float32 without TF32")
     prior: str = _option(
