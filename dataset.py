@@ -8,10 +8,8 @@ where the brain is.
 import hashlib
 import os
 import re
-import struct
 import sys
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -384,8 +382,6 @@ def read_png(path: Path) -> np.ndarray:
             if getattr(image, "n_frames", 1) != 1:
                 raise DataError(f"{name}: is an animation; replace or remove it")
             image.verify()  # checksums, which reading does not look at
-        if missing_bytes(path.read_bytes()):
-            raise DataError(f"{name}: ends before its last row; replace or remove it")
         with Image.open(path, formats=["PNG"]) as image:
             if image.mode.startswith("I"):  # "I;16", or "I" in older versions of Pillow
                 return np.rint(np.asarray(image, np.float64) * (255 / 65535)).astype(np.uint8)
@@ -400,25 +396,6 @@ def read_png(path: Path) -> np.ndarray:
             raise DataError(f"{name}: cannot be read ({error.strerror}); replace or remove it") from None
         reason = printable(error).replace(f" {str(path)!r}", "").replace(name, "").strip() or type(error).__name__
         raise DataError(f"{name}: cannot be decoded as PNG ({reason}); replace or remove it") from None
-
-
-def missing_bytes(png: bytes) -> int:
-    """How many bytes of its pixels a PNG with right checksums lacks: Pillow would read them as 0."""
-    chunks = []
-    at = 8
-    while at < len(png):
-        n, kind = struct.unpack_from(">I4s", png, at)
-        chunks.append((kind, png[at + 8 : at + 8 + n]))
-        at += 12 + n
-    (width, height, depth, colour, _, _, interlaced), *_ = (
-        struct.unpack(">IIBBBBB", data) for kind, data in chunks if kind == b"IHDR"
-    )
-    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    # Adam7 has seven images of every eighth, eighth, fourth … column and row (PNG specification, section 8.1)
-    steps = [(8, 8), (8, 8), (4, 8), (4, 4), (2, 4), (2, 2), (1, 2)] if interlaced else [(1, 1)]
-    expected = sum(height // y * (1 + (width // x * depth * samples + 7) // 8) for x, y in steps)
-    stream = b"".join(data for kind, data in chunks if kind == b"IDAT")
-    return max(0, expected - len(zlib.decompressobj().decompress(stream, expected)))
 
 
 def find_data(named: str | None) -> Path | None:

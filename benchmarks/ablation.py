@@ -109,7 +109,7 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     runs = [path.parent for path in sorted(out.glob(f"*/{RESUME_FILE}"))]
     if runs and read_record(runs[-1])["recipes"][o.stage] != json.loads(json.dumps(asdict(recipe))):
         raise UserError(f"{runs[-1]}: was trained by another recipe; name another --out")
-    if runs and open_run(runs[-1], Options, options.STAGES).epochs_of(o.stage) >= o.epochs:
+    if runs and open_run(runs[-1], Options).epochs_of(o.stage) >= o.epochs:
         return
     print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
     args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed, "precision": o.precision}
@@ -137,7 +137,7 @@ def print_table(o: argparse.Namespace) -> None:
         found = []
         for seed in o.seeds:
             path = next(folder_of(o, name, seed).glob(f"*/{RESUME_FILE}")).parent
-            rows = open_run(path, Options, options.STAGES).rows_of(o.stage)
+            rows = open_run(path, Options).rows_of(o.stage)
             found.append(rows[-1] | table.stage.kept_row(rows))  # with the measures of the last
         cells = [" ".join(format(row[key], form) for row in found) for key, form in table.columns.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")

@@ -52,18 +52,6 @@ def fit_frame(codes: Tensor) -> Frame:
     return frame._replace(rare=(n_rare.item() + 1) / (n + 2))  # Laplace's rule of succession: never 0
 
 
-def checked_frame(values: dict, n_codes: int) -> Frame:
-    """The frame stored in a file. Raises ValueError if it does not fit a codebook of n_codes."""
-    frame = Frame(**values)
-    numbers = all(type(n) is int for n in (*frame.corner, *frame.size)) and len(frame.corner) == len(frame.size) == 2
-    if not numbers or not all(0 <= a and 0 < n and a + n <= 64 for a, n in zip(frame.corner, frame.size, strict=True)):
-        raise ValueError("its 'frame' is not within 64 x 64 codes")
-    right = isinstance(frame.codes, Tensor) and frame.codes.dtype == torch.long and frame.codes.shape == (64, 64)
-    if not right or not ((0 <= frame.codes) & (frame.codes < n_codes)).all() or not 0 < frame.rare < 1:
-        raise ValueError("its 'frame' is not one of 64 x 64 codes")
-    return frame
-
-
 class AutoregressivePrior:
     """A distribution over codes (64, 64), from which slices and stacks of slices are sampled.
 
@@ -163,18 +151,11 @@ class AutoregressivePrior:
     def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "AutoregressivePrior":
         """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError for invalid contents."""
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
-        frame = checked_frame(contents["frame"], len(codebook))
-        state = contents["state_dict"]
-        planes, settings = contents["planes"], contents["settings"]
-        if not isinstance(planes, list) or not all(type(n) is int and 0 <= n < N_PLANES for n in planes):
-            raise ValueError(f"its 'planes' are not numbers from 0 to {N_PLANES - 1}")
-        sizes = settings["width"], settings["hidden"], *settings["dilations"]
-        if not all(type(n) is int and 0 < n <= 256 for n in sizes) or len(sizes) > 66:
-            raise ValueError("its 'settings' are not a network's")
-        network = Autoregressive(codebook, frame.size, **settings)
-        files.load_state(network, state)
+        frame = Frame(**contents["frame"])
+        network = Autoregressive(codebook, frame.size, **contents["settings"])
+        files.load_state(network, contents["state_dict"])
         network.to(vqvae.conv1.weight.device, memory_format=torch.channels_last).eval()
-        return cls(network, frame, vqvae, planes, bool(contents["phantoms"]))
+        return cls(network, frame, vqvae, contents["planes"], contents["phantoms"])
 
 
 def neighbour_condition(plane: Tensor, neighbours: Tensor, distance: Tensor) -> Condition:

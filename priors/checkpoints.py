@@ -11,7 +11,6 @@ from modules import VQVAE
 from priors.autoregressive import AutoregressivePrior
 from priors.dcgan import DCGANPrior
 from support import files
-from support.console import UserError
 
 Prior = DCGANPrior | AutoregressivePrior
 
@@ -52,7 +51,7 @@ def load_vqvae(path: str | Path) -> VQVAE:
         weight = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
         shape = getattr(weight, "shape", ())
         if len(shape) != 2 or not all(1 <= size <= 65536 for size in shape):
-            raise ValueError(f"it holds no VQ-VAE ({_what_is_there(state)})")
+            raise ValueError("it holds no VQ-VAE: no codebook 'vector_quantizer.embedding.weight'")
         vqvae = VQVAE(n_embeddings=shape[0], embeddings_dim=shape[1])
         files.load_state(vqvae, state)
         return vqvae.eval().to(memory_format=torch.channels_last)
@@ -68,14 +67,6 @@ def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
     return files.load(path, partial(prior_of, vqvae=vqvae))
 
 
-def load_autoregressive(path: str | Path, vqvae: VQVAE) -> AutoregressivePrior:
-    """As `load_prior`, of an autoregressive.pth. Raises UserError if the file holds another prior, too."""
-    prior = load_prior(path, vqvae)
-    if not isinstance(prior, AutoregressivePrior):
-        raise UserError(f"{path}: is no autoregressive prior")
-    return prior
-
-
 def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if it is none, or not this VQ-VAE's."""
     kind = contents.get("kind") if isinstance(contents, dict) else None
@@ -84,17 +75,3 @@ def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
     if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
         raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
     return PRIORS[kind].prior.from_checkpoint(contents, vqvae)
-
-
-def _what_is_there(state: object) -> str:
-    """Where the codebook is in the contents of a file that has none where it should be."""
-    name = "vector_quantizer.embedding.weight"
-    keys = [key for key in state if isinstance(key, str)] if isinstance(state, dict) else []
-    for key in keys:
-        if key.endswith(f".{name}"):
-            prefix = key.removesuffix(name)
-            return f"its keys begin with '{prefix}', of a wrapper; save {{key.removeprefix('{prefix}'): …}} of them"
-        if isinstance(state[key], dict) and name in state[key]:
-            return f"its weights are under '{key}'; save what is there, torch.load(…)['{key}']"
-    first = f"; it begins with '{keys[0][:99]}'" if keys else ""
-    return f"no codebook '{name}'{first}"

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from modules import VQVAE, Generator
-from priors.latent_space import LatentSpace, checked
-from priors.spectrum import N_RINGS, covariance_spectrum, multiply_spectrum, transport
+from priors.latent_space import LatentSpace
+from priors.spectrum import covariance_spectrum, multiply_spectrum, transport
 from support import console, files
 from support.device import move
 
@@ -97,10 +97,8 @@ class DCGANPrior:
     def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "DCGANPrior":
         """The prior of a `checkpoint` of this VQ-VAE, on its device. Raises ValueError for invalid contents."""
         weight = vqvae.vector_quantizer.embedding.weight
-        space = LatentSpace.from_tensors(contents, weight.shape[1]).to(weight.device)
-        gain = None
-        if "gain" in contents:
-            gain = checked(contents["gain"], "gain", (N_RINGS, space.rank, space.rank)).to(weight.device)
+        space = LatentSpace.from_tensors(contents).to(weight.device)
+        gain = contents["gain"].to(weight.device) if "gain" in contents else None
         generator = Generator(embeddings_dim=weight.shape[1])
         files.load_state(generator, contents["state_dict"])
         generator.to(weight.device, memory_format=torch.channels_last).eval()  # as in training, for the same digits

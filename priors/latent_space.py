@@ -79,16 +79,9 @@ class LatentSpace:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], dim: int) -> "LatentSpace":
-        """The map with such attributes for latents of `dim` channels. Raises ValueError if they are not a map's."""
-        scale = tensors["scale"]
-        n = len(scale) if isinstance(scale, Tensor) and scale.ndim else 0
-        shapes = {"scale": (n, 64, 33), "shift": (dim, 64, 64), "directions": (dim, n), "mix": (dim, n)}
-        shapes["support"] = (64, 64)
-        values = {name: checked(tensors[name], name, shape) for name, shape in shapes.items()}
-        if not (values["scale"] > 0).all() or not (1 / values["scale"]).isfinite().all():
-            raise ValueError("its 'scale' has values that are not positive")
-        return cls(**values)
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "LatentSpace":
+        """The map with such attributes, and what else is in `tensors` left out."""
+        return cls(**{field.name: tensors[field.name] for field in fields(cls)})
 
     def encode(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, K, H, W)."""
@@ -168,15 +161,6 @@ class LatentSpace:
         largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)
         return space.to(vqvae.vector_quantizer.embedding.weight.device)
-
-
-def checked(value: object, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A file's tensor as float32. Raises ValueError, naming it, if it is not one of this shape, or not finite."""
-    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-        raise ValueError(f"its '{name}' is not {' x '.join(map(str, shape))} numbers")
-    if not value.float().isfinite().all():
-        raise ValueError(f"its '{name}' has values that are not finite")
-    return value.float()
 
 
 def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:

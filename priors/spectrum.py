@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-N_RINGS = 45  # of the frequencies of 64 x 64 positions, one cycle wide
 LARGEST_FACTOR = 2.0  # by which calibration changes an amplitude
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from dataset import OasisDataset  # noqa: E402
 from priors.autoregressive import plane_condition  # noqa: E402
-from priors.checkpoints import PRIORS, load_autoregressive, load_prior, load_vqvae  # noqa: E402
+from priors.checkpoints import PRIORS, load_prior, load_vqvae  # noqa: E402
 from report.plots import Figures  # noqa: E402
 from support import seeds  # noqa: E402
 from support.run import read_record  # noqa: E402
@@ -62,7 +62,7 @@ def draw_strip(data: Path) -> None:
     dataset = OasisDataset(data, "validate")
     x = dataset.batch([i * len(dataset) // 8 for i in range(8)])
     vqvae = load_vqvae(HERE / "pretrained" / "vqvae.pth")
-    prior = load_autoregressive(HERE / "pretrained" / "autoregressive.pth", vqvae)
+    prior = load_prior(HERE / "pretrained" / "autoregressive.pth", vqvae)
     rng = seeds.generator(0, "samples")
     brains = prior.decode(prior.sample(prior.noise(8, rng), plane_condition(torch.tensor(PLANES))))
     stack = prior.sample_stacks(prior.noise(32, rng)[None], range(32))[0, PLANES]

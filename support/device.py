@@ -128,18 +128,7 @@ class FastPath(NamedTuple):
         return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=fused)
 
     def load_adam(self, optimizer: torch.optim.Adam, saved: dict) -> None:
-        """Load the moments of an optimizer's `state_dict`; rates, and whether it is fused, stay as they are here.
-
-        Raises ValueError if they are not those of the optimizer's weights, which PyTorch does not check: a fused Adam
-        would write beyond their ends.
-        """
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        for n, state in saved["state"].items():
-            shapes = {"step": (), "exp_avg": weights[n].shape, "exp_avg_sq": weights[n].shape}
-            if n < 0 or state.keys() != shapes.keys() or any(state[key].shape != shapes[key] for key in shapes):
-                raise ValueError(f"the moments of weight {n} have other shapes")
-            if not all(value.isfinite().all() for value in state.values()):
-                raise ValueError(f"the moments of weight {n} are not finite")
+        """Load the moments of an optimizer's `state_dict`; rates, and whether it is fused, stay as they are here."""
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 

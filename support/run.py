@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,10 @@ def restoring(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder / RESUME_FILE}: does not fit this run ({reason}); start a new run") from None
 
 
-def open_run(path: str | Path, options: type, stages: Collection[str]) -> Saved:
+def open_run(path: str | Path, options: type) -> Saved:
     """The run in a folder or of a resume.pth (as given, or under gen_imgs/), as `Run.save` left it last.
 
-    `options` is the dataclass of its options, `stages` are the names that a stage may have.
+    `options` is the dataclass of its options.
 
     Raises UserError if the folder holds no run to resume.
     """
@@ -161,12 +161,6 @@ def open_run(path: str | Path, options: type, stages: Collection[str]) -> Saved:
     with restoring(folder):
         saved = files.load(folder / RESUME_FILE)
         run = Saved(options(**saved["options"]), folder, saved["state"], saved["rows"], FastPath(**saved["fast_path"]))
-        if not isinstance(run.rows, list):
-            raise ValueError("it was not written by train.py")
-        for stage, part in run.state.items():
-            epochs = [row["epoch"] for row in run.rows_of(stage)]
-            if stage not in stages or part["epoch"] != len(epochs) or epochs != list(range(1, len(epochs) + 1)):
-                raise ValueError(f"the rows of {stage} do not match its epochs")
     return run
 
 

@@ -7,10 +7,8 @@ import os
 import re
 import signal
 import socket
-import struct
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -159,12 +157,6 @@ def heads(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("heads")
     write_heads(folder)
     return folder
-
-
-def png_of(chunks) -> bytes:
-    """A PNG of chunks, each a kind and its data, with checksums that are right."""
-    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.fixture(scope="session")

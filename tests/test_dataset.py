@@ -1,14 +1,11 @@
 """Reading PNG folders: order, formats, what is refused, and batches."""
 
 import os
-import struct
-import zlib
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from conftest import png_of
 from PIL import Image, PngImagePlugin
 
 import dataset as dataset_module
@@ -106,32 +103,6 @@ def test_loader_shuffles_afresh_keeps_the_last_batch_and_repeats_by_seed(data):
     assert torch.equal(first.sum((1, 2, 3)).sort().values, everything.sum((1, 2, 3)).sort().values)
 
 
-def grey_png(stream: bytes, interlaced: int = 0) -> bytes:
-    """An 8-bit grey PNG of 256x256 pixels whose filtered rows are `stream`, with checksums that are right."""
-    header = struct.pack(">IIBBBBB", 256, 256, 8, 0, 0, 0, interlaced)
-    return png_of(((b"IHDR", header), (b"IDAT", zlib.compress(stream)), (b"IEND", b"")))
-
-
-def test_an_interlaced_png_is_read_and_one_without_its_last_byte_is_refused(folder):
-    path, stream = folder / "case_001_slice_0.nii.png", b""
-    pixels = np.random.default_rng(0).integers(0, 256, (256, 256), np.uint8)
-    for x, y, right, down in (
-        (0, 0, 8, 8),
-        (4, 0, 8, 8),
-        (0, 4, 4, 8),
-        (2, 0, 4, 4),
-        (0, 2, 2, 4),
-        (1, 0, 2, 2),
-        (0, 1, 1, 2),
-    ):
-        stream += b"".join(b"\0" + row.tobytes() for row in pixels[y::down, x::right])
-    path.write_bytes(grey_png(stream, interlaced=1))
-    assert np.array_equal(read_png(path), pixels)
-    path.write_bytes(grey_png(stream[:-1], interlaced=1))
-    with pytest.raises(DataError, match="last row"):
-        read_png(path)
-
-
 def broken_files():
     """What may be wrong with a file, and a word that the message must have."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256), np.uint8))
@@ -174,7 +145,6 @@ def broken_files():
         "a pipe": (os.mkfifo, "is not a regular file"),
         "too small": (lambda path: grey(size=(255, 256)).save(path), "255x256"),
         "a decompression bomb": (lambda path: grey(size=(20000, 10000)).save(path), "decompression bomb"),
-        "rows missing": (lambda path: path.write_bytes(grey_png(100 * bytes(257))), "before its last row"),
         "a flipped bit": (flipped, "cannot be decoded"),
         "a bomb of text": (text_bomb, "cannot be decoded"),
         "a very large file": (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40), "16 MiB"),

@@ -118,18 +118,10 @@ def test_the_file_of_another_codebook_is_refused(prior, vqvae, tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("state_dict", 3, "weights of a Generator"),
-        ("state_dict", {}, "is missing"),
-        ("shift", 1.0, "'shift'"),
-        ("shift", torch.zeros(7), "'shift'"),
-        ("scale", torch.full((6, 64, 33), torch.nan), "'scale'"),
-        ("scale", torch.zeros(6, 64, 33), "'scale' has values that are not positive"),
-        ("scale", torch.ones(6, 64, 64), "'scale' is not 6 x 64 x 33"),
-        ("scale", 1.0, "'scale' is not"),
-        ("mix", torch.zeros(8, 5), "'mix' is not 8 x 6"),
-        ("gain", torch.full((45, 6, 6), torch.inf), "'gain' has values that are not finite"),
-        ("gain", torch.ones(44, 6, 6), "'gain' is not 45 x 6 x 6"),
-        ("gain", [], "'gain' is not"),
+        ("state_dict", 3, "state_dict to be dict-like"),
+        ("state_dict", {}, "Missing key"),
+        ("shift", 1.0, "does not hold what is expected"),
+        ("gain", [], "does not hold what is expected"),
     ],
 )
 def test_a_spoiled_file_is_refused(prior, vqvae, tmp_path, key, value, message):

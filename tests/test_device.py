@@ -70,30 +70,12 @@ def test_adam_is_adam_fused_or_not_and_can_change_over_on_resuming():
         torch.testing.assert_close(network.weight[0].detach(), expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(
-    "n, moments, said",
-    [
-        (0, {"exp_avg": torch.zeros(3)}, "weight 0 have other shapes"),  # a fused Adam would write beyond its end
-        (0, {"step": torch.zeros(2)}, "weight 0 have other shapes"),
-        (0, {"exp_avg_sq": torch.full((1, 7), torch.inf)}, "weight 0 are not finite"),
-        (0, {"more": torch.zeros(())}, "weight 0 have other shapes"),
-        (-1, {}, "weight -1 have other shapes"),
-    ],
-)
-def test_moments_of_other_weights_are_refused_and_rates_stay(n, moments, said):
-    def trained(lr: float) -> torch.optim.Adam:
-        network = torch.nn.Linear(7, 1, bias=False)
-        network.weight.grad = torch.ones(1, 7)
-        optimizer = FastPath("cpu").adam(network, lr)
-        optimizer.step()
-        return optimizer
-
-    saved, optimizer = trained(0.1).state_dict(), trained(0.2)
+def test_the_rate_stays_when_moments_are_loaded():
+    network = torch.nn.Linear(7, 1, bias=False)
+    saved = FastPath("cpu").adam(network, 0.1).state_dict()
+    optimizer = FastPath("cpu").adam(network, 0.2)
     FastPath("cpu").load_adam(optimizer, saved)
     assert optimizer.param_groups[0]["lr"] == 0.2
-    saved["state"][n] = saved["state"][0] | moments
-    with pytest.raises(ValueError, match=said):
-        FastPath("cpu").load_adam(optimizer, saved)
 
 
 def test_what_is_chosen(monkeypatch):

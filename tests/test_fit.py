@@ -131,7 +131,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqv
     with pytest.raises(ZeroDivisionError):
         fit.fit(stopped, runs[1])
     assert not (tmp_path / "stopped" / "metrics.csv").exists()  # there is no epoch
-    again = Run(**vars(open_run(tmp_path / "stopped", Options, [kind.name])))
+    again = Run(**vars(open_run(tmp_path / "stopped", Options)))
     stage = kind(again, copy.deepcopy(vqvae), *sets)
     monkeypatch.setattr(stage, "start", lambda: 1 / 0)
     fit.fit(stage, again)
@@ -157,7 +157,7 @@ def test_a_start_that_was_interrupted_goes_on_to_the_same_weights(data, vqvae, t
             with monkeypatch.context() as patch, pytest.raises(console.Stopped):
                 patch.setattr(dcgan, "save_start", stop)
                 fit.fit(DCGANStage(run, copy.deepcopy(vqvae), *sets), run)
-            run = Run(**vars(open_run(run.folder, Options, ["dcgan"])))
+            run = Run(**vars(open_run(run.folder, Options)))
             assert not run.state["dcgan"]["started"]
         stage = DCGANStage(run, copy.deepcopy(vqvae), *sets)
         monkeypatch.setattr(stage, "step", lambda *words: 1 / 0)

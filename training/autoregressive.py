@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from dataset import OasisDataset
 from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
-from priors.autoregressive import AutoregressivePrior, checked_frame, fit_frame
+from priors.autoregressive import AutoregressivePrior, Frame, fit_frame
 from priors.code_cache import CodeCache
 from support import distributed, files, seeds
 from support.device import move
-from support.run import Run, restoring
+from support.run import Run
 from training.fit import Stage, rate_factor
 from training.recipes import AUTOREGRESSIVE, AutoregressiveRecipe
 from training.samples import Samples
@@ -70,12 +70,11 @@ class AutoregressiveStage(Stage):
         self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
         torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
-        with restoring(run.folder):
-            if self.name in run.state:
-                self.frame = checked_frame(run.state[self.name]["extra"]["frame"], len(codebook))
-            else:
-                self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
-            self.network = Autoregressive(codebook, self.frame.size, recipe.width, recipe.dilations, recipe.hidden)
+        if self.name in run.state:
+            self.frame = Frame(**run.state[self.name]["extra"]["frame"])
+        else:
+            self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
+        self.network = Autoregressive(codebook, self.frame.size, recipe.width, recipe.dilations, recipe.hidden)
         for parameter in self.network.parameters():  # principal components may have other signs on another machine
             distributed.copy_first(parameter.data)
         self.network.to(run.device, memory_format=fast_path.layout)

@@ -85,9 +85,7 @@ def _name_unused(args: dict[str, Any], options: Options) -> None:
 
 def _resumed(args: dict[str, Any]) -> Saved:
     """The saved run, with the options in `args` changed. Raises UserError if one may not change."""
-    saved = open_run(args.pop("resume"), Options, STAGES)
-    if not saved.options.data:
-        raise UserError(f"{saved.folder / RESUME_FILE}: names no data; start a new run")
+    saved = open_run(args.pop("resume"), Options)
     for name, value in args.items():
         if not FIELDS[name].metadata["resumable"]:
             raise UserError(f"{flag(name)} cannot change on resuming; leave it out")

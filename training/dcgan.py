@@ -12,12 +12,11 @@ from modules import VQVAE, Discriminator, Generator, dcgan_init
 from priors.checkpoints import PRIORS
 from priors.dcgan import DCGANPrior
 from priors.latent_cache import LatentCache
-from priors.latent_space import LatentSpace, checked
-from priors.spectrum import N_RINGS
+from priors.latent_space import LatentSpace
 from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
-from support.run import Run, restoring
+from support.run import Run
 from training.fit import Stage, save_start
 from training.recipes import DCGAN, DCGANRecipe
 from training.samples import Samples
@@ -58,10 +57,14 @@ class DCGANStage(Stage):
         self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs)
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         if self.name in run.state:
-            space, stored, gain = self._restore(run.state[self.name]["extra"], embeddings_dim)
-        else:  # latents are stored where they fit into memory
+            saved = run.state[self.name]["extra"]
+            self.samples.load_state_dict(saved, self.title)
+            space = LatentSpace(**saved["space"])
+            stored = saved["stored"]
+            gain = saved["gain"]
+        else:
             space = self._fit_space(vqvae, train_set)
-            stored = None
+            stored = None  # latents are stored where they fit into memory
             gain = None
         self.space = space.to(run.device)
         quantized = self.recipe.quantized
@@ -82,6 +85,7 @@ class DCGANStage(Stage):
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
         self.begun: dict = {}  # step and optimizer of a start that was interrupted
+        gain = None if gain is None else gain.to(run.device)
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
     def _fit_space(self, vqvae: VQVAE, train_set: OasisDataset) -> LatentSpace:
@@ -89,19 +93,6 @@ class DCGANStage(Stage):
         if recipe is None:
             return LatentSpace.of_codebook(vqvae)
         return distributed.from_first(lambda: LatentSpace.fit(vqvae, train_set, recipe).to("cpu"))
-
-    def _restore(self, saved: dict, embeddings_dim: int) -> tuple[LatentSpace, bool, Tensor | None]:
-        """Restore the samples' state; return the space, whether latents are stored, and the calibration's gain.
-
-        The rest of `extra_state` is restored by `load_extra_state`. Raises UserError for another VQ-VAE.
-        """
-        with restoring(self.run.folder):
-            self.samples.load_state_dict(saved, self.title)
-            space = LatentSpace.from_tensors(saved["space"], embeddings_dim)
-            gain = saved["gain"]
-            if gain is not None:
-                gain = checked(gain, "gain", (N_RINGS, space.rank, space.rank)).to(self.run.device)
-            return space, bool(saved["stored"]), gain
 
     def data(self) -> LatentCache:
         return self.latents
@@ -121,9 +112,8 @@ class DCGANStage(Stage):
         optimizer = fast_path.adam(self.average, self.recipe.start_lr)
         first = 0
         if self.begun:
-            with restoring(self.run.folder):
-                fast_path.load_adam(optimizer, self.begun["optimizer"])
-                first = int(self.begun["step"])
+            fast_path.load_adam(optimizer, self.begun["optimizer"])
+            first = self.begun["step"]
         settings = (self.batch_size, fast_path, self.run.options.seed)
         for step in start_generator(self.average, optimizer, self.latents, range(first, n_steps), *settings):
             self.begun = {"step": step, "optimizer": optimizer.state_dict()}

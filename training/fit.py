@@ -124,9 +124,6 @@ def fit(stage: Stage, run: Run) -> None:
             stage.load_state_dict(saved)
             started = bool(saved["started"])
             history = {column: [float(value) for value in saved["history"][column]] for column in stage.columns}
-            column = stage.chosen_by and stage.chosen_by[0]
-            if column and not all(isinstance(row[column], float) for row in run.rows_of(stage.name)):  # it was edited
-                raise ValueError(f"{column} is not a number in each of its rows")
     if not started:
         with exact_float32():
             stage.start()

@@ -90,19 +90,7 @@ class Options:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Validate values, which may come from an edited resume.pth. Raises ValueError."""
-        self.dcgan_betas = tuple(self.dcgan_betas)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            argument = field.metadata["argument"]
-            if value is None and field.default is None:
-                continue
-            values = value if isinstance(field.default, tuple) else (value,)
-            kind = str if field.default is None else type(field.default)
-            allowed = argument.get("type") or argument.get("choices")
-            ok = all(each in allowed for each in values) if allowed else isinstance(value, kind)
-            if not ok or len(values) != argument.get("nargs", 1):
-                raise ValueError(f"option {field.name} is {value!r}")
+        self.dcgan_betas = tuple(self.dcgan_betas)  # argparse gives a list
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}

@@ -153,8 +153,6 @@ class VQVAEStage(Stage):
 
     def load_extra_state(self, state: dict) -> None:
         self.codebook.load_state_dict(state)
-        if not isinstance(state["kept"], str):
-            raise ValueError("what was kept is no digest")
         self.kept = state["kept"]
 
     def best(self) -> VQVAE:
