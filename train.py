@@ -10,12 +10,6 @@
 Everything is written to a new folder, gen_imgs/<date_time>/. docs/usage.md lists its files.
 """
 
-if __name__ == "__main__":
-    try:
-        import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
-    except ModuleNotFoundError:
-        text = "error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without"
-        raise SystemExit(text) from None
 import sys
 
 from dataset import OasisDataset

@@ -10,12 +10,6 @@ other file counts as a subject of its own. Results are written to a new folder, 
 shown by its index.html.
 """
 
-import sys
-
-if __name__ == "__main__":
-    if not __package__:  # run as a file: the project's folder is not in the path
-        sys.path.insert(0, __file__.rpartition("evaluation")[0])
-    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 from pathlib import Path
 

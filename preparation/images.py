@@ -8,12 +8,6 @@ those of 8 bits that are so already keep their pixels. Deeper values are scaled 
 and called again, it goes on where it was: until all is done, everything is in DEST.unfinished.
 """
 
-import sys
-
-if __name__ == "__main__":
-    if not __package__:  # run as a file: the project's folder is not in the path
-        sys.path.insert(0, __file__.rpartition("preparation")[0])
-    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import re
 from functools import partial

@@ -10,14 +10,9 @@ Each volume is turned to RAS, resampled linearly where its voxels are not of 1 m
 like those of the PNG set (`preparation.volumes`). Subjects of OASIS-1's discs and of neurite-OASIS are split as there.
 """
 
-import sys
-
-if __name__ == "__main__":
-    if not __package__:  # run as a file: the project's folder is not in the path
-        sys.path.insert(0, __file__.rpartition("preparation")[0])
-    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from preparation import folder, sources
@@ -26,14 +21,12 @@ from preparation.volumes import PLANES, Volume, VolumeError, cut, cut_atlas, cut
 from support import console, files
 from support.console import Number, UserError
 
-LEAST_LITRES = 2.5  # of a head with its skull: four or more; a brain has less than two
 FIRST_PLANE = Number(int, 1, "a whole number from 1 to 512", below=513)
 SLICES = Number(int, 2, "a whole number from 2 to 256", below=257)
 SHARE = Number(float, 0.01, "a number from 0.01 to 1", below=math.nextafter(1, 2))
 WORKERS = Number(int, 1, "a whole number from 1 to 256", below=257)
 OPTIONS = ("slices", "least_brain", "plane", "first_plane", "seed")  # which decide what is written, beside the split
-COLUMNS = ("case", "subject", "session", "split", "source")
-COLUMNS += ("shape", "zooms", "black", "white", "litres", "slices", "notes")
+COLUMNS = ("case", "subject", "session", "split", "source", "slices", "notes")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     plan = {name: getattr(o, name) for name in OPTIONS}
     plan |= {"kind": kind, "splits": {str(case): split for case, split in sorted(splits.items())}}
-    plan["planes"] = "highest" if kind == sources.NEURITE else "middle"
     plan["volumes"] = [[volume.name, *sources.sizes_and_times(volume)[0]] for volume in scans]
     if not folder.is_complete(dest, plan):
         # removing one of two volumes that contradict each other must not cost what is done
@@ -95,8 +87,6 @@ def convert_all(volumes, splits: dict[int, str], unfinished: Path, errors: list[
         raise UserError(f"{unfinished}: no subject is left for {min(missing)}; train.py needs all three splits")
     remove_others(rows, unfinished, o)
     files.write_csv(unfinished / "subjects.csv", COLUMNS, [[row[key] for key in COLUMNS] for row in rows])
-    if stripped := sum(row["litres"] < LEAST_LITRES for row in rows):
-        print(f"{stripped} of {len(rows)} volumes seem to have no skull; slices of the PNG set are of whole heads")
     for row in rows:
         if row["notes"]:
             print(f"warning: {row['source']}: {row['notes']}", file=sys.stderr)
@@ -116,9 +106,9 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
     in_atlas, highest = ((kind, o.plane) == (name, "axial") for name in (sources.ATLAS, sources.NEURITE))
     try:
         if in_atlas:
-            images, positions, facts = cut_atlas(scan.voxels, o.first_plane, o.slices)
+            images, positions = cut_atlas(scan.voxels, o.first_plane, o.slices)
         else:
-            images, positions, facts = cut(scan.voxels, o.plane, o.slices, o.least_brain, highest)
+            images, positions = cut(scan.voxels, o.plane, o.slices, o.least_brain, highest)
     except ValueError as error:
         raise VolumeError(f"{volume.name}: {error}") from None
     for path, image in zip(paths, images, strict=True):
@@ -129,9 +119,8 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
             raise VolumeError(f"{labels.name}: has another shape than {volume.name}; remove it")
         for path, image in zip(paths, cut_labels(tissue, positions), strict=True):
             folder.write_slice(image, label_map(path))
-    shape, zooms = ("x".join(map(str, numbers)) for numbers in (scan.shape, scan.zooms))
-    row |= facts | {"split": split, "shape": shape, "zooms": zooms, "notes": "; ".join(scan.notes)}
-    files.write_json(record_path(volume, unfinished), row | {"slices": " ".join(map(str, positions))})
+    row |= {"split": split, "slices": " ".join(map(str, positions)), "notes": "; ".join(scan.notes)}
+    files.write_json(record_path(volume, unfinished), row)
 
 
 def slice_paths(case: int, session: int, split: str, unfinished: Path, o: argparse.Namespace) -> list[Path]:

@@ -7,12 +7,6 @@ right. They resemble the set's slices in what docs/method.md lists, but they are
     python -m preparation.phantoms DIR    # 512 training, 64 validation and 64 test slices, with label maps
 """
 
-import sys
-
-if __name__ == "__main__":
-    if not __package__:  # run as a file: the project's folder is not in the path
-        sys.path.insert(0, __file__.rpartition("preparation")[0])
-    import support.early  # isort: skip  # noqa: F401  before what takes long to import, or is missing
 import argparse
 from pathlib import Path
 

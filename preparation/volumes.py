@@ -66,12 +66,10 @@ class Volume(NamedTuple):
 class Scan(NamedTuple):
     """A volume that was read: `voxels` (x, y, z) float32 at 1 mm, running right, to the front and up (RAS).
 
-    `shape` and `zooms` (in mm) are those of the file, `notes` what a user should know about it.
+    `notes` is what a user should know about it.
     """
 
     voxels: np.ndarray
-    shape: tuple[int, ...]
-    zooms: tuple[float, ...]
     notes: list[str]
 
 
@@ -151,7 +149,7 @@ def read(volume: Volume, labels: bool = False) -> Scan:
     strange = ~np.isfinite(voxels)
     if strange.any():
         voxels = _without_nan(volume, voxels, strange)
-    return Scan(voxels, shape, zooms, notes)
+    return Scan(voxels, notes)
 
 
 def _without_nan(volume: Volume, voxels: np.ndarray, strange: np.ndarray) -> np.ndarray:
@@ -233,7 +231,7 @@ def _decompress(volume: Volume, contents: bytes) -> bytearray:
 
 def cut(
     voxels: np.ndarray, plane: str, n_slices: int, least_brain: float, highest: bool = False
-) -> tuple[np.ndarray, list[int], dict]:
+) -> tuple[np.ndarray, list[int]]:
     """Slices of a volume (x, y, z) in RAS at 1 mm, of any unit, as the report's set has them.
 
     Slices are 1 mm apart, in the middle or the highest of those with `least_brain` of the largest one's foreground, and
@@ -245,8 +243,6 @@ def cut(
     Returns:
         images: (n_slices, 256, 256) uint8.
         positions: the index of each along the axis across.
-        facts: black, and white, the 99.5 % quantile of what is brighter, in the volume's unit; litres, what is more
-            than EDGE of that above black.
 
     Raises:
         ValueError: nothing is brighter than the background, much is darker, or too few slices have enough brain.
@@ -276,22 +272,19 @@ def cut(
         filled = np.flatnonzero(between.any(tuple(other for other in range(3) if other != axis)))
         middles.append((int(filled[0]) + int(filled[-1]) + 1) // 2)
     positions = list(range(start, start + n_slices))
-    images = _grey(_placed(voxels - np.float32(black), plane, positions, middles))
-    return images, positions, {"black": black, "white": white, "litres": round(float(brain.sum()) / 1e6, 3)}
+    return _grey(_placed(voxels - np.float32(black), plane, positions, middles)), positions
 
 
-def cut_atlas(voxels: np.ndarray, first: int, n_slices: int) -> tuple[np.ndarray, list[int], dict]:
+def cut_atlas(voxels: np.ndarray, first: int, n_slices: int) -> tuple[np.ndarray, list[int]]:
     """The planes of a volume (x, y, z) in OASIS-1's atlas, T88_111, that the report's set has: nothing is fitted.
 
-    `first` counts from 1. Returns what `cut` does; black is 0. Raises ValueError if the volume lacks a plane.
+    `first` counts from 1. Returns what `cut` does. Raises ValueError if the volume lacks a plane.
     """
     positions = list(range(first - 1, first - 1 + n_slices))
     if positions[-1] >= voxels.shape[2]:
         raise ValueError(f"has {voxels.shape[2]} planes, not {positions[-1] + 1}; give another --first-plane")
-    white = float(voxels.max())
-    images = _grey(_placed(voxels, "axial", positions, [voxels.shape[0] // 2, voxels.shape[1] // 2]))
-    litres = round(float((voxels > EDGE * white).sum()) / 1e6, 3)
-    return images, positions, {"black": 0.0, "white": white, "litres": litres}
+    middles = [voxels.shape[0] // 2, voxels.shape[1] // 2]
+    return _grey(_placed(voxels, "axial", positions, middles)), positions
 
 
 def cut_labels(labels: np.ndarray, positions: list[int]) -> np.ndarray:

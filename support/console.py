@@ -158,7 +158,6 @@ def warn_on_failure(path: Path) -> Iterator[None]:
 
 def run_program(main: Callable[[], None], name: str) -> None:
     """Run a program's `main`. What its user can fix ends it with one line and exit status 1, without a traceback."""
-    sys.excepthook = sys.__excepthook__  # all is imported: see support.early
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None where the shell closed it; of Jupyter's own kind in a notebook
             stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text

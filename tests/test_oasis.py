@@ -134,14 +134,13 @@ def test_all_orientations_and_formats_give_the_same_slices(heads, tmp_path):
 
 def test_slices_are_cut_as_a_plain_loop_would(heads):
     head = heads[1].astype(np.float32)
-    images, positions, facts = volumes.cut(head, "axial", 4, 0.8)
+    images, positions = volumes.cut(head, "axial", 4, 0.8)
     brain = head > 0.02 * np.quantile(head[head > 0], 0.995)
     enough = [z for z in range(head.shape[2]) if brain[:, :, z].sum() >= 0.8 * brain.sum((0, 1)).max()]
     before, after = positions[0] - enough[0], enough[-1] - positions[-1]
     assert positions == list(range(positions[0], positions[0] + 4)) and 0 <= after - before <= 1
     highest = volumes.cut(head, "axial", 4, 0.8, highest=True)[1]
     assert highest == list(range(enough[-1] - 3, enough[-1] + 1)) != positions
-    assert facts["litres"] == pytest.approx(brain.sum() / 1e6, abs=1e-3) and facts["black"] == 0
     x, y = (np.flatnonzero(brain[:, :, enough[0] : enough[-1] + 1].any(axes)) for axes in ((1, 2), (0, 2)))
     middle_x, middle_y = (x[0] + x[-1] + 1) // 2, (y[0] + y[-1] + 1) // 2
     for row, column, i in itertools.product(range(0, 256, 5), range(0, 256, 5), range(4)):
@@ -184,7 +183,7 @@ def test_rows_and_columns_are_the_axes_in_their_order(plane, top):
     head = np.zeros((60, 60, 60), np.float32)
     head[5:55, 5:55, 5:55] = 1
     head[8:20, 40:52, 40:52] = 2  # left, front, top
-    images, _, _ = volumes.cut(head, plane, 50, 0.5)
+    images, _ = volumes.cut(head, plane, 50, 0.5)
     bright = np.argwhere((images[(images == 128).any((1, 2))] == 255).any(0))  # in planes that it crosses
     assert len(bright) and all(top <= y < top + 128 and x >= 128 for y, x in bright)
 
@@ -200,7 +199,6 @@ def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
     ball = (1000 * np.clip(30 - np.sqrt(x * x + y * y + z * z), 0, 1)).astype(np.float32)
     affine = np.diag([2.0, 1, 0.5, 1])
     scan = volumes.read(volume(write_nifti(tmp_path / "a.nii", ball, affine)))
-    assert scan.zooms == (2, 1, 0.5) and scan.shape == (80, 80, 80)
     widths = [len(np.flatnonzero((scan.voxels > 500).any(axes))) for axes in ((1, 2), (0, 2), (0, 1))]
     assert widths == pytest.approx([118, 59, 29.5], abs=1.5)
     ramp = np.broadcast_to(100 + 10 * np.arange(120, dtype=np.float32)[:, None, None], (120, 40, 40))
@@ -208,7 +206,6 @@ def test_other_voxel_sizes_are_resampled_to_1_mm(tmp_path):
     image.header["pixdim"][1:4] = 1  # which the affine contradicts
     nib.save(image, tmp_path / "ramp.nii")
     scan = volumes.read(volume(tmp_path / "ramp.nii"))
-    assert scan.zooms == (2, 2, 2)
     assert np.allclose(scan.voxels[:238, 40, 40], 100 + 5 * np.arange(238), atol=1e-3)  # linear between voxels
 
 
@@ -449,12 +446,6 @@ def test_planes_that_are_too_few_are_said_to_be_so(tmp_path):
         volumes.read(volume(path))
 
 
-def test_a_program_runs_as_a_file_too(tmp_path):
-    words = [sys.executable, PROJECT / "preparation" / "oasis.py", "--help"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
-
-
 def test_from_oasis_to_scores(heads, tmp_path):
     """Discs -> slices -> train.py -> predict.py, without an option; a repeated scan stays with its subject."""
     for case, head in enumerate(heads, 8):
@@ -466,9 +457,7 @@ def test_from_oasis_to_scores(heads, tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["session"]) for row in rows] == [("8", "1"), ("9", "1"), ("9", "2"), ("10", "1")]
     assert rows[1]["split"] == rows[2]["split"] and {row["split"] for row in rows} == set(folder.SHARES)
-    assert (
-        rows[0]["shape"] == "176x208x36x1" and rows[0]["zooms"] == "1.0x1.0x1.0" and len(rows[0]["slices"].split()) == 4
-    )
+    assert len(rows[0]["slices"].split()) == 4
     names = {f"keras_png_slices_{rows[1]['split']}/case_009_slice_{s}.nii.png" for s in range(8)}
     assert names <= pixels(tmp_path / "slices").keys() and len(pixels(tmp_path / "slices")) == 16 + 1
     with Image.open(tmp_path / "slices" / "preview.png") as image:
@@ -616,16 +605,6 @@ def test_scans_that_contradict_each_other_and_incomplete_pairs_are_named(heads, 
     write_analyze(source / disc(3), heads[2])
     done = convert(source, tmp_path / "slices", *LOW)
     assert done.returncode == 0 and len(pixels(tmp_path / "slices")) == 12, done.stderr
-
-
-def test_volumes_without_a_skull_are_counted(tmp_path):
-    head = np.zeros((170, 170, 170), np.int16)
-    head[15:155, 15:155, 15:155] = 100 + np.add.outer(np.arange(140), np.arange(140))  # 2.7 litres
-    for i in range(3):
-        small = head[:100, :100, :100] if i else head
-        write_nifti(tmp_path / "heads" / f"{i}.nii", small)
-    done = convert(tmp_path / "heads", tmp_path / "slices")
-    assert "2 of 3 volumes seem to have no skull" in done.stdout, done.stderr
 
 
 def test_discs_become_the_very_slices_of_the_set(tmp_path):

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -418,22 +417,6 @@ def test_a_program_of_its_own_refuses_in_one_line_and_finds_its_modules_from_any
         assert re.fullmatch(rf"{re.escape(script)}: error: nowhere.*\n", done.stderr)
 
 
-def test_what_ends_a_program_while_it_imports_is_one_line(tmp_path):
-    scripts = (["train.py"], ["predict.py", "x.pth"], ["-m", "preparation.oasis"], ["-m", "preparation.phantoms"])
-    for name, raised, code, said, used in (
-        ("torch", "KeyboardInterrupt", -signal.SIGINT, "Stopped before anything was done.", scripts),
-        ("torch", "ValueError('LOGS=x\\n')", 1, "error: torch cannot be imported (ValueError: LOGS=x)\n", scripts),
-        ("scipy", "ModuleNotFoundError('no', name='scipy')", 1, "error: the package scipy is not", scripts[3:]),
-    ):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.py").write_text(f"raise {raised}")
-        for words in used:
-            command, environment = [sys.executable, *words], {"PYTHONPATH": str(folder)}
-            done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-            assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == 1
-
-
 def test_going_on_without_bad_scans_and_with_names_that_are_no_text(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     for split in ("train", "test"):
@@ -521,14 +504,3 @@ def test_help_names_every_option_with_its_default(tmp_path):
         assert re.search(rf"{option} \S+\s[^-]*\(default:\s+{default}", text)
     for name in (*FIELDS, "resume", "dry_run"):
         assert f"  {flag(name)}" in text
-
-
-def test_importing_a_program_leaves_tracebacks_as_they_are():
-    assert "support.early" not in sys.modules
-
-
-@pytest.mark.parametrize("program", ["train.py", "predict.py"])
-def test_a_python_that_does_not_see_the_programs_folder_says_so(program, tmp_path):
-    done = subprocess.run([sys.executable, "-I", PROJECT / program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr == "error: python -I and PYTHONSAFEPATH hide this program's own folder; start it without\n"
