@@ -270,33 +270,30 @@ def equal_images(one: ImageFolder, other: ImageFolder) -> list[tuple[int, int]]:
     return [(place[digest], i) for i, digest in enumerate(other.digests) if digest in place]
 
 
-def refuse_equal_images(train_set: OasisDataset, other: OasisDataset) -> None:
-    """Raise DataError if an image, other than a black one, is in both splits, under whatever name."""
-    equal = [(i, j) for i, j in equal_images(train_set, other) if other.images[j].any()]
+def refuse_equal_images(one: ImageFolder, other: ImageFolder, advice: str) -> None:
+    """Raise DataError, which ends with `advice`, if an image that is not black is in both, under whatever name."""
+    equal = [(i, j) for i, j in equal_images(one, other) if other.images[j].any()]
     if equal:
-        (i, j), more = equal[0], f" (and {len(equal) - 1} more images are)" if len(equal) > 1 else ""
-        raise DataError(
-            f"{printable(other.files[j])}: has the pixels of {train_set.name(i)} in training{more}, so scores would "
-            "be too good; correct the splits, or give --allow-shared-cases"
-        )
+        (i, j), more = equal[0], f" ({len(equal)} images are in both)" if len(equal) > 1 else ""
+        raise DataError(f"{printable(other.files[j])}: has the pixels of {printable(one.files[i])}{more}; {advice}")
 
 
-def picture_box(images: Tensor, margin: int = BOX_MARGIN) -> tuple[slice, slice]:
-    """The rows and columns in which any of images (N, 1, H, W) is above 0, and `margin` pixels around them.
+def picture_box(images: Tensor) -> tuple[slice, slice]:
+    """The rows and columns in which any of images (N, 1, H, W) is above 0, and BOX_MARGIN pixels around them.
 
     They begin at a multiple of 4, so that the codes of cropped images lie on the grid of whole ones. Their number is a
     multiple of 8, or all of them. If every image is black, all rows and columns.
     """
     bright = images.amax((0, 1)) > 0
-    return _box_along(bright.any(1), margin), _box_along(bright.any(0), margin)
+    return _box_along(bright.any(1)), _box_along(bright.any(0))
 
 
-def _box_along(bright: Tensor, margin: int) -> slice:
+def _box_along(bright: Tensor) -> slice:
     size = len(bright)
     places = bright.nonzero().flatten().tolist()
     first, end = (places[0], places[-1] + 1) if places else (0, size)
-    start = max(0, first - margin) // 4 * 4
-    length = min(size, -(-(end + margin - start) // 8) * 8)
+    start = max(0, first - BOX_MARGIN) // 4 * 4
+    length = min(size, -(-(end + BOX_MARGIN - start) // 8) * 8)
     start = min(start, size - length)
     return slice(start, start + length)
 

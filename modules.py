@@ -274,13 +274,6 @@ def dcgan_init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
-    """With weights of 0, so that a block begins as one that adds nothing."""
-    for parameter in convolution.parameters():
-        nn.init.zeros_(parameter)
-    return convolution
-
-
 class Condition(NamedTuple):
     """What the prior over codes is conditioned on: where slices lie in the head, and neighbouring slices.
 
@@ -301,7 +294,9 @@ class DilatedBlock(nn.Module):
     def __init__(self, n: int, dilation: int):
         super().__init__()
         self.conv1 = nn.Conv2d(n, n, (3, 3), (1, 1), dilation, dilation)
-        self.conv2 = _zeroed(nn.Conv2d(n, n, (1, 1)))
+        self.conv2 = nn.Conv2d(n, n, (1, 1))
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)  # a block begins as one that adds nothing
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))

@@ -93,24 +93,18 @@ def speed(device: str) -> str:
     return run("benchmarks/speed.py", "vqvae", "dcgan", "--device", device)
 
 
-PARTS = {part.__name__: part for part in (tests, epochs, speed)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--device", help="(default: the GPU)")
     o = parser.parse_args()
-    unknown = set(o.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"{', '.join(sorted(unknown))}: no such part; there are {', '.join(PARTS)}")
     device = o.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "")
     if not device:
         raise UserError("no GPU here; make test shows what a machine without one can show")
     results = []
-    for name in o.parts or PARTS:
+    for part in (tests, epochs, speed):
+        name = part.__name__
         try:
-            results.append(f"{name}: good\n{PARTS[name](device)}")
+            results.append(f"{name}: good\n{part(device)}")
         except Exception as error:  # the other parts are worth having
             results.append(f"{name}: FAILED\n{error if isinstance(error, Failed) else repr(error)}")
     print("\n----- paste from here into an issue -----")

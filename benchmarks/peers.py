@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from modules import Decoder, Discriminator, Encoder, Generator, dcgan_init
@@ -95,16 +94,6 @@ def vqvae_step(network: nn.Module):
         optimizer.step()
 
     return step
-
-
-@torch.no_grad()
-def validate(network: nn.Module, images: Tensor) -> list[float]:
-    """SSIM of each image, one after another, by scikit-image."""
-    scores = []
-    for x in images.split(1):
-        x_hat = network(x)[1]
-        scores.append(structural_similarity(x[0, 0].cpu().numpy(), x_hat[0, 0].cpu().numpy(), data_range=1.0))
-    return scores
 
 
 def dcgan_step(real_batch, device):

@@ -15,14 +15,6 @@ from dataset import list_scans
 from preparation.layout import label_map
 from support import console
 
-NAMES = (
-    "foreground share",
-    "foreground mean",
-    "foreground standard deviation",
-    "PNG size / bytes",
-    "share of exact zeros",
-    "level of white matter",
-)
 WHITE_MATTER = 255  # in label maps
 EVERY = 5  # of 32 slices a subject: all heights occur equally often
 
@@ -58,17 +50,17 @@ def statistics(folder: str | Path, every: int = EVERY) -> dict[str, float]:
         foreground = image[image > 0.04]
         white = image[np.asarray(Image.open(label_map(path))) == WHITE_MATTER] if label_map(path).is_file() else None
         rows.append(
-            (
-                foreground.size / image.size,
-                foreground.mean(),
-                foreground.std(),
-                path.stat().st_size,
-                (image == 0).mean(),
-                np.nan if white is None else white.mean(),
-            )
+            {
+                "foreground share": foreground.size / image.size,
+                "foreground mean": foreground.mean(),
+                "foreground standard deviation": foreground.std(),
+                "PNG size / bytes": path.stat().st_size,
+                "share of exact zeros": (image == 0).mean(),
+                "level of white matter": np.nan if white is None else white.mean(),
+            }
         )
         power += np.abs(np.fft.fft2(image)) ** 2
-    values = dict(zip(NAMES, np.mean(rows, 0).tolist(), strict=True))
+    values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return values | {"slope of the power spectrum": _slope(power), "slices": len(rows)}
 
 

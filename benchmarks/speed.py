@@ -6,15 +6,13 @@
 
 Each side runs in a process of its own, so that none profits from another's settings. The processes wait while one of
 them works, and take turns: in each round every side does its work once. Before the first round each does it three
-times (caches, allocators). What is printed is the median over rounds, with the smallest and the largest. bfloat16 is
-tried where the processor has instructions for it.
+times (caches, allocators). What is printed is the median over rounds, with the smallest and the largest. Where the
+default is bfloat16, float32 is measured too.
 """
 
 import argparse
 import contextlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,12 +32,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset import OasisDataset
-from evaluation import reconstruction
 from modules import VQVAE
 from preparation import phantoms
 from priors.latent_cache import LatentCache
 from priors.latent_space import LatentSpace
-from support.device import choose_device, has_fast_bfloat16, keep_freed_memory
+from support.device import choose_device, has_fast_bfloat16
 from support.run import Run, Saved, environment
 from training.autoregressive import AutoregressiveStage
 from training.begin import choose_run_fast_path
@@ -127,13 +124,6 @@ def our_prior(kind: type, device, folder: Path, **change) -> Work:
     return step_of(kind(run, vqvae, train_set, train_set))
 
 
-def our_validation(device, folder: Path) -> Work:
-    keep_freed_memory()
-    validate_set = OasisDataset(folder, "validate", device)
-    model = VQVAE().to(device)
-    return Work(lambda: reconstruction.score(model, validate_set), len(validate_set))
-
-
 # --- others
 
 
@@ -154,13 +144,6 @@ def peer_dcgan(device, folder: Path) -> Work:
     return Work(peers.dcgan_step(lambda: latents.space.to_channels(latents.batch(range(BATCH))), device))
 
 
-def peer_validation(device, folder: Path) -> Work:
-    validate_set = OasisDataset(folder, "validate", device)
-    x = validate_set.batch(range(len(validate_set)))
-    network = report_style().to(device)
-    return Work(lambda: peers.validate(network, x), len(x))
-
-
 def matrix_product(dtype: torch.dtype, device, folder: Path) -> Work:
     """The most that the machine computes: TF32 on a GPU, as convolutions do there."""
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -173,7 +156,7 @@ PARTS: dict[str, dict[str, Callable[..., Work]]] = {
     "vqvae": {
         "ours": our_vqvae,
         "ours, whole slices": partial(our_vqvae, whole=True),
-        "ours, bfloat16": partial(our_vqvae, bfloat16=True),
+        "ours, float32": partial(our_vqvae, bfloat16=False),
         "ours, --plain": partial(our_vqvae, **PLAIN),
         "report's style": partial(peer_vqvae, report_style),
         "vector-quantize-pytorch": partial(peer_vqvae, lambda: peers.Autoencoder(peers.PeerQuantizer())),
@@ -181,14 +164,13 @@ PARTS: dict[str, dict[str, Callable[..., Work]]] = {
     },
     "dcgan": {
         "ours": partial(our_prior, DCGANStage),
-        "ours, bfloat16": partial(our_prior, DCGANStage, bfloat16=True),
+        "ours, float32": partial(our_prior, DCGANStage, bfloat16=False),
         "plain": peer_dcgan,
     },
     "autoregressive": {
         "ours": partial(our_prior, AutoregressiveStage),
-        "ours, bfloat16": partial(our_prior, AutoregressiveStage, bfloat16=True),
+        "ours, float32": partial(our_prior, AutoregressiveStage, bfloat16=False),
     },
-    "validation": {"ours": our_validation, "report's style": peer_validation},
 }
 LIMITS = {
     "limit, float32": partial(matrix_product, torch.float32),
@@ -196,11 +178,6 @@ LIMITS = {
 }
 
 # --- measuring
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has any instructions for bfloat16. Training takes it only where these are always fast."""
-    return has_fast_bfloat16(device) or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def timed(work: Work, device: torch.device) -> float:
@@ -249,11 +226,10 @@ def measure(part: str, o, folder: Path) -> dict[str, dict]:
     """Start a process for each side, let them take turns, and collect what each took."""
     running, found = {}, {}
     for name in PARTS[part] | LIMITS:
-        if "bfloat16" in name and not multiplies_bfloat16(choose_device(o.device)):
-            continue  # many times slower than float32
+        if name in ("ours, float32", "limit, bfloat16") and not has_fast_bfloat16(choose_device(o.device)):
+            continue  # the default is float32 there, and bfloat16 may be many times slower
         words = [sys.executable, __file__, "--worker", part, name, str(folder), "--device", o.device]
-        environment = os.environ | {"OMP_NUM_THREADS": str(o.threads)}
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         answer = json.loads(process.stdout.readline() or "{}")
         if "n" not in answer:
             print(f"  {name}: left out ({answer.get('missing', 'it failed')})", flush=True)
@@ -294,8 +270,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=10, help="(default: 10)")
-    parser.add_argument("--subjects", type=int, default=8, help="phantoms to train on, 32 images each (default: 8)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: what torch takes)")
     parser.add_argument("--device", default="auto", help="(default: auto)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     o = parser.parse_args()
@@ -305,22 +279,12 @@ def main() -> None:
         return worker(part, name, device, Path(folder))
     if unknown := set(o.parts) - set(PARTS):
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
-    print(json.dumps(environment(device) | {"processor": processor(), "threads": o.threads}, indent=2))
+    print(json.dumps(environment(device), indent=2))
     print(f"Batch {BATCH}, 256x256 phantoms, {o.rounds} rounds, fast path: {new_run(device).fast_path}")
     with tempfile.TemporaryDirectory() as folder:
-        first = o.subjects + 1  # of those that are not trained on
-        cases = {"train": range(1, first), "validate": range(first, first + 2)}
-        phantoms.write(Path(folder), cases)
+        phantoms.write(Path(folder), {"train": range(1, 9)})
         for part in o.parts or PARTS:
             report(part, measure(part, o, Path(folder)))
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset import DataError, ImageFolder, case_and_slice, equal_images, printable
+from dataset import DataError, ImageFolder, case_and_slice, printable, refuse_equal_images
 from evaluation.generation import compare
 from priors.checkpoints import load_vqvae
 from report import comparison as comparisons
@@ -42,13 +42,14 @@ def main(argv: list[str] | None = None) -> None:
         folders[side] = ImageFolder(Path(folder), skip_bad=options.skip_bad, place=side)
         folders[side].print_skipped()
         refuse_colour(folders[side])
-    refuse_equal_images(folders["REAL"], folders["FAKE"], "FAKE")
+    refuse_equal_images(folders["REAL"], folders["FAKE"], "REAL and FAKE must have no image in common")
     images = {side: folder.as_images() for side, folder in folders.items()}
     real = images["REAL"]
     fake = images["FAKE"]
     train = images.get("--train")
     if train is not None:
-        refuse_equal_images(folders["REAL"], folders["--train"], "--train")
+        advice = "REAL and --train must have no image in common"
+        refuse_equal_images(folders["REAL"], folders["--train"], advice)
         refuse_shared_subjects(folders["REAL"], folders["--train"])
     folder = new_folder(options.out, "_evaluation")  # first, because it may fail, and measuring is slow
     comparison = compare(real, fake, vqvae, train, options.seed, options.reconstruct)
@@ -76,17 +77,6 @@ def refuse_colour(folder: ImageFolder) -> None:
         with Image.open(path) as image:
             if image.mode in ("P", "RGB", "RGBA") and np.ptp(image.convert("RGB"), axis=2).any():
                 raise DataError(f"{printable(path)}: is in colour; convert it to grey (preparation.images does)")
-
-
-def refuse_equal_images(real: ImageFolder, other: ImageFolder, side: str) -> None:
-    """Raise DataError if an image is in both folders."""
-    if real.files == other.files:
-        raise DataError(f"{printable(real.files[0].parent)}: is REAL and {side}; name two folders")
-    equal = equal_images(real, other)
-    if equal:
-        i, j = equal[0]
-        first, second = printable(other.files[j]), printable(real.files[i])
-        raise DataError(f"{first}: has the pixels of {second}; REAL and {side} must have no image in common")
 
 
 def refuse_shared_subjects(real: ImageFolder, train: ImageFolder) -> None:

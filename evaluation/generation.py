@@ -205,13 +205,9 @@ def compare(
     copies = None
     if train is not None:
         copies = memorisation.find_copies(fake, shown, train, seeds.generator(seed, "resampling"))
-        quantiles = (_fifth_percentile(part.distance) for part in (copies.fake, copies.real))
+        quantiles = (Interval(part.distance.quantile(0.05).item()) for part in (copies.fake, copies.real))
         rows.append(Row(NEAREST, *quantiles, Interval(math.nan)))
-    return Comparison(rows, _missing(rows, counterpart, real, fake, train), copies, fake)
-
-
-def _fifth_percentile(distance: Tensor) -> Interval:
-    return Interval(distance.quantile(0.05).item())
+    return Comparison(rows, _missing(real, fake, train), copies, fake)
 
 
 def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tuple[Images, Images]:
@@ -224,23 +220,16 @@ def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tu
     return second.evenly_spaced(n), first
 
 
-def _missing(rows: list[Row], counterpart: Images, real: Images, fake: Images, train: Images | None) -> list[str]:
-    """Why measures are missing."""
+def _missing(real: Images, fake: Images, train: Images | None) -> list[str]:
+    """Why measures may be missing."""
     reasons = []
-    n = min(len(real), len(fake))
-    if n < FEWEST_COMPARED:
-        reasons.append(f"AUC and coverage need {FEWEST_COMPARED} images a side; here are {n}")
-    if len(set(real.subjects)) == 1:
-        reasons.append("real images are of one subject: nothing can be compared over subjects")
-    if FEWEST_COMPARED > len(counterpart) and not reasons:
-        n = len(counterpart)
-        reasons.append(f"without the training images, halves of the real ones are compared: of {n} images")
-    if not reasons and any(math.isnan(side.value) for row in rows[: len(MEASURES)] for side in row[1:]):
-        reasons.append("images without detail have no texture, and a side with one subject has no folds")
+    if min(len(real) // (1 if train else 2), len(fake)) < FEWEST_COMPARED or len(set(real.subjects)) == 1:
+        reasons.append(
+            f"AUC and coverage need {FEWEST_COMPARED} images a side, of several subjects; without the training images, "
+            "halves of the real ones are compared"
+        )
     if train is None:
         reasons.append("copies are not looked for without the training images")
-    elif len(real) < 1 / memorisation.CHANCE:
-        reasons.append(f"{len(real)} real images are few: the nearest of them decides which fake images are near")
     return reasons
 
 

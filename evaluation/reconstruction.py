@@ -139,14 +139,6 @@ def entropy(counts: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1) / math.log(2)
 
 
-def perplexity(usage: Tensor) -> float:
-    """2 to the entropy of code counts (n_embeddings,): the number of equally used codes with the same entropy.
-
-    Between 1 and n_embeddings; 1 where nothing was counted.
-    """
-    return 2 ** entropy(usage).item()
-
-
 def adaptive_bits(usage: Tensor) -> float:
     """Bits that an adaptive coder spends on all images whose codes at each position are counted in (positions, n).
 
@@ -175,8 +167,8 @@ def codebook_usage(scores: Scores) -> dict[str, float]:
     return {
         "codes_used": int((overall > 0).sum()),
         "codes_used_10_times": int((overall >= 10).sum()),
-        "perplexity": perplexity(overall),
-        "foreground_perplexity": perplexity(scores.foreground_usage),
+        "perplexity": 2 ** entropy(overall).item(),
+        "foreground_perplexity": 2 ** entropy(scores.foreground_usage).item(),
         "bits_raw": positions * math.log2(n_embeddings),
         "bits_entropy": positions * entropy(overall).item(),
         "bits_adaptive": adaptive_bits(scores.usage) / len(scores.ssim),

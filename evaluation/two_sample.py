@@ -8,13 +8,15 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor
 
 from evaluation.texture import Features
 
-FOLDS, RIDGE, NEWTON_STEPS = 5, 1.0, 30  # of logistic regression
+FOLDS, RIDGE = 5, 1.0  # of logistic regression
 NEIGHBOURS = 5  # of coverage
 COMPONENTS = 256  # of the images four times smaller
 RESAMPLES = 1000  # for confidence intervals
@@ -147,7 +149,8 @@ def two_sample_auc(real: Rows, fake: Rows) -> Tensor:
         weight = fit_logistic(x, label)
         a, b = (side.values[fold == part] @ weight[:-1] for side, fold in zip((real, fake), folds, strict=True))
         u, v = (side.weights[:, fold == part] for side, fold in zip((real, fake), folds, strict=True))
-        won += _bilinear(u, (b > a[:, None]).double() + (b == a[:, None]).double() / 2, v)
+        greater = (b > a[:, None]).double() + (b == a[:, None]).double() / 2
+        won += ((u @ greater) * v).sum(1)
         compared += u.sum(1) * v.sum(1)
     return won / compared
 
@@ -155,29 +158,20 @@ def two_sample_auc(real: Rows, fake: Rows) -> Tensor:
 def fit_logistic(x: Tensor, label: Tensor) -> Tensor:
     """Coefficients (F + 1,), the constant last, of logistic regression of labels (N,) in {0, 1} on x (N, F).
 
-    They minimise the sum of the cross entropies plus RIDGE / 2 times the squared coefficients without the constant, by
-    Newton's method.
+    They minimise the sum of the cross entropies plus RIDGE / 2 times the squared coefficients without the constant.
     """
     x = F.pad(x, (0, 1), value=1.0)
     ridge = torch.full((x.shape[1],), RIDGE).to(x)
     ridge[-1] = 1e-9  # only for labels that are all equal
 
-    def loss(weight: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(x @ weight, label, reduction="sum") + ridge @ weight.square() / 2
+    def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
+        weight = torch.from_numpy(weight)
+        logits = x @ weight
+        value = F.binary_cross_entropy_with_logits(logits, label, reduction="sum") + ridge @ weight.square() / 2
+        return value.item(), (x.T @ (logits.sigmoid() - label) + ridge * weight).numpy()
 
-    weight = torch.zeros_like(ridge)
-    for _ in range(NEWTON_STEPS):
-        p = (x @ weight).sigmoid()
-        gradient = x.T @ (p - label) + ridge * weight
-        if gradient.abs().max() < 1e-8 * len(x):
-            break
-        step = torch.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + torch.diag(ridge), gradient)
-        size = 1.0
-        before = loss(weight)
-        while loss(weight - size * step) > before and size > 1e-6:
-            size /= 2
-        weight = weight - size * step
-    return weight
+    found = minimize(loss, np.zeros(len(ridge)), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+    return torch.from_numpy(found.x)
 
 
 def coverage(real: Rows, fake: Tensor) -> Tensor:
@@ -194,8 +188,3 @@ def coverage(real: Rows, fake: Tensor) -> Tensor:
     covered = (torch.cdist(real.values, fake) < radius[:, None]).any(1).double()
     share = real.weights * radius.isfinite()  # without another subject there is no ball
     return share @ covered / share.sum(1)
-
-
-def _bilinear(a: Tensor, matrix: Tensor, b: Tensor) -> Tensor:
-    """a · matrix · b for each row of a (R, N) and b (R, M): (R,)."""
-    return ((a @ matrix) * b).sum(1)

@@ -6,8 +6,10 @@ generator.pth.
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.fft import dct
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -152,7 +154,7 @@ class LatentSpace:
             shift=shift,
             directions=torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, :n_directions].float(),
             scale=torch.ones(n_directions, z.shape[2], z.shape[3] // 2 + 1),
-            mix=_cosines(len(second_moment))[:, :n_directions],
+            mix=torch.from_numpy(dct(np.eye(len(second_moment)), norm="ortho"))[:, :n_directions].float(),
             support=F.max_pool2d(varies[None].float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)[0],
         )
         power = power_spectrum(space.encode(z)).clamp(min=1e-5 * rms**2)
@@ -171,14 +173,6 @@ def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:
     pairs = [(z.cpu(), vqvae.vector_quantizer.nearest(z).cpu()) for z in latents]
     z, codes = zip(*pairs, strict=True)
     return torch.cat(z), torch.cat(codes)
-
-
-def _cosines(n: int) -> Tensor:
-    """The functions of the cosine transform (DCT-II), orthonormal columns (n, n)."""
-    k = torch.arange(n, dtype=torch.double)
-    columns = torch.cos(torch.pi * (k[:, None] + 0.5) * k / n) * (2 / n) ** 0.5
-    columns[:, 0] /= 2**0.5
-    return columns.float()
 
 
 def _multiply(matrix: Tensor, x: Tensor) -> Tensor:

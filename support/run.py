@@ -206,7 +206,7 @@ def environment(device: torch.device) -> dict:
         "commit": _commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in packages},
+        **{name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
@@ -214,25 +214,11 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # installed under another name, as pillow-simd is
-        return "unknown"
-
-
 def _commit() -> str:
+    """The commit of this project, ending in -dirty where files were changed since; "" if it is in no repository."""
     project = Path(__file__).parent.parent
-
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", project, *args], capture_output=True, text=True, env=variables)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
+    command = ["git", f"--git-dir={project / '.git'}", f"--work-tree={project}", "describe", "--always", "--dirty"]
     try:
-        if not (project / ".git").exists():  # git would name the repository around it
-            return ""
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run([*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         return ""

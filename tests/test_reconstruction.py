@@ -17,7 +17,6 @@ from evaluation.reconstruction import (
     adaptive_bits,
     codebook_usage,
     entropy,
-    perplexity,
     score,
     ssim,
 )
@@ -150,13 +149,6 @@ def test_score_covers_a_smaller_last_batch():
 
     scores = score(VQVAE(), Few())
     assert scores.ssim.shape == (SCORE_BATCH + 3,) and scores.usage.sum() == (SCORE_BATCH + 3) * 4096
-
-
-def test_perplexity_closed_forms():
-    assert perplexity(torch.tensor([7, 7, 7, 7, 0, 0])) == pytest.approx(4)
-    assert perplexity(torch.tensor([0, 9])) == pytest.approx(1)
-    assert perplexity(torch.tensor([3, 1])) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
-    assert perplexity(torch.zeros(5, dtype=torch.int64)) == 1
 
 
 def test_entropy_is_scipys():

@@ -95,7 +95,7 @@ def test_run_json(trained, data):
     bfloat16 = has_fast_bfloat16(torch.device("cpu"))
     assert record["fast_path"] == {"device": "cpu", "plain": False, "bfloat16": bfloat16}
     assert record["torch"] == torch.__version__ and record["device"] == "cpu" and record["resumed"] == []
-    assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", record["commit"])
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", record["commit"])
 
 
 def test_resume_pth_has_the_same_keys_for_each_stage(trained):

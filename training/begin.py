@@ -157,7 +157,8 @@ def _read_splits(options: Options, device: torch.device) -> tuple[OasisDataset, 
         dataset.print_skipped()
         counts[dataset.split] = len(dataset)
     if not options.allow_shared_cases:
-        refuse_equal_images(train_set, validate_set)
+        advice = "scores would be too good; correct the splits, or give --allow-shared-cases"
+        refuse_equal_images(train_set, validate_set, advice)
     return train_set, validate_set, counts
 
 
