@@ -112,9 +112,3 @@ def test_a_program_runs_in_a_notebook_and_leaves_its_signals_alone(monkeypatch):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a mistake"):
         console.run_program(lambda: (_ for _ in ()).throw(RuntimeError("a mistake")), "p.py")
-
-
-def test_a_failure_around_a_figure_is_a_warning(tmp_path, capsys):
-    with console.warn_on_failure(tmp_path / "a.png"):
-        raise ValueError("no axes")
-    assert capsys.readouterr().err == f"warning: {tmp_path / 'a.png'}: could not be written and is left out (no axes)\n"

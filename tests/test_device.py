@@ -181,14 +181,6 @@ def test_products_of_matrices_stay_float32_whatever_the_environment_says():
         assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_copies_are_not_waited_for_on_cuda_alone():
-    class Spy:
-        def to(self, device, non_blocking):
-            return non_blocking
-
-    assert [module.move(Spy(), torch.device(name)) for name in ("cuda", "mps", "cpu")] == [True, False, False]
-
-
 def test_mps_has_the_standard_layout():
     assert FastPath("mps").layout == torch.contiguous_format and str(FastPath("mps")).startswith("standard layout, ")
     assert FastPath("cuda").layout == torch.channels_last and str(FastPath("cuda")).startswith("channels_last, ")

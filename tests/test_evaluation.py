@@ -8,9 +8,6 @@ import pytest
 from conftest import run_program
 from PIL import Image
 
-from evaluation import compare, of_arrays
-from modules import VQVAE
-
 REAL, FAKE, TRAIN = "keras_png_slices_validate", "keras_png_slices_test", "keras_png_slices_train"
 
 
@@ -55,9 +52,3 @@ def test_what_cannot_be_compared_is_refused_in_one_line(folders, spoil, message)
     done = run_program("evaluation", REAL, FAKE, "--train", TRAIN, cwd=folders)
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (folders / "gen_imgs").exists()
-
-
-def test_arrays_are_compared_from_python(images):
-    real, fake = ((side[:, 0].numpy() * 255).astype(np.uint8) for side in (images[:3], images[3:]))
-    found = compare(of_arrays(real), of_arrays(fake, subjects=["a", "a", "b"]), VQVAE().eval())
-    assert found.rows[0].fake.value > 0 and found.copies is None

@@ -3,7 +3,6 @@
 import fcntl
 import io
 import os
-import pickle
 import resource
 import struct
 import zipfile
@@ -17,14 +16,6 @@ from priors.checkpoints import load_vqvae
 from support import files
 from support.console import UserError
 from support.run import restoring
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
-    files.save([1], tmp_path / "x.pth")
-    with pytest.raises(pickle.PicklingError), files.atomically(tmp_path / "x.pth") as temporary:
-        temporary.write_bytes(b"half of")
-        raise pickle.PicklingError
-    assert files.load(tmp_path / "x.pth") == [1] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
@@ -96,7 +87,12 @@ def test_weights_of_other_origin_load(tmp_path, kind):
                 torch.load(path, weights_only=True)  # as it is, it wants a GPU
     loaded = load_vqvae(path).state_dict()
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(loaded[key], value, rtol=1e-3 if kind == "half precision" else 0, atol=1e-4)
+        torch.testing.assert_close(
+            loaded[key],
+            value,
+            rtol=1e-3 if kind == "half precision" else 0,
+            atol=1e-4 if kind == "half precision" else 0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -154,14 +150,6 @@ def test_find_looks_here_then_under_gen_imgs(tmp_path, monkeypatch):
     assert files.find("a").resolve() == tmp_path / "gen_imgs" / "a"
     (tmp_path / "a").mkdir()
     assert files.find("a").resolve() == tmp_path / "a"
-
-
-def test_load_vqvae_restores_sizes_and_weights(tmp_path):
-    model = VQVAE(20, 8)
-    files.save(files.cpu_state(model), tmp_path / "x.pth")
-    again = load_vqvae(tmp_path / "x.pth")
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
-    assert not again.training
 
 
 @pytest.mark.parametrize(

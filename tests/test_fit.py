@@ -14,7 +14,6 @@ from evaluation import reconstruction
 from modules import Generator
 from report import page
 from support import console, files
-from support.console import UserError
 from support.device import FastPath
 from support.run import Run, open_run
 from training import dcgan, fit, start
@@ -97,19 +96,6 @@ def test_a_run_that_ends_below_a_black_image_says_so(data, tmp_path, capsys):
         stage.best()
         said = f"less than a black image has, {black:.4f}; train longer, or with a lower --lr"
         assert (said in capsys.readouterr().out) == warned
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_by_name():
-    fit.check_finite(torch.tensor([1.0, 2.0]), "VQ-VAE epoch 2", 16)
-    losses = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [torch.inf, 4.0]])  # of steps 14, 15 and 16
-    with pytest.raises(UserError, match="VQ-VAE epoch 2, step 15: .*not finite"):
-        fit.check_finite(losses, "VQ-VAE epoch 2", 16)
-
-
-def test_means_over_images_weigh_the_smaller_last_batch():
-    sizes = fit.batch_sizes(10, 4)
-    assert sizes == [4, 4, 2] and fit.batch_sizes(8, 4) == [4, 4] and fit.batch_sizes(3, 32) == [3]
-    assert fit.mean_over_images(torch.tensor([1.0, 1.0, 4.0]), sizes) == pytest.approx((8 * 1 + 2 * 4) / 10)
 
 
 @pytest.mark.parametrize(

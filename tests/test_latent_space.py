@@ -104,17 +104,6 @@ def test_emphasis_is_the_exponent_of_the_spectrum_that_is_divided_by(vqvae, trai
         assert slope == pytest.approx(1 - emphasis, abs=0.05)
 
 
-def test_the_space_of_the_codebook_fits_it_into_tanhs_range(vqvae):
-    space = LatentSpace.of_codebook(vqvae)
-    embeddings = vqvae.vector_quantizer.embedding.weight.detach()
-    z = embeddings[:, :, None, None].expand(-1, -1, 64, 64)
-    c = space.clipped(space.encode(z))
-    torch.testing.assert_close(c, z / embeddings.abs().max(), rtol=1e-4, atol=1e-6)
-    assert c.abs().max() == pytest.approx(1)
-    torch.testing.assert_close(space.decode(c), z, rtol=1e-4, atol=1e-5)
-    assert torch.equal(space.to_channels(c), c) and torch.equal(space.to_coefficients(c), c)
-
-
 def test_a_codebook_of_one_used_code_has_a_space(train_set):
     space = LatentSpace.fit(VQVAE(1, 4), train_set)
     assert all(value.isfinite().all() for value in space.tensors().values()) and (space.scale > 0).all()

@@ -70,12 +70,6 @@ def test_long_facts_are_folded_and_pages_below_are_linked(tmp_path):
     assert text.count("<details>") == 1 and "<dd>0</dd>" in text
 
 
-def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, capsys):
-    page.write(tmp_path / "nowhere", "T", {})
-    page.write_run(tmp_path)  # which holds no run
-    assert capsys.readouterr().err.count("warning: ") == 2 and not list(tmp_path.iterdir())
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
 def test_a_browser_shows_every_picture_without_errors_and_sorts_the_table(folder, tmp_path_factory):
     check = """<script>

@@ -18,12 +18,6 @@ def stripes(period: float, angle: float = 0.0) -> torch.Tensor:
     return (0.5 + 0.5 * torch.sin(2 * torch.pi * across / period))[None, None]
 
 
-def test_blur_is_scipys_gaussian(images):
-    for sigma in (1.0, 4.0):
-        expected = scipy.ndimage.gaussian_filter(images[0, 0].double().numpy(), sigma, mode="mirror", truncate=3)
-        np.testing.assert_allclose(texture.blur(images[:1], sigma)[0, 0].numpy(), expected, atol=1e-6)
-
-
 def test_coherence_is_that_of_numpys_eigenvalues(images):
     image = images[0, 0].double().numpy()
     slopes = np.gradient(image)
