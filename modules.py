@@ -16,6 +16,8 @@ from torch import Tensor, nn
 # Images whose distances to 512 embeddings are held at once, 8 MB each: about a CPU's cache; one large kernel on a GPU.
 IMAGES_AT_ONCE = {"cpu": 4, "cuda": 64}
 
+HIDDEN, RESIDUAL_HIDDEN = 64, 32  # channels of the VQ-VAE's hidden layers, and within its residual blocks
+
 # Constants of the prior over codes.
 STRIDES = (8, 4, 2, 1)  # of its grids; each contains the coarser ones
 WINDOW = 2  # rows above a code, and columns on either side, whose codes the perceptron takes
@@ -29,16 +31,16 @@ MOST_DISTANCE = 16  # between a slice and a neighbour: half the planes
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x)))) at constant resolution: (B, C, H, W) -> (B, C, H, W).
 
-    C is `n_hiddens`; between the convolutions there are `n_residual_hidden_layers` channels.
+    C is HIDDEN; between the convolutions there are RESIDUAL_HIDDEN channels.
     """
 
-    def __init__(self, n_hiddens: int = 64, n_residual_hidden_layers: int = 32):
+    def __init__(self):
         super().__init__()
         self._residual_block = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(n_hiddens, n_residual_hidden_layers, (3, 3), (1, 1), (1, 1), bias=False),
+            nn.Conv2d(HIDDEN, RESIDUAL_HIDDEN, (3, 3), (1, 1), (1, 1), bias=False),
             nn.ReLU(),
-            nn.Conv2d(n_residual_hidden_layers, n_hiddens, (1, 1), (1, 1), bias=False),
+            nn.Conv2d(RESIDUAL_HIDDEN, HIDDEN, (1, 1), (1, 1), bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,16 +48,16 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 1, H, W) in [0, 1] -> features (B, n_hiddens, H/4, W/4)."""
+    """Image (B, 1, H, W) in [0, 1] -> features (B, HIDDEN, H/4, W/4)."""
 
-    def __init__(self, n_hiddens: int = 64, n_residual_hidden_layers: int = 32):
+    def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(1, n_hiddens // 2, (4, 4), (2, 2), (1, 1)),
+            nn.Conv2d(1, HIDDEN // 2, (4, 4), (2, 2), (1, 1)),
             nn.ReLU(inplace=True),
-            nn.Conv2d(n_hiddens // 2, n_hiddens, (4, 4), (2, 2), (1, 1)),
-            ResidualBlock(n_hiddens, n_residual_hidden_layers),
-            ResidualBlock(n_hiddens, n_residual_hidden_layers),
+            nn.Conv2d(HIDDEN // 2, HIDDEN, (4, 4), (2, 2), (1, 1)),
+            ResidualBlock(),
+            ResidualBlock(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,15 +67,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, embeddings_dim, h, w) -> image (B, 1, 4h, 4w), not clamped to [0, 1]."""
 
-    def __init__(self, embeddings_dim: int = 64, n_hiddens: int = 64, n_residual_hidden_layers: int = 32):
+    def __init__(self, embeddings_dim: int = 64):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(embeddings_dim, n_hiddens, (3, 3), (1, 1), (1, 1)),
-            ResidualBlock(n_hiddens, n_residual_hidden_layers),
-            ResidualBlock(n_hiddens, n_residual_hidden_layers),
-            nn.ConvTranspose2d(n_hiddens, n_hiddens // 2, (4, 4), (2, 2), (1, 1)),
+            nn.Conv2d(embeddings_dim, HIDDEN, (3, 3), (1, 1), (1, 1)),
+            ResidualBlock(),
+            ResidualBlock(),
+            nn.ConvTranspose2d(HIDDEN, HIDDEN // 2, (4, 4), (2, 2), (1, 1)),
             nn.ReLU(inplace=True),
-            nn.ConvTranspose2d(n_hiddens // 2, 1, (4, 4), (2, 2), (1, 1)),
+            nn.ConvTranspose2d(HIDDEN // 2, 1, (4, 4), (2, 2), (1, 1)),
         )
 
     def forward(self, z_q: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def rows(z: Tensor) -> Tensor:
 class VQVAE(nn.Module):
     """Vector-quantized autoencoder of (B, 1, 256, 256) images in [0, 1] with (B, 64, 64) codes.
 
-    `n_hiddens` are the channels of hidden layers; see `VectorQuantizer` and `ResidualBlock` for the other arguments.
+    The arguments are those of `VectorQuantizer`.
 
     Example:
         >>> vqvae = VQVAE()
@@ -161,19 +163,12 @@ class VQVAE(nn.Module):
         >>> images = vqvae.decode(codes)                      # (2, 1, 256, 256)
     """
 
-    def __init__(
-        self,
-        n_embeddings: int = 512,
-        embeddings_dim: int = 64,
-        beta: float = 0.25,
-        n_hiddens: int = 64,
-        n_residual_hidden_layers: int = 32,
-    ):
+    def __init__(self, n_embeddings: int = 512, embeddings_dim: int = 64, beta: float = 0.25):
         super().__init__()
-        self.encoder = Encoder(n_hiddens, n_residual_hidden_layers)
-        self.conv1 = nn.Conv2d(n_hiddens, embeddings_dim, (1, 1), (1, 1))
+        self.encoder = Encoder()
+        self.conv1 = nn.Conv2d(HIDDEN, embeddings_dim, (1, 1), (1, 1))
         self.vector_quantizer = VectorQuantizer(n_embeddings, embeddings_dim, beta)
-        self.decoder = Decoder(embeddings_dim, n_hiddens, n_residual_hidden_layers)
+        self.decoder = Decoder(embeddings_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, 1, 256, 256) in [0, 1] -> (vq_loss, x_hat, z_q, codes), as `VectorQuantizer` and `Decoder` say."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from preparation.folder import SHARES, walk
-from preparation.volumes import Volume, VolumeError, digest
+from preparation.volumes import Volume
 from support.console import UserError
 from support.files import natural
 
@@ -87,16 +87,10 @@ def find(source: Path) -> tuple[str, list[Volume], list[str]]:
         raise UserError(f"{source}: is the 2-D edition of neurite-OASIS, one slice a subject; download the 3-D edition")
     volumes = _any_nifti(files)
     if not volumes:
-        kinds = collections.Counter(Path(name).suffix.lower() for name in names)
-        seen = ", ".join(f"{n} files {kind}" for kind, n in kinds.most_common(4))
-        maps = sum(map(bool, map(LABELS.search, names)))
-        seen += f" ({maps} are label maps by their names)" if maps else ""
-        pairs = "; of pairs .hdr and .img only those of OASIS-1's discs are read, convert others to .nii"
         raise UserError(
-            f"{source}: holds no volumes; there are {seen or 'no files of volumes'}{pairs if kinds['.hdr'] else ''}. "
-            "neurite-OASIS has OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have "
-            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/..., other volumes end in .nii, .nii.gz, .mgz or .mgh; "
-            "dcm2niix makes .nii of DICOM"
+            f"{source}: holds no volumes. neurite-OASIS has OASIS_OAS1_<nnnn>_MR1/norm.nii.gz, OASIS-1's discs have "
+            "OAS1_<nnnn>_MR1/PROCESSED/MPRAGE/T88_111/…, other volumes end in .nii, .nii.gz, .mgz or .mgh, and are no "
+            "label maps by their names; dcm2niix makes .nii of DICOM"
         )
     used = {volume.name for volume in volumes}
     return NIFTI, sorted(volumes, key=_order), [name for name in sorted(names - used) if ANY.fullmatch(name)]
@@ -107,23 +101,22 @@ def _order(volume: Volume) -> tuple:
 
 
 def _is_second_choice(name: str, names: set[str]) -> bool:
-    """Whether a better file of the same scan is there: of NEURITE_CHOICE, or the header, which names both of a pair."""
-    if name.endswith(".img"):
-        return name[:-4] + ".hdr" in names
+    """Whether a better file of the same scan is there: of a list of choices, or the header, which names both of a pair.
+
+    Of FreeSurfer's files only those of FREESURFER_CHOICE are scans.
+    """
     folder, _, file = name.rpartition("/")
-    choice = file.removesuffix(".nii.gz")
-    better = NEURITE_CHOICE[: NEURITE_CHOICE.index(choice)] if choice in NEURITE_CHOICE else ()
-    return any(f"{folder}/{other}.nii.gz" in names for other in better)
-
-
-def _is_other_of_freesurfer(name: str, names: set[str]) -> bool:
-    """Whether a file in a subject's mri/ is not the one that is taken."""
-    match = FREESURFER.fullmatch(name)
-    if not match:
+    suffix = "nii.gz" if file.endswith(".nii.gz") else file.rpartition(".")[2]
+    stem = file.removesuffix(f".{suffix}")
+    if suffix == "img":
+        return f"{folder}/{stem}.hdr" in names
+    if FREESURFER.fullmatch(name):
+        choices = FREESURFER_CHOICE
+    elif NEURITE_FILE.fullmatch(name):
+        choices = NEURITE_CHOICE
+    else:
         return False
-    folder = name.rpartition("/")[0]
-    suffix = name[-4:]
-    return match["file"] != next((file for file in FREESURFER_CHOICE if f"{folder}/{file}{suffix}" in names), None)
+    return stem != next((choice for choice in choices if f"{folder}/{choice}.{suffix}" in names), None)
 
 
 def _in_folder(source: Path) -> Iterator[tuple[str, Path]]:
@@ -153,16 +146,7 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
     except tarfile.ReadError as error:
         if str(error) == "unexpected end of data":
             raise UserError(f"{source}: ends early; download it again") from None
-        with open(source, "rb") as file:
-            start = file.read(64).lstrip()
-        if source.suffix.lower() in SUFFIXES and not source.name.endswith(".tar.gz"):
-            raise UserError(f"{source}: is one volume; name the folder that holds it") from None
-        if start.startswith(b"\x1f\x8b"):
-            raise UserError(f"{source}: is compressed; unpack it, and name the folder") from None
-        if start.startswith(b"PK\x03\x04"):
-            raise UserError(f"{source}: is a zip archive; unpack it, and name the folder") from None
-        what = "a web page" if start.startswith(b"<") else "no tar archive"
-        raise UserError(f"{source}: is {what}; download it again, or name a folder") from None
+        raise UserError(f"{source}: is no folder, and no tar archive that is not compressed; name a folder") from None
 
 
 def _any_nifti(files: list[tuple]) -> list[Volume]:
@@ -174,7 +158,7 @@ def _any_nifti(files: list[tuple]) -> list[Volume]:
     names = {name for name, *_ in files}
     scans = [file for file in files if ANY.fullmatch(file[0]) and not LABELS.search(file[0])]
     scans = [file for file in scans if not MASKS.search(file[0])] or scans
-    scans = [file for file in scans if not _is_other_of_freesurfer(file[0], names)]
+    scans = [file for file in scans if not _is_second_choice(file[0], names)]
     scans = [file for file in scans if not CONTRASTS.search(file[0])] or scans
     persons = _persons([name for name, *_ in scans])
     chosen = {}
@@ -230,18 +214,13 @@ def _persons(names: list[str]) -> list[tuple[str, str]]:
 
 
 def without_copies(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
-    """Drop equal copies of a scan. Returns the rest, and an error for each scan of which two volumes differ."""
+    """The scans of which there is one volume, and an error for each of the others."""
     kept, errors = [], []
     for _, same in itertools.groupby(volumes, key=lambda volume: volume[2:4]):
         first, *others = same
-        try:
-            different = [other for other in others if digest(other) != digest(first)]
-        except VolumeError as error:
-            errors.append(str(error))
-            continue
-        if different:
-            names = f"{first.name} and {different[0].name}"
-            errors.append(f"{names}: differ, and both are scan {first.session} of {first.subject}; remove one")
+        if others:
+            names = f"{first.name} and {others[0].name}"
+            errors.append(f"{names}: both are scan {first.session} of {first.subject}; remove one")
         else:
             kept.append(first)
     return kept, errors

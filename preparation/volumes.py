@@ -1,7 +1,6 @@
 """One brain volume: read from NIfTI, FreeSurfer's MGH or Analyze, turned to RAS, at 1 mm, and cut into slices."""
 
 import gzip
-import hashlib
 import io
 import logging
 import math
@@ -71,11 +70,6 @@ class Scan(NamedTuple):
 
     voxels: np.ndarray
     notes: list[str]
-
-
-def digest(volume: Volume) -> str:
-    """SHA-256 of a volume's files. Raises VolumeError if they cannot be read."""
-    return hashlib.sha256(b"".join(_contents(volume))).hexdigest()
 
 
 def _contents(volume: Volume) -> list[bytes]:

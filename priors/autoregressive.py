@@ -109,7 +109,7 @@ class AutoregressivePrior:
                         for numbers in (plane, plane - below, plane + above)
                     )
                     neighbours = torch.stack([codes[head, under], codes[head, over]], 1)
-                    condition = neighbour_condition(plane, neighbours, torch.stack([below, above], 1))
+                    condition = Condition(plane, neighbours, torch.stack([below, above], 1))
                     codes[head, at] = self.sample(noise[head, at], condition).cpu()
                     bar.update(len(head))
                     console.stop_if_signalled()
@@ -158,11 +158,6 @@ class AutoregressivePrior:
         return cls(network, frame, vqvae, contents["planes"], contents["phantoms"])
 
 
-def neighbour_condition(plane: Tensor, neighbours: Tensor, distance: Tensor) -> Condition:
-    """The condition of slices (B,), neighbours (B, 2, 64, 64) further away than MOST_DISTANCE left out."""
-    return Condition(plane, neighbours, distance.where(distance <= MOST_DISTANCE, 0))
-
-
 def plane_condition(plane: Tensor) -> Condition:
     """The condition of slices of which the plane (B,) alone is known."""
     n = len(plane)
@@ -176,7 +171,7 @@ def halving(planes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
 
     Returns:
         For each step a list of (plane, below, above): the distances to the nearest planes below and above that were
-        sampled in earlier steps, 0 where there is none.
+        sampled in earlier steps, 0 where there is none within MOST_DISTANCE.
     """
     steps = []
     spans = [(0, len(planes))] if planes else []
@@ -186,7 +181,7 @@ def halving(planes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
             middle = (first + end) // 2
             below = planes[middle] - planes[first - 1] if first > 0 else 0
             above = planes[end] - planes[middle] if end < len(planes) else 0
-            step.append((planes[middle], below, above))
+            step.append((planes[middle], *(d if d <= MOST_DISTANCE else 0 for d in (below, above))))
             halves += [(first, middle), (middle + 1, end)]
         steps.append(step)
         spans = [(first, end) for first, end in halves if first < end]
@@ -200,7 +195,7 @@ def halving_distances(cache: CodeCache) -> Tensor:
         for step in halving(sorted(slices)):
             for plane, below, above in step:
                 distance[slices[plane]] = torch.tensor([below, above])
-    return distance.where(distance <= MOST_DISTANCE, 0)
+    return distance
 
 
 def likelihoods(prior: AutoregressivePrior, cache: CodeCache, indices: Tensor) -> dict[str, Tensor]:

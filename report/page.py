@@ -128,7 +128,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _tables(path: Path) -> list[tuple[list[str], list[list[tuple]]]]:
+def _tables(path: Path) -> list[tuple[list[str], list[list[str]]]]:
     """A CSV file as tables of columns and rows, one for each stage if it has stages, without columns that are empty."""
     rows = _rows(path)
     tables = []
@@ -139,9 +139,9 @@ def _tables(path: Path) -> list[tuple[list[str], list[list[tuple]]]]:
     return tables
 
 
-def _cell(value: str) -> tuple[str | None, str]:
-    """The number that a cell is sorted by, None for text; and what is shown: of a number, five digits."""
+def _cell(value: str) -> str:
+    """What a table shows: of a number, five digits."""
     try:
-        return value, f"{float(value):.5g}" if value else ""
+        return f"{float(value):.5g}" if value else ""
     except ValueError:
-        return None, value.encode("utf-8", "backslashreplace").decode()
+        return value.encode("utf-8", "backslashreplace").decode()

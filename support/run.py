@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import subprocess
@@ -95,10 +94,7 @@ class Run(Saved):
                 path.unlink(missing_ok=True)
         options = dataclasses.asdict(self.options)
         record |= {"options": options, "seed": options["seed"], "data": data, "fast_path": self.fast_path._asdict()}
-        recipes = json.loads(json.dumps(recipes))  # as they are read again
-        before = record.setdefault("recipes", recipes)
-        if before != recipes:  # of another commit: epochs from here on have these
-            record["resumed"][-1]["recipes"] = recipes
+        record.setdefault("recipes", recipes)
         files.write_json(self.folder / "run.json", record)
 
     def release(self) -> None:

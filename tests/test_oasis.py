@@ -410,10 +410,9 @@ def test_what_a_spline_puts_below_the_background_is_cut(heads):
 
 
 def test_what_was_seen_is_said_where_nothing_can_be_used(tmp_path):
-    with pytest.raises(UserError, match="there are 2 files .gz .2 are label maps"):
-        sources.find(touch(tmp_path / "a", "labelsTr/1.nii.gz", "2_seg.nii.gz"))
-    with pytest.raises(UserError, match="3 files .hdr; of pairs .hdr and .img only those of OASIS-1's discs are read"):
-        sources.find(touch(tmp_path / "c", *(f"OAS2_{i}_MR1/RAW/mpr-1.nifti.hdr" for i in range(3))))
+    for names in (("labelsTr/1.nii.gz", "2_seg.nii.gz"), ("OAS2_1_MR1/RAW/mpr-1.nifti.hdr",)):
+        with pytest.raises(UserError, match="holds no volumes. neurite-OASIS has"):
+            sources.find(touch(tmp_path / names[0][:6], *names))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "sub-01_T1w.nii.gz").symlink_to("../.git/annex/objects/x")
     (found,) = sources.find(tmp_path / "d")[1]
@@ -589,12 +588,10 @@ def test_scans_that_contradict_each_other_and_incomplete_pairs_are_named(heads, 
     source = tmp_path / "discs"
     for case, head in enumerate(heads, 1):
         write_analyze(source / disc(case), head)
-    write_analyze(source / "copy" / disc(1), heads[0])  # the same again: no harm
-    assert len(sources.without_copies(sources.find(source)[1])[0]) == 3
     write_analyze(source / disc(2, n=3), heads[0])
     (source / disc(3)).with_suffix(".img").unlink()
     done = convert(source, tmp_path / "slices", *LOW)
-    assert "_mpr_n3_" in done.stderr and "differ, and both are scan 1 of OAS1_0002_MR1" in done.stderr
+    assert "_mpr_n3_" in done.stderr and "both are scan 1 of OAS1_0002_MR1" in done.stderr
     assert "OAS1_0003_MR1_mpr_n4_anon_111_t88_gfc.img is missing" in done.stderr and done.returncode == 1
     (source / disc(2, n=3)).with_suffix(".hdr").unlink()
     (source / disc(2, n=3)).with_suffix(".img").unlink()
@@ -650,14 +647,11 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
     (tmp_path / "cut2.tar").write_bytes(whole[:last])
     (tmp_path / "cut3.tar").write_bytes(whole[: last + 200])
     (tmp_path / "flipped.tar").write_bytes(whole[: last + 20] + b"~" + whole[last + 21 :])
-    (tmp_path / "one.nii.gz").write_bytes(b"x" * 2000)
-    (tmp_path / "norm.mgz").write_bytes(b"\x1f\x8bx" * 2000)
-    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04" + bytes(2000))
     for name, words in (
         ("none", "no such folder or tar"),
         ("empty", "holds no volumes"),
-        ("page.tar", "is a web page"),
-        ("packed.tar", "is compressed; unpack it"),
+        ("page.tar", "no tar archive"),
+        ("packed.tar", "no tar archive that is not compressed"),
         ("outside.tar", "points outside"),
         ("link.tar", "is a link or sparse; unpack it"),
         ("sparse.tar", "is a link or sparse; unpack it"),
@@ -665,9 +659,6 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
         ("cut2.tar", "ends early, or is damaged"),
         ("cut3.tar", "ends early, or is damaged"),
         ("flipped.tar", "ends early, or is damaged"),
-        ("one.nii.gz", "is one volume; name the folder"),
-        ("norm.mgz", "is one volume; name the folder"),
-        ("x.zip", "is a zip archive; unpack it"),
     ):
         refused(convert(tmp_path / name, tmp_path / "slices"), name, words)
     for dest in ("empty/..", "foreign"):

@@ -71,12 +71,10 @@ def test_long_facts_are_folded_and_pages_below_are_linked(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
-def test_a_browser_shows_every_picture_without_errors_and_sorts_the_table(folder, tmp_path_factory):
+def test_a_browser_shows_every_picture_without_errors(folder, tmp_path_factory):
     check = """<script>
       addEventListener("load", async () => {
-        const column = n => [...document.querySelectorAll(`td:nth-child(${n})`)].map(cell => cell.textContent);
-        const buttons = document.querySelectorAll("th button"), seen = [];
-        for (const n of [3, 3, 1, 0]) { buttons[n].click(); seen.push(column(4).join(" ")); }
+        const seen = [];
         for (const image of document.images) image.loading = "eager";
         await Promise.all([...document.images].map(image => image.complete || new Promise(go => image.onload = go)));
         seen.push([...document.images].filter(image => image.naturalWidth > 0).length);
@@ -93,4 +91,4 @@ def test_a_browser_shows_every_picture_without_errors_and_sorts_the_table(folder
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr
     (title,) = re.findall("<title>(.*)</title>", done.stdout)
-    assert title == '["0.125 0.25 0.75","0.75 0.25 0.125","0.25 0.125 0.75","0.25 0.75 0.125",8,true]'
+    assert title == "[8,true]"

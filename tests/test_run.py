@@ -96,17 +96,6 @@ def test_what_is_no_run_json_is_refused(tmp_path, text):
         read_record(tmp_path)
 
 
-def test_recipes_that_changed_before_a_run_was_resumed_are_recorded_beside_the_first(tmp_path):
-    run = Run(Options(), tmp_path, fast_path=FastPath("cpu"))
-    for recipes in ({"vqvae": {"dilations": (1, 2)}}, {"vqvae": {"dilations": (1, 2)}}, {"vqvae": {"dilations": (4,)}}):
-        run.begin(DATA, recipes)
-        run.save()
-        run.release()
-    record = read_record(tmp_path)
-    assert record["recipes"] == {"vqvae": {"dilations": [1, 2]}}
-    assert [part.get("recipes") for part in record["resumed"]] == [None, {"vqvae": {"dilations": [4]}}]
-
-
 def test_derived_seeds_differ_and_repeat():
     found = {seeds.derived_seed(s, stream, e) for s in range(5) for stream in seeds.STREAMS for e in range(50)}
     assert len(found) == 5 * len(seeds.STREAMS) * 50
