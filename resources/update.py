@@ -25,7 +25,7 @@ from report.plots import Figures  # noqa: E402
 from support import seeds  # noqa: E402
 from support.run import read_record  # noqa: E402
 
-OF_SCANS = ("train_ssim_scores", "train_recon_losses", "test_ssim_scores")
+OF_SCANS = ("train_ssim_scores", "test_ssim_scores")
 OF_PRIORS = {
     "dcgan": ("gan_losses", "gan_measures", "samples"),
     "autoregressive": ("autoregressive_losses", "autoregressive_measures", "samples", "stack"),
