@@ -21,7 +21,7 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# longer versions of some tests, by hand: 107,500 strange inputs; 1,000 kills. Hypothesis keeps each input until its test
+# longer versions of some tests, by hand: 72,500 strange inputs; 1,000 kills. Hypothesis keeps each input until its test
 # ends, so ten processes do it, of 2 GB each.
 fuzz: .venv/installed
 	for seed in 1 2 3 4 5 6 7 8 9 10; do \

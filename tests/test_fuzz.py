@@ -1,6 +1,6 @@
 """Files with random damage: each loads or is refused by our own error, without a traceback, a hang or much memory.
 
-PNGs, checkpoints and resume.pth; test_fuzz_formats.py has the other formats. At most 200 of each by default, and 10,000
+PNGs and checkpoints; test_fuzz_formats.py has the other formats. At most 200 of each by default, and 10,000
 with `make fuzz`.
 """
 

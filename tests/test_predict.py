@@ -42,7 +42,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_scores_take_their_time(trai
     monkeypatch.setattr(predict.reconstruction, "score", lambda *_: pytest.fail("it was scored"))
     (folder / "file").touch()
     done = run_program("predict.py", trained[1] / "vqvae.pth", "--out", "file", cwd=folder)
-    assert done.returncode == 1 and "file: cannot make a folder there; name another with --out" in done.stderr
+    assert done.returncode == 1 and "file: cannot make a folder there" in done.stderr and "--out" in done.stderr
 
 
 def test_predict_on_the_test_split(trained, folder, data):
