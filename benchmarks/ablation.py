@@ -107,8 +107,11 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     out = folder_of(o, name, seed)
     recipe, changed = table.rows[name]
     runs = [path.parent for path in sorted(out.glob(f"*/{RESUME_FILE}"))]
-    if runs and read_record(runs[-1])["recipes"][o.stage] != json.loads(json.dumps(asdict(recipe))):
-        raise UserError(f"{runs[-1]}: was trained by another recipe; name another --out")
+    if runs:
+        record = read_record(runs[-1])
+        same = record["recipes"][o.stage] == json.loads(json.dumps(asdict(recipe)))
+        if not same or record["options"]["precision"] != o.precision:
+            raise UserError(f"{runs[-1]}: was trained by another recipe, or in another precision; name another --out")
     if runs and open_run(runs[-1], Options).epochs_of(o.stage) >= o.epochs:
         return
     print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
