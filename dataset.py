@@ -264,15 +264,10 @@ def refuse_shared_cases(root: Path) -> None:
         )
 
 
-def equal_images(one: ImageFolder, other: ImageFolder) -> list[tuple[int, int]]:
-    """The numbers of images of two folders that have the same pixels."""
-    place = {digest: i for i, digest in enumerate(one.digests)}
-    return [(place[digest], i) for i, digest in enumerate(other.digests) if digest in place]
-
-
 def refuse_equal_images(one: ImageFolder, other: ImageFolder, advice: str) -> None:
     """Raise DataError, which ends with `advice`, if an image that is not black is in both, under whatever name."""
-    equal = [(i, j) for i, j in equal_images(one, other) if other.images[j].any()]
+    place = {digest: i for i, digest in enumerate(one.digests)}
+    equal = [(place[k], j) for j, k in enumerate(other.digests) if k in place and other.images[j].any()]
     if equal:
         (i, j), more = equal[0], f" ({len(equal)} images are in both)" if len(equal) > 1 else ""
         raise DataError(f"{printable(other.files[j])}: has the pixels of {printable(one.files[i])}{more}; {advice}")

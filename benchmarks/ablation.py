@@ -20,6 +20,7 @@ from evaluation.generation import MEASURES
 from priors.latent_space import SPACE
 from support import console
 from support.console import SEED, UserError
+from support.device import choose_device, choose_fast_path
 from support.run import RESUME_FILE, open_run, read_record
 from train import copy_vqvae
 from training import begin, options
@@ -72,7 +73,7 @@ TABLES = {
             "no average": (replace(BALANCED, average_decay=0.0), {}),
             "embeddings": (replace(BALANCED, quantized=True), {}),
             "no start": (replace(BALANCED, start_steps=0), {}),
-            "12 directions": (replace(BALANCED, space=replace(SPACE, directions=12)), {}),
+            "4 directions": (replace(BALANCED, space=replace(SPACE, directions=4)), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),
             "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
@@ -110,7 +111,8 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     if runs:
         record = read_record(runs[-1])
         same = record["recipes"][o.stage] == json.loads(json.dumps(asdict(recipe)))
-        if not same or record["options"]["precision"] != o.precision:
+        fast_path = choose_fast_path(choose_device(Options.device), o.precision, plain=False)
+        if not same or record["fast_path"]["bfloat16"] != fast_path.bfloat16:
             raise UserError(f"{runs[-1]}: was trained by another recipe, or in another precision; name another --out")
     if runs and open_run(runs[-1], Options).epochs_of(o.stage) >= o.epochs:
         return

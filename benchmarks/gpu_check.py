@@ -1,7 +1,6 @@
 """What only a GPU can show. Run it where there is one, and paste the block that it ends with into an issue.
 
     python benchmarks/gpu_check.py                   # as `make gpu-check` does
-    python benchmarks/gpu_check.py tests epochs      # some of its parts
 
 tests: the tests of tests/test_gpu.py on the real device. epochs: an epoch of each stage on phantoms, on the GPU and on
 the CPU, whose values must agree within BOUNDS. speed: the benchmark of this name. The exit status is 1 if a part fails.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dataset import OasisDataset, describe
 from priors.autoregressive import plane_condition
-from priors.checkpoints import load_prior, load_vqvae
+from priors.checkpoints import load_autoregressive, load_vqvae
 from priors.code_cache import CodeCache
 from support import console
 from training.options import COUNT
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the discs (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
-    prior = load_prior(o.prior, vqvae)
+    prior = load_autoregressive(o.prior, vqvae)
     dataset = OasisDataset(o.data, "validate", with_labels=True)
     rng = torch.Generator().manual_seed(o.seed)
     if dataset.labels is None:

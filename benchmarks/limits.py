@@ -47,7 +47,11 @@ def main() -> None:
         maps = [reconstruction.ssim_map(x, x_hat.clamp(0, 1))[0, INSIDE, INSIDE] for x_hat in ways(vqvae, x, spaces)]
         rows.append([(ssim.mean().item(), ssim[brain].mean().item()) for ssim in maps])
     print(f"{len(rows)} validation images.\n\n| decoded from | SSIM | in the brain |\n|---|---:|---:|")
-    names = ["codes", "the encoder's output, not quantized", *(f"codes of {k} directions" for k in DIRECTIONS)]
+    names = [
+        "codes",
+        "the encoder's output, not quantized",
+        *(f"codes of {space.rank} directions" for space in spaces.values()),
+    ]
     for name, (whole, inside) in zip(names, torch.tensor(rows).nanmean(0).tolist(), strict=True):
         print(f"| {name} | {whole:.4f} | {inside:.4f} |")
 

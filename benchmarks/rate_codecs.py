@@ -25,7 +25,7 @@ from PIL import Image
 from dataset import OasisDataset, describe
 from evaluation import reconstruction
 from priors.autoregressive import likelihoods
-from priors.checkpoints import load_prior, load_vqvae
+from priors.checkpoints import load_autoregressive, load_vqvae
 from priors.code_cache import CodeCache
 from report.plots import Figures
 from support import console
@@ -90,6 +90,7 @@ def main() -> None:
         parser.error(f"--out {o.out}: no such folder")
     if o.prior and not o.paths:
         parser.error("--prior belongs to a VQ-VAE; name its vqvae.pth")
+    prior = load_autoregressive(o.prior, load_vqvae(o.paths[0])) if o.prior else None
     dataset = OasisDataset(o.data, "validate")
     indices = range(0, len(dataset), o.every)
     images = dataset.images[indices]
@@ -113,9 +114,8 @@ def main() -> None:
             curve = curves.setdefault(f"codes, {BITS[key]}", ([], []))
             curve[0].append(usage[key])
             curve[1].append(ssim)
-    if o.prior:
-        vqvae = load_vqvae(o.paths[0])
-        found = likelihoods(load_prior(o.prior, vqvae), CodeCache(vqvae, dataset), torch.tensor(indices))
+    if prior:
+        found = likelihoods(prior, CodeCache(prior.vqvae, dataset), torch.tensor(indices))
         for name, bits in found.items():
             print(f"prior over the codes of {o.paths[0]}, {name}: {bits.mean():,.0f} bits an image")
             curves[f"prior over codes, {name}"] = [bits.mean().item()], [curves["codes, adaptive, by position"][1][0]]

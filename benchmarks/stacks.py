@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dataset import OasisDataset, describe
 from modules import N_PLANES
-from priors.checkpoints import load_prior, load_vqvae
+from priors.checkpoints import load_autoregressive, load_vqvae
 from support import console, seeds
 from support.console import in_batches
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the noise (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
-    prior = load_prior(o.prior, vqvae)
+    prior = load_autoregressive(o.prior, vqvae)
     train, validate = (OasisDataset(o.data, split) for split in ("train", "validate"))
     every = max(1, len(train) // 3000)
     x = torch.cat([small(part) for part in in_batches(train, range(0, len(train), every), desc="Training slices")])

@@ -4,9 +4,10 @@
     python benchmarks/time_to_quality.py --data DIR --out FOLDER        # up to two hours on two cores
 
 Each side trains on the CPU in a process of its own, one after another, on the same batches with the report's batch
-size, Adam and learning rate, as its own documentation has it; ours as `train.py` does, in a run of 12 epochs. Every 50
-steps SSIM is measured on one validation image of each subject, by `evaluation.reconstruction.ssim`; that is not counted
-as training. A side ends when it has passed every level, or at the first such measurement after half an hour.
+size, Adam and learning rate, as its own documentation has it; ours as `train.py` does, in a run of 12 epochs, and on
+some processors in bfloat16. Every 50 steps SSIM is measured on one validation image of each subject, by
+`evaluation.reconstruction.ssim`; that is not counted as training. A side ends when it has passed every level, or at the
+first such measurement after half an hour.
 
 FOLDER gets time_to_quality.png and time_to_quality.csv; the table is printed.
 """

@@ -207,7 +207,7 @@ def compare(
         copies = memorisation.find_copies(fake, shown, train, seeds.generator(seed, "resampling"))
         quantiles = (Interval(part.distance.quantile(0.05).item()) for part in (copies.fake, copies.real))
         rows.append(Row(NEAREST, *quantiles, Interval(math.nan)))
-    return Comparison(rows, _missing(real, fake, train), copies, fake)
+    return Comparison(rows, _missing(rows, real, train), copies, fake)
 
 
 def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tuple[Images, Images]:
@@ -220,16 +220,18 @@ def _other_subjects(real: Images, n: int, train: Images | None, seed: int) -> tu
     return second.evenly_spaced(n), first
 
 
-def _missing(real: Images, fake: Images, train: Images | None) -> list[str]:
-    """Why measures may be missing."""
+def _missing(rows: list[Row], real: Images, train: Images | None) -> list[str]:
+    """Why measures are missing."""
     reasons = []
-    if min(len(real) // (1 if train else 2), len(fake)) < FEWEST_COMPARED or len(set(real.subjects)) == 1:
+    if any(math.isnan(side.value) for row in rows[: len(MEASURES)] for side in row[1:]):
         reasons.append(
-            f"AUC and coverage need {FEWEST_COMPARED} images a side, of several subjects; without the training images, "
-            "halves of the real ones are compared"
+            f"AUC and coverage need {FEWEST_COMPARED} images a side, of several subjects and with detail; without the "
+            "training images, halves of the real ones are compared"
         )
     if train is None:
         reasons.append("copies are not looked for without the training images")
+    elif len(real) < 1 / memorisation.CHANCE:
+        reasons.append(f"{len(real)} real images are few: the nearest of them decides which fake images are near")
     return reasons
 
 

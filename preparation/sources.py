@@ -146,7 +146,7 @@ def _in_tar(source: Path) -> Iterator[tuple[str, Path, int, int]]:
     except tarfile.ReadError as error:
         if str(error) == "unexpected end of data":
             raise UserError(f"{source}: ends early; download it again") from None
-        raise UserError(f"{source}: is no folder, and no tar archive that is not compressed; name a folder") from None
+        raise UserError(f"{source}: is neither a folder nor an uncompressed tar; name a folder") from None
 
 
 def _any_nifti(files: list[tuple]) -> list[Volume]:
@@ -214,15 +214,14 @@ def _persons(names: list[str]) -> list[tuple[str, str]]:
 
 
 def without_copies(volumes: list[Volume]) -> tuple[list[Volume], list[str]]:
-    """The scans of which there is one volume, and an error for each of the others."""
+    """The first volume of each scan, and an error for each of the others."""
     kept, errors = [], []
     for _, same in itertools.groupby(volumes, key=lambda volume: volume[2:4]):
         first, *others = same
-        if others:
-            names = f"{first.name} and {others[0].name}"
+        kept.append(first)
+        for other in others:
+            names = f"{first.name} and {other.name}"
             errors.append(f"{names}: both are scan {first.session} of {first.subject}; remove one")
-        else:
-            kept.append(first)
     return kept, errors
 
 

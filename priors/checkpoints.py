@@ -11,6 +11,7 @@ from modules import VQVAE
 from priors.autoregressive import AutoregressivePrior
 from priors.dcgan import DCGANPrior
 from support import files
+from support.console import UserError
 
 Prior = DCGANPrior | AutoregressivePrior
 
@@ -51,7 +52,8 @@ def load_vqvae(path: str | Path) -> VQVAE:
         weight = state.get("vector_quantizer.embedding.weight") if isinstance(state, dict) else None
         shape = getattr(weight, "shape", ())
         if len(shape) != 2 or not all(1 <= size <= 65536 for size in shape):
-            raise ValueError("it holds no VQ-VAE: no codebook 'vector_quantizer.embedding.weight'")
+            first = f"; it begins with {next(iter(state))!r}" if isinstance(state, dict) and state else ""
+            raise ValueError(f"it holds no VQ-VAE: no codebook 'vector_quantizer.embedding.weight'{first}")
         vqvae = VQVAE(n_embeddings=shape[0], embeddings_dim=shape[1])
         files.load_state(vqvae, state)
         return vqvae.eval().to(memory_format=torch.channels_last)
@@ -65,6 +67,14 @@ def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
     Raises UserError if the file holds none, or not one for this VQ-VAE.
     """
     return files.load(path, partial(prior_of, vqvae=vqvae))
+
+
+def load_autoregressive(path: str | Path, vqvae: VQVAE) -> AutoregressivePrior:
+    """As `load_prior`. Raises UserError also if the file holds another prior."""
+    prior = load_prior(path, vqvae)
+    if not isinstance(prior, AutoregressivePrior):
+        raise UserError(f"{path}: is no autoregressive prior")
+    return prior
 
 
 def prior_of(contents: dict, vqvae: VQVAE) -> Prior:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -55,12 +54,9 @@ class Number:
             value = self.kind(word)
         except ValueError:
             value = math.nan
-        if value not in self:
+        if not self.low <= value < self.below:
             raise argparse.ArgumentTypeError(f"{word} is not {self.text}")
         return value
-
-    def __contains__(self, value: Any) -> bool:
-        return type(value) in (int, self.kind) and self.low <= value < self.below
 
 
 SEED = Number(int, 0, "a whole number from 0 to 2147483647", below=2**31)

@@ -154,7 +154,7 @@ def choose_fast_path(device: torch.device, precision: str, plain: bool) -> FastP
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device has hardware for bfloat16. Nothing is timed, so the answer is always the same."""
+    """Whether the device is faster in bfloat16 than in float32. Nothing is timed, so the answer is always the same."""
     if device.type == "cpu":
         # PyTorch multiplies matrices by oneDNN, which this variable keeps from using newer instructions
         allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
@@ -162,7 +162,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
             return allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed
         has = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not say
         is_fast = has.get("avx512_bf16", False) and has["cpu_name"].startswith("AMD")  # Intel's was slower than float32
-        return is_fast and (allowed in ("", "ALL", "DEFAULT") or "BF16" in allowed)
+        return is_fast and (allowed in ("", "ALL", "DEFAULT") or any(n in allowed for n in ("BF16", "FP16", "AMX")))
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and checkpoints that are validated when loaded."""
+"""Files that are written completely or not at all, and checkpoints that are checked for damage when loaded."""
 
 import contextlib
 import csv
@@ -89,6 +89,8 @@ def load(path: str | Path, build: Callable[[Any], Any] = lambda contents: conten
     Raises:
         UserError: the file cannot be read, is not a checkpoint, or `build` refuses its contents with a ValueError.
     """
+    if Path(path).is_fifo():  # which would be waited for
+        raise UserError(f"{path}: is a pipe, not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
@@ -123,6 +125,8 @@ def load_state(network: nn.Module, state: dict[str, Tensor]) -> None:
     except (RuntimeError, TypeError) as error:
         raise ValueError(one_line(error)) from None
     for key, value in network.state_dict().items():
+        if state[key].dtype.is_floating_point != value.dtype.is_floating_point:
+            raise ValueError(f"its '{key}' is {state[key].dtype}, not {value.dtype}")
         if not value.isfinite().all():
             raise ValueError(f"its '{key}' holds values that are not finite")
 

@@ -205,6 +205,7 @@ def environment(device: torch.device) -> dict:
         **{name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processor": getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "unknown"),  # PyTorch from 2.10 on
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
     }

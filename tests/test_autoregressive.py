@@ -200,12 +200,13 @@ def test_a_stack_is_told_what_has_been_drawn_of_it(prior, rng, monkeypatch):
     codes = prior.sample_stacks(noise, planes)
     steps = halving(planes)
     assert [[plane for plane, _, _ in step] for step in steps] == [[6], [5, 21], [4, 20]]
+    assert halving([0, 31]) == [[(31, 0, 0)], [(0, 0, 0)]]  # too far apart
     index = {plane: i for i, plane in enumerate(planes)}
     for plane, below, above in (each for step in steps for each in step):
         at = index[plane]
         near = torch.stack([codes[:, index[plane - below]], codes[:, index[plane + above]]], 1)
         distance = torch.tensor([[below, above]] * 2)
-        condition = Condition(torch.tensor([plane] * 2), near, distance.where(distance <= MOST_DISTANCE, 0))
+        condition = Condition(torch.tensor([plane] * 2), near, distance)
         assert torch.equal(prior.sample(noise[:, at], condition), codes[:, at])
 
 

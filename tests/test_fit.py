@@ -208,6 +208,10 @@ def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
     assert again.network.weight.item() > stage.network.weight.item() and resumed.rows[-1]["epoch"] == 4
 
 
+def test_means_over_images_weigh_the_smaller_last_batch():
+    assert fit.mean_over_images(torch.tensor([1.0, 1.0, 4.0]), [4, 4, 2]) == pytest.approx((8 * 1 + 2 * 4) / 10)
+
+
 def test_the_rate_is_constant_at_first_and_falls_along_a_cosine():
     rates = [fit.rate_factor(step, 100, constant=0.6, last=0.01) for step in range(101)]
     assert rates[:61] == [1.0] * 61 and rates == sorted(rates, reverse=True)

@@ -134,5 +134,6 @@ def test_too_few_images_and_one_subject_leave_measures_out_and_say_why(data):
     found = generation.compare(real, fake, VQVAE().eval())
     assert [str(row.fake)[0] == "–" for row in found.rows] == [False] * 2 + [True] * 3
     assert "need 30 images a side" in found.missing[0] and found.copies is None
-    alone = generation.compare(real[range(5)], fake, VQVAE().eval())
+    images = generation.Images(real.pixels[torch.arange(32) % 10], [""] * 32, ["one subject"] * 32)
+    alone = generation.compare(images, images, VQVAE().eval(), OasisDataset(data, "train").as_images())
     assert "of several subjects" in alone.missing[0]

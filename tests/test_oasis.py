@@ -409,7 +409,7 @@ def test_what_a_spline_puts_below_the_background_is_cut(heads):
         volumes.cut(undershot, "axial", 2, 0.8)
 
 
-def test_what_was_seen_is_said_where_nothing_can_be_used(tmp_path):
+def test_where_nothing_can_be_used_the_layouts_are_named(tmp_path):
     for names in (("labelsTr/1.nii.gz", "2_seg.nii.gz"), ("OAS2_1_MR1/RAW/mpr-1.nifti.hdr",)):
         with pytest.raises(UserError, match="holds no volumes. neurite-OASIS has"):
             sources.find(touch(tmp_path / names[0][:6], *names))
@@ -650,8 +650,8 @@ def test_sources_that_cannot_be_used_are_refused(nifti_source, tmp_path):
     for name, words in (
         ("none", "no such folder or tar"),
         ("empty", "holds no volumes"),
-        ("page.tar", "no tar archive"),
-        ("packed.tar", "no tar archive that is not compressed"),
+        ("page.tar", "nor an uncompressed tar"),
+        ("packed.tar", "nor an uncompressed tar"),
         ("outside.tar", "points outside"),
         ("link.tar", "is a link or sparse; unpack it"),
         ("sparse.tar", "is a link or sparse; unpack it"),

@@ -186,7 +186,7 @@ def test_resuming_refuses_other_options_by_name_and_changes_nothing(trained, fol
 
 def test_resuming_what_does_not_fit_is_refused_in_one_line(trained, folder, tmp_path):
     _, run = trained
-    for stage, part, key in (("vqvae", "networks", "vqvae"), ("dcgan", "optimizers", "discriminator")):
+    for stage, part, key in (("vqvae", "networks", "vqvae"), ("dcgan", "extra", "space")):
         spoilt = tmp_path / stage
         shutil.copytree(run, spoilt)
         saved = resume_file(spoilt)
@@ -419,6 +419,9 @@ def test_a_subject_in_two_splits_is_refused_unless_it_is_allowed(data, tmp_path)
     assert run_program("train.py", *words, "--allow-shared-cases", "--out", "out", cwd=tmp_path).returncode == 0
     shutil.rmtree(tmp_path / "data" / "keras_png_slices_test")
     refused(run_program("train.py", "--data", "data", cwd=tmp_path), "keras_png_slices_test", "missing")
+    shutil.copytree(data / "keras_png_slices_test", tmp_path / "data" / "keras_png_slices_test")
+    (tmp_path / "data" / "keras_png_slices_validate" / "case_999_slice_0.nii.png").write_bytes(b"x")
+    refused(run_program("train.py", "--data", "data", cwd=tmp_path), "case_999_slice_0.nii.png", "cannot be decoded")
     assert not (tmp_path / "gen_imgs").exists()
 
 

@@ -12,7 +12,7 @@ from priors.autoregressive import AutoregressivePrior, Frame, fit_frame
 from priors.code_cache import CodeCache
 from support import distributed, files, seeds
 from support.device import move
-from support.run import Run
+from support.run import Run, restoring
 from training.fit import Stage, rate_factor
 from training.recipes import AUTOREGRESSIVE, AutoregressiveRecipe
 from training.samples import Samples
@@ -71,7 +71,8 @@ class AutoregressiveStage(Stage):
         torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
         if self.name in run.state:
-            self.frame = Frame(**run.state[self.name]["extra"]["frame"])
+            with restoring(run.folder):
+                self.frame = Frame(**run.state[self.name]["extra"]["frame"])
         else:
             self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
         self.network = Autoregressive(codebook, self.frame.size, recipe.width, recipe.dilations, recipe.hidden)

@@ -16,7 +16,7 @@ from priors.latent_space import LatentSpace
 from support import distributed, files, seeds
 from support.console import in_batches
 from support.device import exact_float32, move
-from support.run import Run
+from support.run import Run, restoring
 from training.fit import Stage, save_start
 from training.recipes import DCGAN, DCGANRecipe
 from training.samples import Samples
@@ -57,11 +57,12 @@ class DCGANStage(Stage):
         self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs)
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         if self.name in run.state:
-            saved = run.state[self.name]["extra"]
-            self.samples.load_state_dict(saved, self.title)
-            space = LatentSpace(**saved["space"])
-            stored = saved["stored"]
-            gain = saved["gain"]
+            with restoring(run.folder):
+                saved = run.state[self.name]["extra"]
+                self.samples.load_state_dict(saved, self.title)
+                space = LatentSpace(**saved["space"])
+                stored = saved["stored"]
+                gain = saved["gain"]
         else:
             space = self._fit_space(vqvae, train_set)
             stored = None  # latents are stored where they fit into memory
