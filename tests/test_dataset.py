@@ -18,7 +18,6 @@ from dataset import (
     list_scans,
     make_loader,
     picture_box,
-    read_png,
     refuse_equal_images,
     refuse_shared_cases,
 )
@@ -114,66 +113,26 @@ def broken_files():
     def animated(path):
         grey(3).save(path, save_all=True, append_images=[grey(4)])
 
-    def unreadable(path):
-        grey().save(path)
-        path.chmod(0)
-
     def text_bomb(path):
         pnginfo = PngImagePlugin.PngInfo()
         pnginfo.add_text("Comment", "x" * 50_000_000, zip=True)
         grey().save(path, pnginfo=pnginfo)
 
-    def flipped(path):
-        noise.save(path)
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-
-    def in_format(name, mode="L"):
-        return lambda path: grey().convert(mode).save(path, format=name)
-
     return {
         "zero bytes": (lambda path: path.write_bytes(b""), "cannot be decoded"),
-        "garbage": (lambda path: path.write_bytes(b"no image at all" * 50), "cannot be decoded"),
         "truncated": (truncated, "runcated"),
         "only a header": (lambda path: (noise.save(path), path.write_bytes(path.read_bytes()[:33])), "cannot be"),
-        "a JPEG": (in_format("JPEG"), "cannot be decoded"),
-        "a CMYK TIFF": (in_format("TIFF", "CMYK"), "cannot be decoded"),
-        "a GIF": (in_format("GIF"), "cannot be decoded"),
+        "a JPEG": (lambda path: grey().save(path, format="JPEG"), "cannot be decoded"),
         "animated": (animated, "is an animation"),
         "a folder": (lambda path: path.mkdir(), "is a folder"),
         "a pipe": (os.mkfifo, "is not a regular file"),
         "too small": (lambda path: grey(size=(255, 256)).save(path), "255x256"),
         "a decompression bomb": (lambda path: grey(size=(20000, 10000)).save(path), "decompression bomb"),
-        "a flipped bit": (flipped, "cannot be decoded"),
         "a bomb of text": (text_bomb, "cannot be decoded"),
         "a very large file": (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40), "16 MiB"),
         "a dangling link": (lambda path: path.symlink_to("nowhere"), "is a link to nothing"),
-        "no permission": (unreadable, "Permission denied"),
+        "what the system does not read": (lambda path: path.symlink_to("/proc/self/mem"), "Input/output error"),
     }
-
-
-def as_no_superuser(work, *args):
-    """work(*args), a string, in a child process whom permissions bind."""
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        if os.getuid() == 0:
-            os.setuid(65534)
-        os.write(write, work(*args).encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as answer:
-        said = answer.read()
-    os.waitpid(child, 0)
-    return said
-
-
-def complaint(path):
-    try:
-        read_png(path)
-    except DataError as error:
-        return str(error)
-    return ""
 
 
 @pytest.mark.parametrize("kind", broken_files())
@@ -181,15 +140,9 @@ def test_a_broken_file_is_one_line_with_its_name(folder, kind):
     make, word = broken_files()[kind]
     grey().save(folder / "good.png")
     make(folder / "scan.png")
-    if kind == "no permission":
-        for parent in (folder, *folder.parents[:3]):  # pytest's folders are their owner's alone
-            parent.chmod(0o755)
-        message = as_no_superuser(complaint, folder / "scan.png")
-    else:
-        with pytest.raises(DataError) as caught:
-            OasisDataset(folder.parent, "train")
-        message = str(caught.value)
-        assert "--skip-bad" in message
+    with pytest.raises(DataError, match="--skip-bad") as caught:
+        OasisDataset(folder.parent, "train")
+    message = str(caught.value)
     assert message.startswith(f"{folder / 'scan.png'}: ") and "remove it" in message and "\n" not in message
     assert word in message
 

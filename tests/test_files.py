@@ -1,15 +1,14 @@
 """Files that are never torn, and checkpoints loaded with care."""
 
 import fcntl
-import io
 import os
 import resource
-import struct
-import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from modules import VQVAE, Discriminator, Generator
 from priors.checkpoints import load_vqvae
@@ -61,54 +60,46 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind):
     assert not trace.exists()
 
 
-def on_a_gpu(contents: bytes) -> bytes:
-    """A checkpoint as a machine with a GPU would have written it: its tensors' place is "cuda:0"."""
-    written = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(contents)) as before, zipfile.ZipFile(written, "w") as after:
-        for name in before.namelist():
-            part = before.read(name)
-            if name.endswith("data.pkl"):
-                cpu, cuda = (b"X" + struct.pack("<I", len(word)) + word for word in (b"cpu", b"cuda:0"))
-                assert cpu in part
-                part = part.replace(cpu, cuda)
-            after.writestr(name, part)
-    return written.getvalue()
-
-
 @pytest.mark.parametrize("kind", ["as saved", "on a GPU", "half precision", "ordered"])
-def test_weights_of_other_origin_load(tmp_path, kind):
+def test_weights_of_other_origin_load(tmp_path, kind, monkeypatch):
     model, path = VQVAE(16, 4), tmp_path / "x.pth"
     state = {key: value.half() if kind == "half precision" else value for key, value in model.state_dict().items()}
-    torch.save(OrderedDict(state) if kind == "ordered" else state, path)
+    with monkeypatch.context() as patch:
+        if kind == "on a GPU":
+            patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(OrderedDict(state) if kind == "ordered" else state, path)
     if kind == "on a GPU":
-        path.write_bytes(on_a_gpu(path.read_bytes()))
         if not torch.cuda.is_available():
             with pytest.raises(RuntimeError, match="CUDA"):
                 torch.load(path, weights_only=True)  # as it is, it wants a GPU
     loaded = load_vqvae(path).state_dict()
+    tolerance = 1e-3 if kind == "half precision" else 0
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(
-            loaded[key],
-            value,
-            rtol=1e-3 if kind == "half precision" else 0,
-            atol=1e-4 if kind == "half precision" else 0,
-        )
+        torch.testing.assert_close(loaded[key], value, rtol=tolerance, atol=tolerance)
+
+
+def change(state: dict, change: Callable[[Tensor], object]) -> None:
+    state["conv1.weight"] = change(state["conv1.weight"])
 
 
 @pytest.mark.parametrize(
     "spoil, said",
     [
-        (lambda value: value * torch.nan, "not finite"),
-        (lambda value: value[:-1], "size mismatch for conv1.weight"),
-        (lambda value: value.to_sparse(), "copying the parameter"),
-        (lambda value: value.int(), "is torch.int32, not torch.float32"),
-        (lambda value: "text", "expected torch.Tensor"),
-        (lambda value: value.double() * 1e300, "not finite"),
+        (lambda state: state.pop("conv1.bias"), "Missing key.*conv1.bias"),
+        (lambda state: state.update(extra=torch.zeros(1)), "Unexpected key"),
+        (lambda state: state.pop("vector_quantizer.embedding.weight"), "no codebook"),
+        (lambda state: state.update({"vector_quantizer.embedding.weight": torch.zeros(0, 64)}), "no codebook"),
+        (lambda state: state["conv1.weight"].mul_(torch.nan), "not finite"),
+        (lambda state: change(state, lambda value: value[:-1]), "size mismatch for conv1.weight"),
+        (lambda state: change(state, Tensor.to_sparse), "copying the parameter"),
+        (lambda state: change(state, Tensor.int), "is torch.int32, not torch.float32"),
+        (lambda state: change(state, str), "expected torch.Tensor"),
+        (lambda state: change(state, lambda value: value.double() * 1e300), "not finite"),
     ],
 )
 def test_spoilt_weights_are_refused_in_one_line(tmp_path, spoil, said):
     state = VQVAE(16, 4).state_dict()
-    state["conv1.weight"] = spoil(state["conv1.weight"])
+    spoil(state)
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(UserError, match=said) as caught:
         load_vqvae(tmp_path / "x.pth")
@@ -151,25 +142,6 @@ def test_find_looks_here_then_under_gen_imgs(tmp_path, monkeypatch):
     assert files.find("a").resolve() == tmp_path / "gen_imgs" / "a"
     (tmp_path / "a").mkdir()
     assert files.find("a").resolve() == tmp_path / "a"
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda state: state.pop("conv1.bias"), """Missing key.s. in state_dict: "conv1.bias\""""),
-        (lambda state: state.update(extra=torch.zeros(1)), "Unexpected key"),
-        (lambda state: state.update({"conv1.bias": torch.zeros(3)}), "size mismatch"),
-        (lambda state: state.update({"conv1.bias": torch.full((64,), torch.nan)}), "not finite"),
-        (lambda state: state.pop("vector_quantizer.embedding.weight"), "no codebook"),
-        (lambda state: state.update({"vector_quantizer.embedding.weight": torch.zeros(0, 64)}), "no codebook"),
-    ],
-)
-def test_load_vqvae_refuses(tmp_path, spoil, message):
-    state = files.cpu_state(VQVAE())
-    spoil(state)
-    files.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=message):
-        load_vqvae(tmp_path / "x.pth")
 
 
 def test_generators_weights_are_no_discriminators():
