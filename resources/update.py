@@ -2,10 +2,9 @@
 
     python resources/update.py RUN PREDICT     # a folder of train.py, and one of predict.py with its weights
 
-A run on phantoms goes to resources/phantoms/ and gives the pictures before and after, and its data the upper rows of
-resources/strip.png and of resources/way.png, whose other rows the pretrained weights draw. A run on real scans goes to
-resources/oasis/ and gives only what shows no scan: scores, curves and generated images; and its weights go to
-resources/pretrained/.
+The data of a run on phantoms give the upper rows of resources/strip.png and of resources/way.png, whose other rows the
+pretrained weights draw. Of a run on real scans resources/oasis/ gets what shows no scan: scores, curves and generated
+images; and resources/pretrained/ gets its weights.
 """
 
 import shutil
@@ -36,24 +35,17 @@ PLANES = range(2, 32, 4)  # of the brains in the strip
 
 def main(run: Path, predicted: Path) -> None:
     record = read_record(run)
-    options = record["options"]
     stage = record["options"]["only"] or "vqvae"
     if record["data"]["phantoms"]:
-        target = HERE / "phantoms"
-        names = {"epoch_0": "epoch_0", "epoch_1": "epoch_1", f"epoch_{options['epochs']}": "epoch_last"}
         draw_strip(Path(record["data"]["folder"]))
         draw_way(Path(record["data"]["folder"]))
-    else:
-        target = HERE / "oasis"
-        names = {name: name for name in OF_SCANS}
-        if stage != "vqvae":
-            names = {name: f"{stage}_{name}" if name in ("samples", "stack") else name for name in OF_PRIORS[stage]}
-        shutil.copy(run / WEIGHTS[stage], HERE / "pretrained")
-    for name, new_name in names.items():
-        found = [folder / f"{name}.png" for folder in (run, predicted) if (folder / f"{name}.png").exists()]
-        if found:
-            shutil.copy(found[0], target / f"{new_name}.png")
-    print(f"Wrote {target}")
+        return
+    shutil.copy(run / WEIGHTS[stage], HERE / "pretrained")
+    for name in OF_PRIORS.get(stage, OF_SCANS):
+        new_name = f"{stage}_{name}" if name in ("samples", "stack") else name
+        for folder in (run, predicted):
+            if (folder / f"{name}.png").exists():
+                shutil.copy(folder / f"{name}.png", HERE / "oasis" / f"{new_name}.png")
 
 
 @torch.no_grad()
