@@ -772,8 +772,10 @@ def test_of_a_volume_that_changes_no_slice_is_mixed_with_what_it_was(heads, tmp_
     write_analyze(labels, (heads[1] > 300).astype(np.int16))
     image, cut_atlas = (tmp_path / "discs" / disc(1)).with_suffix(".img"), volumes.cut_atlas
 
+    times = itertools.count(1)  # another one for each volume, whichever of the two workers is first
+
     def changing(*words):
-        os.utime(image, ns=(1, 1))
+        os.utime(image, ns=2 * (next(times),))
         return cut_atlas(*words)
 
     with monkeypatch.context() as patch:
