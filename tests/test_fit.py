@@ -238,3 +238,10 @@ def test_a_step_sees_the_box_of_the_pictures_at_the_rate_of_the_step(data, tmp_p
     assert 0 < boxed.evaluate(1)["ssim_brain"] < 1  # phantoms have label maps
     boxed.labels = None
     assert "ssim_brain" not in boxed.evaluate(1)
+
+
+def test_another_seed_gives_other_weights(data, tmp_path):
+    sets = [OasisDataset(data, split) for split in ("train", "validate")]
+    runs = [new_run(tmp_path / str(seed), seed=seed, n_embeddings=16, embeddings_dim=4) for seed in (0, 0, 1)]
+    first, same, other = (VQVAEStage(run, *sets).vqvae.conv1.weight for run in runs)
+    assert torch.equal(first, same) and not torch.equal(first, other)
