@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
+from scipy.special import betaincinv  # scipy.stats takes half a second to import
 from torch import Tensor
 
 from evaluation.texture import blur
@@ -70,10 +70,17 @@ def find_copies(fake, real, train, rng: torch.Generator) -> Copies:
     near = sides[0].distance <= thresholds[:, None]
     share = interval((near * weights[0]).sum(1) / weights[0].sum(1))
     # samples of none, or of all, are of none or all: at least as wide as for images drawn one by one
-    low, high = binomtest(int(near[0].sum()), len(near[0])).proportion_ci()
+    low, high = exact_interval(int(near[0].sum()), len(near[0]))
     if share.low is not None:
         share = Interval(share.value, min(share.low, low), max(share.high, high))
     return Copies(*sides, thresholds[0].item(), near[0], share)
+
+
+def exact_interval(k: int, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a proportion, k successes in n trials (Clopper and Pearson 1934)."""
+    low = betaincinv(k, n - k + 1, 0.025) if k > 0 else 0.0
+    high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
+    return float(low), float(high)
 
 
 def _quantile(values: Tensor, weights: Tensor) -> Tensor:

@@ -58,3 +58,9 @@ def test_a_black_image_is_no_copy_and_held_out_images_are_rarely_near(slices):
     values = torch.rand(1000, generator=torch.Generator().manual_seed(0)).double()
     weights = torch.ones(1, 1000).double()
     assert (values < memorisation._quantile(values, weights)).sum() == 10  # numpy's "higher"
+
+
+@pytest.mark.parametrize("k, n", [(0, 30), (3, 256), (128, 256), (30, 30)])
+def test_the_interval_of_a_share_is_scipys(k, n):
+    expected = scipy.stats.binomtest(k, n).proportion_ci()
+    assert memorisation.exact_interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
