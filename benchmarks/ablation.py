@@ -114,8 +114,8 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
         fast_path = choose_fast_path(choose_device(Options.device), o.precision, plain=False)
         if not same or record["fast_path"]["bfloat16"] != fast_path.bfloat16:
             raise UserError(f"{runs[-1]}: was trained by another recipe, or in another precision; name another --out")
-    if runs and open_run(runs[-1], Options).epochs_of(o.stage) >= o.epochs:
-        return
+        if open_run(runs[-1], Options).epochs_of(o.stage) >= o.epochs:
+            return
     print(f"{name}, seed {seed} …", file=sys.stderr, flush=True)
     args = {"data": o.data, "out": str(out), "only": o.stage, "seed": seed, "precision": o.precision}
     args[options.stage_option(o.stage, "epochs")] = o.epochs

@@ -225,9 +225,10 @@ def worker(part: str, name: str, device: torch.device, folder: Path) -> None:
 def measure(part: str, o, folder: Path) -> dict[str, dict]:
     """Start a process for each side, let them take turns, and collect what each took."""
     running, found = {}, {}
-    for name in PARTS[part] | LIMITS:
-        if name in ("ours, float32", "limit, bfloat16") and not has_fast_bfloat16(choose_device(o.device)):
-            continue  # the default is float32 there, and bfloat16 may be many times slower
+    sides = PARTS[part] | LIMITS
+    if not has_fast_bfloat16(choose_device(o.device)):  # the default is float32, and bfloat16 may be many times slower
+        del sides["ours, float32"], sides["limit, bfloat16"]
+    for name in sides:
         words = [sys.executable, __file__, "--worker", part, name, str(folder), "--device", o.device]
         process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         answer = json.loads(process.stdout.readline() or "{}")

@@ -149,7 +149,7 @@ class AutoregressivePrior:
 
     @classmethod
     def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "AutoregressivePrior":
-        """The prior of a `checkpoint` of this VQ-VAE, on its device. Other contents raise what they may."""
+        """The prior of a `checkpoint` of this VQ-VAE, on its device. Other contents raise an error of some kind."""
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
         frame = Frame(**contents["frame"])
         network = Autoregressive(codebook, frame.size, **contents["settings"])

@@ -95,7 +95,7 @@ class DCGANPrior:
 
     @classmethod
     def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "DCGANPrior":
-        """The prior of a `checkpoint` of this VQ-VAE, on its device. Other contents raise what they may."""
+        """The prior of a `checkpoint` of this VQ-VAE, on its device. Other contents raise an error of some kind."""
         weight = vqvae.vector_quantizer.embedding.weight
         space = LatentSpace.from_tensors(contents).to(weight.device)
         gain = contents["gain"].to(weight.device) if "gain" in contents else None

@@ -158,12 +158,20 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         # PyTorch multiplies matrices by oneDNN, which this variable keeps from using newer instructions
         allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+        has = cpu_capabilities()
         if torch.cpu._is_amx_tile_supported():
-            return allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not say
-        is_fast = has.get("avx512_bf16", False) and has["cpu_name"].startswith("AMD")  # Intel's was slower than float32
-        return is_fast and (allowed in ("", "ALL", "DEFAULT") or any(n in allowed for n in ("BF16", "FP16", "AMX")))
+            sufficient = ("AMX",)
+        elif has.get("avx512_bf16") and has["cpu_name"].startswith("AMD"):  # Intel's was slower than float32
+            sufficient = ("BF16", "FP16", "AMX")
+        else:
+            return False
+        return allowed in ("", "ALL", "DEFAULT") or any(name in allowed for name in sufficient)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def cpu_capabilities() -> dict:
+    """What PyTorch knows of the processor: `cpu_name`, and flags of its instructions; {} before PyTorch 2.10."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def keep_freed_memory() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from support import distributed, files
 from support.console import UserError, is_out_of_memory, one_line
-from support.device import FastPath
+from support.device import FastPath, cpu_capabilities
 
 RESUME_FILE = "resume.pth"
 
@@ -156,8 +156,7 @@ def open_run(path: str | Path, options: type) -> Saved:
         raise UserError(f"{folder}: holds no {RESUME_FILE}, so there is nothing to resume; start a new run")
     with restoring(folder):
         saved = files.load(folder / RESUME_FILE)
-        run = Saved(options(**saved["options"]), folder, saved["state"], saved["rows"], FastPath(**saved["fast_path"]))
-    return run
+        return Saved(options(**saved["options"]), folder, saved["state"], saved["rows"], FastPath(**saved["fast_path"]))
 
 
 def read_record(folder: Path) -> dict:
@@ -205,7 +204,7 @@ def environment(device: torch.device) -> dict:
         **{name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "processor": getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "unknown"),  # PyTorch from 2.10 on
+        "processor": cpu_capabilities().get("cpu_name", "unknown"),
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
     }
