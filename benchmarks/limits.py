@@ -24,7 +24,7 @@ from priors.latent_space import SPACE, LatentSpace
 from support import console
 from support.console import UserError
 
-DIRECTIONS = (4, 6, 8, 64)
+DIRECTIONS = (2, 3, 4, 6, 64)
 INSIDE = slice(BORDER, -BORDER)  # where SSIM's windows lie within the image
 
 
@@ -60,8 +60,10 @@ def ways(vqvae: VQVAE, x: Tensor, spaces: dict[int, LatentSpace]) -> list[Tensor
     """Images (B, 1, 256, 256) decoded from their codes, from z_e, and from the codes of what each space keeps."""
     nearest = vqvae.vector_quantizer.nearest
     z_e = vqvae.latents(x)
-    kept = [space.decode(space.clipped(space.encode(z_e))) for space in spaces.values()]
-    return [vqvae.decode(nearest(z_e)), vqvae.decoder(z_e), *(vqvae.decode(nearest(z)) for z in kept)]
+    codes = nearest(z_e)
+    z_q = vqvae.vector_quantizer.look_up(codes)
+    kept = [space.decode(space.clipped(space.encode(z_q))) for space in spaces.values()]
+    return [vqvae.decode(codes), vqvae.decoder(z_e), *(vqvae.decode(nearest(z)) for z in kept)]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""The map between latents and the generator's range.
-
-The generator ends in tanh, so its range is [-1, 1]. `LatentSpace` is fitted on the training split and stored in
-generator.pth.
-"""
+"""The map between latents and the generator's range, which is [-1, 1], because it ends in tanh."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -26,12 +22,12 @@ class SpaceRecipe:
     """What decides the fit of a `LatentSpace`.
 
     Attributes:
-        directions: from so many, images decode with the same SSIM as from all (benchmarks/limits.py).
+        directions: as many as images need to decode with the same SSIM as from all (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
         clipped: share of the heads' values that tanh's range cuts off.
     """
 
-    directions: int = 6
+    directions: int = 4
     emphasis: float = 0.5
     clipped: float = 0.005
 
@@ -43,7 +39,7 @@ SPACE = SpaceRecipe()
 class LatentSpace:
     """Maps latents z (B, D, H, W) to coefficients c (B, K, H, W) and back, and the generator's output t to c.
 
-    D is the length of an embedding, K the number of coefficients at a position.
+    D is the length of an embedding, K the number of coefficients at a position. The map is stored in generator.pth.
 
     c = scale * (directionsᵀ (z - shift)) within `support`, where * multiplies the 2-d Fourier transform; back,
     z = shift + directions (scale⁻¹ * c) within `support`. Generated coefficients are mixᵀ t, with t (B, D, H, W) in
@@ -126,17 +122,19 @@ class LatentSpace:
         """The map of `--dcgan-training balanced`: only what decodes to heads is kept, with a flatter spectrum.
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
-          latents are 0 outside the head, also along the border of the image, where convolutions see padding.
+          z - shift is 0 outside the head, also along the border of the image, where convolutions see padding.
         - directions: the leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
           and all by one factor, so that tanh's range cuts off the share `clipped` of the heads' values.
         - mix: the first functions of a cosine transform. They spread each coefficient over all channels, so that fewer
           values are cut off.
-        - support: positions at most HEAD_MARGIN from one where, in some image, the length of z - shift is above a tenth
-          of its root mean square in heads.
+        - support: positions at most HEAD_MARGIN from one where z is not shift in some image.
         """
-        z, codes = _encode(vqvae, dataset)
+        n = min(FIT_IMAGES, len(dataset))
+        picked = [i * len(dataset) // n for i in range(n)]
+        codes = torch.cat([vqvae.encode(x).cpu() for x in in_batches(dataset, picked, desc="Encoding")])
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
+        z = weight[codes].permute(0, 3, 1, 2)
         frequent = codes.mode(0).values
         constant = (codes == frequent).double().mean(0) > 0.5
         background = torch.where(constant, frequent, codes.flatten().mode().values)
@@ -145,9 +143,7 @@ class LatentSpace:
         if not head.any():
             head[:] = True
         difference = (z - shift).permute(0, 2, 3, 1)[head].double()
-        second_moment = difference.T @ difference / len(difference)
-        rms = second_moment.trace().sqrt().clamp(min=1e-6).float()
-        varies = ((z - shift).norm(dim=1) > 0.1 * rms).any(0)
+        second_moment = difference.T @ difference
 
         n_directions = min(recipe.directions, len(second_moment))
         space = cls(
@@ -155,24 +151,15 @@ class LatentSpace:
             directions=torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, :n_directions].float(),
             scale=torch.ones(n_directions, z.shape[2], z.shape[3] // 2 + 1),
             mix=torch.from_numpy(dct(np.eye(len(second_moment)), norm="ortho"))[:, :n_directions].float(),
-            support=F.max_pool2d(varies[None].float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)[0],
+            support=F.max_pool2d(head.any(0)[None].float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)[0],
         )
-        power = power_spectrum(space.encode(z)).clamp(min=1e-5 * rms**2)
+        power = power_spectrum(space.encode(z))
+        power = power.clamp(min=1e-5 * power.mean())
         space = replace(space, scale=power ** (-recipe.emphasis / 2))
         values = space.to_channels(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)
         return space.to(vqvae.vector_quantizer.embedding.weight.device)
-
-
-def _encode(vqvae: VQVAE, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Latents (N, D, H, W) and codes (N, H, W) of FIT_IMAGES images, on the CPU."""
-    n = min(FIT_IMAGES, len(dataset))
-    picked = [i * len(dataset) // n for i in range(n)]
-    latents = (vqvae.latents(x) for x in in_batches(dataset, picked, desc="Encoding"))
-    pairs = [(z.cpu(), vqvae.vector_quantizer.nearest(z).cpu()) for z in latents]
-    z, codes = zip(*pairs, strict=True)
-    return torch.cat(z), torch.cat(codes)
 
 
 def _multiply(matrix: Tensor, x: Tensor) -> Tensor:

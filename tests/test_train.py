@@ -109,7 +109,7 @@ def test_vqvae_pth_is_a_plain_state_dict_of_the_best_epoch(trained):
 def test_generator_pth_loads_as_weights_only(trained):
     _, run = trained
     contents = torch.load(run / "generator.pth", weights_only=True)
-    assert contents["shift"].shape == (64, 64, 64) and contents["scale"].shape == (6, 64, 33)
+    assert contents["shift"].shape == (64, 64, 64) and contents["scale"].shape == (4, 64, 33)
     assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
     assert contents["gain"].shape == (45, 6, 6) and (contents["gain"] - torch.eye(6)).abs().max() > 0.1
     state = resume_file(run)["state"]["dcgan"]

@@ -61,18 +61,13 @@ class DCGANStage(Stage):
                 saved = run.state[self.name]["extra"]
                 self.samples.load_state_dict(saved, self.title)
                 space = LatentSpace(**saved["space"])
-                stored = saved["stored"]
                 gain = saved["gain"]
         else:
             space = self._fit_space(vqvae, train_set)
-            stored = None  # latents are stored where they fit into memory
             gain = None
         self.space = space.to(run.device)
-        quantized = self.recipe.quantized
-        self.latents = LatentCache(vqvae, train_set, self.space, quantized, stored)
-        self.validate_latents = LatentCache(vqvae, validate_set, self.space, quantized, self.latents.stored)
-        where = "in memory" if self.latents.stored else "too many for memory, so each batch is encoded when it is used"
-        print(f"DCGAN: {len(self.latents)} latents, {where}", flush=True)
+        self.latents = LatentCache(vqvae, train_set, self.space)
+        self.validate_latents = LatentCache(vqvae, validate_set, self.space)
 
         torch.manual_seed(seeds.derived_seed(options.seed, "dcgan weights"))
         self.generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
@@ -196,8 +191,8 @@ class DCGANStage(Stage):
         files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
 
     def extra_state(self) -> dict:
-        space = {"space": self.space.to("cpu").tensors(), "stored": self.latents.stored}
-        return self.samples.state_dict() | space | {"gain": self.prior.gain, "begun": self.begun}
+        state = {"space": self.space.to("cpu").tensors(), "gain": self.prior.gain, "begun": self.begun}
+        return self.samples.state_dict() | state
 
     def load_extra_state(self, state: dict) -> None:
         self.begun = state["begun"]

@@ -51,7 +51,6 @@ class DCGANRecipe:
     """How the DCGAN is trained.
 
     Attributes:
-        quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
         space: of the map between latents and the generator's range; None divides by the codebook's largest value.
         start_steps, start_lr: steps, at most, in which the generator is fitted to real latents before adversarial
             training, and their learning rate; there are never more than half as many as in all epochs.
@@ -61,7 +60,6 @@ class DCGANRecipe:
         calibrated: whether samples get the covariances of real latents.
     """
 
-    quantized: bool = False
     space: SpaceRecipe | None = SpaceRecipe()
     start_steps: int = 3000
     start_lr: float = 1e-3
@@ -72,7 +70,7 @@ class DCGANRecipe:
 
 BALANCED = DCGANRecipe()
 # The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
-REPORT = DCGANRecipe(quantized=True, space=None, start_steps=0, r1=0.0, average_decay=0.0, calibrated=False)
+REPORT = DCGANRecipe(space=None, start_steps=0, r1=0.0, average_decay=0.0, calibrated=False)
 DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
 
 
