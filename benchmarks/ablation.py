@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.generation import MEASURES
-from priors.latent_space import SPACE
+from priors.latent_space import SpaceRecipe
 from support import console
 from support.console import SEED, UserError
 from support.device import choose_device, choose_fast_path
@@ -72,9 +72,9 @@ TABLES = {
             "balanced": (BALANCED, {}),
             "no average": (replace(BALANCED, average_decay=0.0), {}),
             "no start": (replace(BALANCED, start_steps=0), {}),
-            "6 directions": (replace(BALANCED, space=replace(SPACE, directions=6)), {}),
+            "6 directions": (replace(BALANCED, space=SpaceRecipe(directions=6)), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),
-            "spectrum as it is": (replace(BALANCED, space=replace(SPACE, emphasis=0.0)), {}),
+            "spectrum as it is": (replace(BALANCED, space=SpaceRecipe(emphasis=0.0)), {}),
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
         },
         {"d_real": ".2f", "d_validate": ".2f"} | MEASURED,

@@ -7,7 +7,6 @@ Decoded images are cut to [0, 1], as new slices are. The brain is where the labe
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,7 +19,7 @@ from evaluation import reconstruction
 from evaluation.reconstruction import BORDER
 from modules import VQVAE
 from priors.checkpoints import load_vqvae
-from priors.latent_space import SPACE, LatentSpace
+from priors.latent_space import LatentSpace, SpaceRecipe
 from support import console
 from support.console import UserError
 
@@ -39,7 +38,7 @@ def main() -> None:
     train_set = OasisDataset(o.data, "train")
     if dataset.labels is None:
         raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
-    spaces = {k: LatentSpace.fit(vqvae, train_set, replace(SPACE, directions=k)) for k in DIRECTIONS}
+    spaces = {k: LatentSpace.fit(vqvae, train_set, SpaceRecipe(directions=k)) for k in DIRECTIONS}
     rows = []
     for i in range(0, len(dataset), 4):
         x = dataset[i][None]

@@ -32,9 +32,6 @@ class SpaceRecipe:
     clipped: float = 0.005
 
 
-SPACE = SpaceRecipe()
-
-
 @dataclass(frozen=True, eq=False)
 class LatentSpace:
     """Maps latents z (B, D, H, W) to coefficients c (B, K, H, W) and back, and the generator's output t to c.
@@ -118,7 +115,7 @@ class LatentSpace:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vqvae: VQVAE, dataset: Dataset, recipe: SpaceRecipe = SPACE) -> "LatentSpace":
+    def fit(cls, vqvae: VQVAE, dataset: Dataset, recipe: SpaceRecipe = SpaceRecipe()) -> "LatentSpace":
         """The map of `--dcgan-training balanced`: only what decodes to heads is kept, with a flatter spectrum.
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
