@@ -24,11 +24,10 @@ from support.device import choose_device, choose_fast_path
 from support.run import RESUME_FILE, open_run, read_record
 from train import copy_vqvae
 from training import begin, options
-from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.fit import fit
 from training.options import COUNT, Options
-from training.recipes import AUTOREGRESSIVE, BALANCED, REPORT, VQVAE
+from training.recipes import BALANCED, REPORT, VQVAE
 from training.vqvae import VQVAEStage
 
 
@@ -45,7 +44,6 @@ class Table(NamedTuple):
     columns: dict[str, str]
 
 
-MEASURED = dict.fromkeys(MEASURES, ".3g")
 TABLES = {
     "vqvae": Table(
         VQVAEStage,
@@ -53,9 +51,6 @@ TABLES = {
             "kmeans": (VQVAE, {}),
             "paper": (VQVAE, {"codebook": "paper"}),
             "ema": (VQVAE, {"codebook": "ema"}),
-            "no average": (replace(VQVAE, average_decay=0.0), {}),
-            "long average": (replace(VQVAE, average_decay=0.998), {}),
-            "constant rate": (replace(VQVAE, constant_rate=1.0), {}),
         },
         {
             "ssim_mean": ".4f",
@@ -77,17 +72,7 @@ TABLES = {
             "spectrum as it is": (replace(BALANCED, space=SpaceRecipe(emphasis=0.0)), {}),
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
         },
-        {"d_real": ".2f", "d_validate": ".2f"} | MEASURED,
-    ),
-    "autoregressive": Table(
-        AutoregressiveStage,
-        {
-            "default": (AUTOREGRESSIVE, {}),
-            "96 channels": (replace(AUTOREGRESSIVE, width=96), {}),
-            "neighbours as they are": (replace(AUTOREGRESSIVE, exchanged=0.0), {}),
-            "no average": (replace(AUTOREGRESSIVE, average_decay=0.0), {}),
-        },
-        {"validation_bits": ".0f"} | MEASURED,
+        {"d_real": ".2f", "d_validate": ".2f"} | dict.fromkeys(MEASURES, ".3g"),
     ),
 }
 
@@ -152,7 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("stage", choices=TABLES)
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
-    parser.add_argument("--vqvae", metavar="PATH", help="vqvae.pth of a prior")
+    parser.add_argument("--vqvae", metavar="PATH", help="vqvae.pth of the DCGAN")
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=SEED, metavar="S", default=[0, 1], help="default: 0 1")
     parser.add_argument("--epochs", type=COUNT, metavar="N", default=6, help="default: 6")
@@ -163,7 +148,7 @@ def parse() -> argparse.Namespace:
     if unknown := set(o.rows) - rows.keys():
         raise UserError(f"--rows {min(unknown)}: is none of {', '.join(rows)}")
     if (o.stage == "vqvae") == bool(o.vqvae):
-        raise UserError("--vqvae PATH is needed for a prior, and only then used")
+        raise UserError("--vqvae PATH is needed for the DCGAN, and only then used")
     return o
 
 

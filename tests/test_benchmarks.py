@@ -79,7 +79,7 @@ def run_main(module, words, monkeypatch, capfd) -> tuple[str, str]:
 
 
 def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, monkeypatch, capfd, without_figures):
-    words = ["vqvae", "--data", data, "--out", tmp_path, "--rows", "paper", "no average", "--seeds", "0"]
+    words = ["vqvae", "--data", data, "--out", tmp_path, "--rows", "paper", "ema", "--seeds", "0"]
     words += ["--epochs", "2"]
 
     def stopped(stage, data, epoch, seed, train_epoch=fit.train_epoch):
@@ -90,30 +90,27 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fit, "train_epoch", stopped)
         run_main(ablation, words, monkeypatch, capfd)
-    for begun in (["paper, seed 0 …", "no average, seed 0 …"], []):  # the first of them is resumed
+    for begun in (["paper, seed 0 …", "ema, seed 0 …"], []):  # the first of them is resumed
         out, err = run_main(ablation, words, monkeypatch, capfd)
         assert [line for line in err.splitlines() if "…" in line] == begun
     found = {}
-    for name, method, decay in (("paper", "paper", 0.9), ("no average", "kmeans", 0.0)):
-        (folder,) = (tmp_path / f"vqvae-{name.replace(' ', '-')}-0-of-2").iterdir()
+    for name in ("paper", "ema"):
+        (folder,) = (tmp_path / f"vqvae-{name}-0-of-2").iterdir()
         saved = found[name] = resume_file(folder)
-        assert len(saved["rows"]) == 2 and saved["options"]["codebook"] == method
-        assert json.loads((folder / "run.json").read_text())["recipes"]["vqvae"]["average_decay"] == decay
-        state = saved["state"]["vqvae"]
-        weights = [state[key]["vqvae"]["conv1.weight"] for key in ("averages", "networks")]
-        assert torch.equal(*weights) == (name == "no average")
+        assert len(saved["rows"]) == 2 and saved["options"]["codebook"] == name
     assert f"| paper | {max(row['ssim_mean'] for row in found['paper']['rows']):.4f} | " in out
 
 
-@pytest.mark.parametrize("stage", ["dcgan", "autoregressive"])
-def test_a_row_of_a_prior_is_trained_with_its_recipe(stage, data, tmp_path, monkeypatch, capfd, without_figures):
-    words = [stage, "--data", data, "--out", tmp_path, "--vqvae", PRETRAINED / "vqvae.pth", "--rows", "no average"]
+def test_a_row_of_the_dcgan_is_trained_with_its_recipe(data, tmp_path, monkeypatch, capfd, without_figures):
+    words = ["dcgan", "--data", data, "--out", tmp_path, "--vqvae", PRETRAINED / "vqvae.pth", "--rows", "no average"]
     out, _ = run_main(ablation, [*words, "--seeds", "0", "--epochs", "1"], monkeypatch, capfd)
-    (run,) = (tmp_path / f"{stage}-no-average-0-of-1").iterdir()
-    assert json.loads((run / "run.json").read_text())["recipes"][stage]["average_decay"] == 0
+    (run,) = (tmp_path / "dcgan-no-average-0-of-1").iterdir()
+    assert json.loads((run / "run.json").read_text())["recipes"]["dcgan"]["average_decay"] == 0
+    state = resume_file(run)["state"]["dcgan"]
+    weights = [state[key]["generator"]["net.4.weight"] for key in ("averages", "networks")]
+    assert torch.equal(*weights)
     (row,) = [line for line in out.splitlines() if line.startswith("| no average |")]
-    columns = ablation.TABLES[stage].columns
-    assert row.count("|") == len(columns) + 2
+    assert row.count("|") == len(ablation.TABLES["dcgan"].columns) + 2
 
 
 def test_the_limits_table_has_scikit_images_ssim(data, monkeypatch, capfd):
