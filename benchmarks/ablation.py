@@ -66,6 +66,7 @@ TABLES = {
             "report": (REPORT, {}),
             "balanced": (BALANCED, {}),
             "no average": (replace(BALANCED, average_decay=0.0), {}),
+            "embeddings": (replace(BALANCED, quantized=True), {}),
             "no start": (replace(BALANCED, start_steps=0), {}),
             "6 directions": (replace(BALANCED, space=SpaceRecipe(directions=6)), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),

@@ -59,10 +59,8 @@ def ways(vqvae: VQVAE, x: Tensor, spaces: dict[int, LatentSpace]) -> list[Tensor
     """Images (B, 1, 256, 256) decoded from their codes, from z_e, and from the codes of what each space keeps."""
     nearest = vqvae.vector_quantizer.nearest
     z_e = vqvae.latents(x)
-    codes = nearest(z_e)
-    z_q = vqvae.vector_quantizer.look_up(codes)
-    kept = [space.decode(space.clipped(space.encode(z_q))) for space in spaces.values()]
-    return [vqvae.decode(codes), vqvae.decoder(z_e), *(vqvae.decode(nearest(z)) for z in kept)]
+    kept = [space.decode(space.clipped(space.encode(z_e))) for space in spaces.values()]
+    return [vqvae.decode(nearest(z_e)), vqvae.decoder(z_e), *(vqvae.decode(nearest(z)) for z in kept)]
 
 
 if __name__ == "__main__":

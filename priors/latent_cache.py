@@ -17,17 +17,18 @@ COMPARED = 512  # images, at most, whose covariances are the target of calibrati
 
 
 class LatentCache(Dataset):
-    """The coefficients of a split's latents z_q, which the DCGAN learns to generate.
+    """The coefficients of a split's latents, which the DCGAN learns to generate.
 
     They are clipped as the generator's output is (`LatentSpace.clipped`), and stored in float16 (8·K kB per image) on
     the device if they take at most half of its free memory, else on the host.
 
     Args:
         vqvae, dataset, space: the trained network, a `dataset.OasisDataset` and the map, on one device.
+        quantized: whether latents are z_q, the embeddings of an image's codes, or z_e, the encoder's output.
     """
 
     @torch.no_grad()
-    def __init__(self, vqvae: VQVAE, dataset: Dataset, space: LatentSpace):
+    def __init__(self, vqvae: VQVAE, dataset: Dataset, space: LatentSpace, quantized: bool = False):
         self.space = space
         size = (len(dataset), *space.support.shape, space.rank)
         n_bytes = 2 * torch.Size(size).numel()
@@ -35,8 +36,10 @@ class LatentCache(Dataset):
         self.coefficients = torch.empty(size, dtype=torch.half, device=device)
         start = 0
         for x in in_batches(dataset, desc="Encoding"):
-            z_q = vqvae.vector_quantizer.look_up(vqvae.encode(x))
-            self.coefficients[start : start + len(x)] = space.clipped(space.encode(z_q)).permute(0, 2, 3, 1)
+            z = vqvae.latents(x)
+            if quantized:
+                z = vqvae.vector_quantizer.look_up(vqvae.vector_quantizer.nearest(z))
+            self.coefficients[start : start + len(x)] = space.clipped(space.encode(z)).permute(0, 2, 3, 1)
             start += len(x)
 
     def __len__(self) -> int:

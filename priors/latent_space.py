@@ -119,19 +119,20 @@ class LatentSpace:
         """The map of `--dcgan-training balanced`: only what decodes to heads is kept, with a flatter spectrum.
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
-          z - shift is 0 outside the head, also along the border of the image, where convolutions see padding.
+          z - shift is about 0 outside the head, also along the border of the image, where convolutions see padding.
         - directions: the leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
           and all by one factor, so that tanh's range cuts off the share `clipped` of the heads' values.
         - mix: the first functions of a cosine transform. They spread each coefficient over all channels, so that fewer
           values are cut off.
-        - support: positions at most HEAD_MARGIN from one where z is not shift in some image.
+        - support: positions at most HEAD_MARGIN from one where some image has another code than that of shift.
         """
+        device = vqvae.vector_quantizer.embedding.weight.device
         n = min(FIT_IMAGES, len(dataset))
         picked = [i * len(dataset) // n for i in range(n)]
-        codes = torch.cat([vqvae.encode(x).cpu() for x in in_batches(dataset, picked, desc="Encoding")])
+        z = torch.cat([vqvae.latents(x).cpu() for x in in_batches(dataset, picked, desc="Encoding")])
+        codes = torch.cat([vqvae.vector_quantizer.nearest(part).cpu() for part in z.to(device).split(32)])
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
-        z = weight[codes].permute(0, 3, 1, 2)
         frequent = codes.mode(0).values
         constant = (codes == frequent).double().mean(0) > 0.5
         background = torch.where(constant, frequent, codes.flatten().mode().values)
@@ -156,7 +157,7 @@ class LatentSpace:
         values = space.to_channels(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)
-        return space.to(vqvae.vector_quantizer.embedding.weight.device)
+        return space.to(device)
 
 
 def _multiply(matrix: Tensor, x: Tensor) -> Tensor:

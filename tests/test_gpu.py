@@ -170,7 +170,7 @@ def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     update(stage, latents.batch([0, 1, 2]), 0)
     assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 1)) == []
     monkeypatch.setattr("priors.latent_cache.fits", lambda n_bytes, device: device.type == "cpu")
-    beside = LatentCache(stage.prior.vqvae, stage.samples.train_set, stage.space)
+    beside = LatentCache(stage.prior.vqvae, stage.samples.train_set, stage.space, stage.recipe.quantized)
     assert beside.coefficients.device.type == "cpu"
     assert gpu.waited(lambda: update(stage, beside.batch([3, 0, 1]), 2)) == []
     torch.testing.assert_close(latents.batch([2]).cpu(), beside.batch([2]).cpu(), atol=2e-3, rtol=0)

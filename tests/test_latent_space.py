@@ -22,9 +22,9 @@ def space(vqvae, train_set):
 
 @pytest.fixture(scope="module")
 def encoded(vqvae, train_set):
-    """Latents z_q and codes of the training split, which has fewer images than a space is fitted on."""
-    codes = vqvae.encode(train_set.batch(range(15)))
-    return vqvae.vector_quantizer.look_up(codes).detach(), codes
+    """Latents and codes of the training split, which has fewer images than a space is fitted on."""
+    with torch.no_grad():
+        return vqvae.latents(train_set.batch(range(15))), vqvae.encode(train_set.batch(range(15)))
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ class DCGANStage(Stage):
             space = self._fit_space(vqvae, train_set)
             gain = None
         self.space = space.to(run.device)
-        self.latents = LatentCache(vqvae, train_set, self.space)
-        self.validate_latents = LatentCache(vqvae, validate_set, self.space)
+        self.latents = LatentCache(vqvae, train_set, self.space, self.recipe.quantized)
+        self.validate_latents = LatentCache(vqvae, validate_set, self.space, self.recipe.quantized)
 
         torch.manual_seed(seeds.derived_seed(options.seed, "dcgan weights"))
         self.generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)

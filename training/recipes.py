@@ -51,6 +51,7 @@ class DCGANRecipe:
     """How the DCGAN is trained.
 
     Attributes:
+        quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
         space: of the map between latents and the generator's range; None divides by the codebook's largest value.
         start_steps, start_lr: steps, at most, in which the generator is fitted to real latents before adversarial
             training, and their learning rate; there are never more than half as many as in all epochs.
@@ -60,6 +61,7 @@ class DCGANRecipe:
         calibrated: whether samples get the covariances of real latents.
     """
 
+    quantized: bool = False
     space: SpaceRecipe | None = SpaceRecipe()
     start_steps: int = 3000
     start_lr: float = 1e-3
@@ -70,7 +72,7 @@ class DCGANRecipe:
 
 BALANCED = DCGANRecipe()
 # The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
-REPORT = DCGANRecipe(space=None, start_steps=0, r1=0.0, average_decay=0.0, calibrated=False)
+REPORT = DCGANRecipe(quantized=True, space=None, start_steps=0, r1=0.0, average_decay=0.0, calibrated=False)
 DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
 
 
