@@ -111,7 +111,7 @@ def test_generator_pth_loads_as_weights_only(trained):
     contents = torch.load(run / "generator.pth", weights_only=True)
     assert contents["shift"].shape == (64, 64, 64) and contents["scale"].shape == (4, 64, 33)
     assert contents["state_dict"]["net.4.weight"].shape == (64, 64, 4, 4)
-    assert contents["gain"].shape == (45, 6, 6) and (contents["gain"] - torch.eye(6)).abs().max() > 0.1
+    assert contents["gain"].shape == (45, 4, 4) and (contents["gain"] - torch.eye(4)).abs().max() > 0.1
     state = resume_file(run)["state"]["dcgan"]
     assert torch.equal(contents["scale"], state["extra"]["space"]["scale"])
     for key, value in contents["state_dict"].items():  # samples are drawn with the average
@@ -127,7 +127,7 @@ def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
     real = LatentCache(prior.vqvae, OasisDataset(data, "train"), prior.space).batch(range(15))
     expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
     values = torch.linalg.eigvalsh(expected)
-    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).double().mean() > 0.2
+    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).double().mean() > 0.1
     torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
 
 
