@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("stage", choices=TABLES)
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     parser.add_argument("--out", metavar="DIR", required=True, help="where the runs are kept")
-    parser.add_argument("--vqvae", metavar="PATH", help="vqvae.pth of the DCGAN")
+    parser.add_argument("--vqvae", metavar="PATH", help="vqvae.pth whose latents the DCGAN learns")
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=SEED, metavar="S", default=[0, 1], help="default: 0 1")
     parser.add_argument("--epochs", type=COUNT, metavar="N", default=6, help="default: 6")

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from modules import VQVAE
 from priors.latent_space import LatentSpace
 from priors.spectrum import covariance_spectrum
-from support.console import in_batches
-from support.device import fits, move
+from support.console import UserError, in_batches
+from support.device import fits, free_memory, move
 
 COMPARED = 512  # images, at most, whose covariances are the target of calibration
 
@@ -20,7 +20,7 @@ class LatentCache(Dataset):
     """The coefficients of a split's latents, which the DCGAN learns to generate.
 
     They are clipped as the generator's output is (`LatentSpace.clipped`), and stored in float16 (8·K kB per image) on
-    the device if they take at most half of its free memory, else on the host.
+    the device if they take at most half of its free memory, else on the host. Raises UserError if neither has enough.
 
     Args:
         vqvae, dataset, space: the trained network, a `dataset.OasisDataset` and the map, on one device.
@@ -33,6 +33,11 @@ class LatentCache(Dataset):
         size = (len(dataset), *space.support.shape, space.rank)
         n_bytes = 2 * torch.Size(size).numel()
         device = space.device if fits(n_bytes, space.device) else torch.device("cpu")
+        if n_bytes > free_memory(device):
+            raise UserError(
+                f"latents of {len(dataset)} slices need {n_bytes / 1e9:.1f} GB of memory, more than is free; those of "
+                "--dcgan-training balanced need a sixteenth of those of report"
+            )
         self.coefficients = torch.empty(size, dtype=torch.half, device=device)
         start = 0
         for x in in_batches(dataset, desc="Encoding"):

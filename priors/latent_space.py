@@ -1,4 +1,4 @@
-"""The map between latents and the generator's range, which is [-1, 1], because it ends in tanh."""
+"""The map between latents and the range of the generator, [-1, 1], because that ends in tanh."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -22,7 +22,7 @@ class SpaceRecipe:
     """What decides the fit of a `LatentSpace`.
 
     Attributes:
-        directions: as many as images need to decode with the same SSIM as from all (benchmarks/limits.py).
+        directions: how many principal ones are kept. Four cost 0.0002 of SSIM (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
         clipped: share of the heads' values that tanh's range cuts off.
     """
@@ -131,24 +131,24 @@ class LatentSpace:
         n = min(FIT_IMAGES, len(dataset))
         picked = [i * len(dataset) // n for i in range(n)]
         z = torch.cat([vqvae.latents(x).cpu() for x in in_batches(dataset, picked, desc="Encoding")])
-        codes = torch.cat([vqvae.vector_quantizer.nearest(part).cpu() for part in z.to(device).split(32)])
+        codes = torch.cat([vqvae.vector_quantizer.nearest(part.to(device)).cpu() for part in z.split(32)])
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
         frequent = codes.mode(0).values
         constant = (codes == frequent).double().mean(0) > 0.5
         background = torch.where(constant, frequent, codes.flatten().mode().values)
         shift = weight[background].permute(2, 0, 1)
         head = codes != background
-        if not head.any():
+        if not head.any():  # one code everywhere: all positions count
             head[:] = True
         difference = (z - shift).permute(0, 2, 3, 1)[head].double()
-        second_moment = difference.T @ difference
+        scatter = difference.T @ difference
 
-        n_directions = min(recipe.directions, len(second_moment))
+        n_directions = min(recipe.directions, len(scatter))
         space = cls(
             shift=shift,
-            directions=torch.linalg.eigh(second_moment).eigenvectors.flip(1)[:, :n_directions].float(),
+            directions=torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :n_directions].float(),
             scale=torch.ones(n_directions, z.shape[2], z.shape[3] // 2 + 1),
-            mix=torch.from_numpy(dct(np.eye(len(second_moment)), norm="ortho"))[:, :n_directions].float(),
+            mix=torch.from_numpy(dct(np.eye(len(scatter)), norm="ortho"))[:, :n_directions].float(),
             support=F.max_pool2d(head.any(0)[None].float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)[0],
         )
         power = power_spectrum(space.encode(z))

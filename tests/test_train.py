@@ -126,8 +126,8 @@ def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
     generated = prior.coefficients(prior.noise(15, seeds.generator(5, "calibration"))).detach()
     real = LatentCache(prior.vqvae, OasisDataset(data, "train"), prior.space).batch(range(15))
     expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
-    values = torch.linalg.eigvalsh(expected)
-    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).double().mean() > 0.1
+    values = torch.linalg.eigvalsh(expected)  # of 180, some are not at the bounds
+    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).sum() > 18
     torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
 
 

@@ -14,7 +14,7 @@ from support import distributed, files, seeds
 from support.device import move
 from support.run import Run, restoring
 from training.fit import Stage, rate_factor
-from training.recipes import AUTOREGRESSIVE, AutoregressiveRecipe
+from training.recipes import AUTOREGRESSIVE
 from training.samples import Samples
 
 VALIDATION_BATCH = 32
@@ -44,24 +44,17 @@ class AutoregressiveStage(Stage):
 
     Args:
         run, vqvae, train_set, validate_set: all on the run's device.
-        recipe: what the options do not say.
     """
 
     name, title = "autoregressive", "Autoregressive prior"
     columns = ("bits",)
     chosen_by = ("validation_bits", min)
 
-    def __init__(
-        self,
-        run: Run,
-        vqvae: VQVAE,
-        train_set: OasisDataset,
-        validate_set: OasisDataset,
-        recipe: AutoregressiveRecipe = AUTOREGRESSIVE,
-    ):
+    def __init__(self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset):
         super().__init__(run)
         options = run.options
         fast_path = run.fast_path
+        recipe = AUTOREGRESSIVE
         self.recipe = recipe
         self.average_decay = recipe.average_decay
         self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
