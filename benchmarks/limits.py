@@ -23,7 +23,7 @@ from priors.latent_space import LatentSpace, SpaceRecipe
 from support import console
 from support.console import UserError
 
-DIRECTIONS = (2, 3, 4, 6, 64)
+DIRECTIONS = (2, 3, 4, 64)
 INSIDE = slice(BORDER, -BORDER)  # where SSIM's windows lie within the image
 
 

@@ -22,7 +22,7 @@ class SpaceRecipe:
     """What decides the fit of a `LatentSpace`.
 
     Attributes:
-        directions: how many principal ones are kept. Four cost 0.0002 of SSIM (benchmarks/limits.py).
+        directions: how many principal ones are kept. Four cost 0.0001 of SSIM, three 0.002 (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
         clipped: share of the heads' values that tanh's range cuts off.
     """
