@@ -1,6 +1,7 @@
 """The DCGAN as a prior: noise -> coefficients -> codes -> slices."""
 
 import copy
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class DCGANPrior:
             "kind": "dcgan",
             "version": files.VERSION,
             "state_dict": files.cpu_state(self.generator),
-            **self.space.to("cpu").tensors(),
+            **vars(self.space.to("cpu")),
             "codebook": files.digest(self.vqvae.vector_quantizer.embedding.weight),
             "phantoms": self.phantoms,
         }
@@ -97,7 +98,7 @@ class DCGANPrior:
     def from_checkpoint(cls, contents: dict, vqvae: VQVAE) -> "DCGANPrior":
         """The prior of a `checkpoint` of this VQ-VAE, on its device. Other contents raise an error of some kind."""
         weight = vqvae.vector_quantizer.embedding.weight
-        space = LatentSpace.from_tensors(contents).to(weight.device)
+        space = LatentSpace(**{field.name: contents[field.name] for field in fields(LatentSpace)}).to(weight.device)
         gain = contents["gain"].to(weight.device) if "gain" in contents else None
         generator = Generator(embeddings_dim=weight.shape[1])
         files.load_state(generator, contents["state_dict"])

@@ -1,6 +1,6 @@
 """The map between latents and the range of the generator, [-1, 1], because that ends in tanh."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class LatentSpace:
 
     def to(self, device: torch.device | str) -> "LatentSpace":
         """The same map on another device."""
-        return LatentSpace(**{name: value.to(device) for name, value in self.tensors().items()})
+        return LatentSpace(**{name: value.to(device) for name, value in vars(self).items()})
 
     @property
     def rank(self) -> int:
@@ -68,15 +68,6 @@ class LatentSpace:
     @property
     def device(self) -> torch.device:
         return self.support.device
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The attributes by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "LatentSpace":
-        """The map with such attributes, and what else is in `tensors` left out."""
-        return cls(**{field.name: tensors[field.name] for field in fields(cls)})
 
     def encode(self, z: Tensor) -> Tensor:
         """Latents (B, D, H, W) -> (B, K, H, W)."""
@@ -107,7 +98,7 @@ class LatentSpace:
         """All embeddings in [-1, 1], by one factor."""
         weight = vqvae.vector_quantizer.embedding.weight.detach()
         size = weight.shape[1]
-        identity = torch.eye(weight.shape[1]).to(weight)
+        identity = torch.eye(size).to(weight)
         shift = weight.new_zeros(size, 64, 64)
         support = weight.new_ones(64, 64)
         scale = (1 / weight.abs().max()).expand(size, 64, 33).clone()

@@ -191,7 +191,7 @@ class DCGANStage(Stage):
         files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
 
     def extra_state(self) -> dict:
-        state = {"space": self.space.to("cpu").tensors(), "gain": self.prior.gain, "begun": self.begun}
+        state = {"space": vars(self.space.to("cpu")), "gain": self.prior.gain, "begun": self.begun}
         return self.samples.state_dict() | state
 
     def load_extra_state(self, state: dict) -> None:
