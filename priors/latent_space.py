@@ -118,11 +118,11 @@ class LatentSpace:
           values are cut off.
         - support: positions at most HEAD_MARGIN from one where some image has another code than that of shift.
         """
-        device = vqvae.vector_quantizer.embedding.weight.device
         n = min(FIT_IMAGES, len(dataset))
         picked = [i * len(dataset) // n for i in range(n)]
-        z = torch.cat([vqvae.latents(x).cpu() for x in in_batches(dataset, picked, desc="Encoding")])
-        codes = torch.cat([vqvae.vector_quantizer.nearest(part.to(device)).cpu() for part in z.split(32)])
+        latents = [vqvae.latents(x) for x in in_batches(dataset, picked, desc="Encoding")]
+        z = torch.cat(latents).cpu()
+        codes = torch.cat([vqvae.vector_quantizer.nearest(part) for part in latents]).cpu()
         weight = vqvae.vector_quantizer.embedding.weight.detach().cpu()
         frequent = codes.mode(0).values
         constant = (codes == frequent).double().mean(0) > 0.5
@@ -148,7 +148,7 @@ class LatentSpace:
         values = space.to_channels(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)
-        return space.to(device)
+        return space.to(latents[0].device)
 
 
 def _multiply(matrix: Tensor, x: Tensor) -> Tensor:

@@ -55,7 +55,6 @@ class AutoregressiveStage(Stage):
         options = run.options
         fast_path = run.fast_path
         recipe = AUTOREGRESSIVE
-        self.recipe = recipe
         self.average_decay = recipe.average_decay
         self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
         self.lr = options.autoregressive_lr
@@ -89,8 +88,8 @@ class AutoregressiveStage(Stage):
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update on the slices of indices (B,). Returns their mean bits."""
-        factor = min(1.0, (step + 1) / self.recipe.warm_up)
-        factor *= rate_factor(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
+        factor = min(1.0, (step + 1) / AUTOREGRESSIVE.warm_up)
+        factor *= rate_factor(step, self.n_steps, AUTOREGRESSIVE.constant_rate, AUTOREGRESSIVE.last_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         drawn = ConditionDraw(*map(distributed.part, self.draw_conditions(n, rng)))
@@ -99,13 +98,13 @@ class AutoregressiveStage(Stage):
         self.optimizer.zero_grad()
         (loss * distributed.weight(n)).backward()
         distributed.sum_gradients(self.network)
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_norm)
+        nn.utils.clip_grad_norm_(self.network.parameters(), AUTOREGRESSIVE.gradient_norm)
         self.optimizer.step()
         return bits.detach()[None]
 
     def draw_conditions(self, n: int, rng: torch.Generator) -> ConditionDraw:
         """Draw which conditions n slices have."""
-        recipe = self.recipe
+        recipe = AUTOREGRESSIVE
         distance = ((MOST_DISTANCE + 1) ** torch.rand(n, 1, generator=rng)).long().expand(n, 2)  # small ones most often
         alone = torch.rand(n, 1, generator=rng) < recipe.without_neighbours
         left_out = torch.rand(n, 2, generator=rng) < recipe.without_one
