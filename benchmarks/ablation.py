@@ -67,7 +67,7 @@ TABLES = {
             "balanced": (BALANCED, {}),
             "no average": (replace(BALANCED, average_decay=0.0), {}),
             "embeddings": (replace(BALANCED, quantized=True), {}),
-            "no start": (replace(BALANCED, start_steps=0), {}),
+            "no start": (replace(BALANCED, start_share=0.0), {}),
             "6 directions": (replace(BALANCED, space=SpaceRecipe(directions=6)), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),
             "spectrum as it is": (replace(BALANCED, space=SpaceRecipe(emphasis=0.0)), {}),

@@ -49,7 +49,7 @@ def main() -> None:
     names = [
         "codes",
         "the encoder's output, not quantized",
-        *(f"codes of {space.rank} directions" for space in spaces.values()),
+        *(f"codes of {k} directions" for k in spaces),
     ]
     for name, (whole, inside) in zip(names, torch.tensor(rows).nanmean(0).tolist(), strict=True):
         print(f"| {name} | {whole:.4f} | {inside:.4f} |")

@@ -30,7 +30,7 @@ class LatentCache(Dataset):
     @torch.no_grad()
     def __init__(self, vqvae: VQVAE, dataset: Dataset, space: LatentSpace, quantized: bool = False):
         self.space = space
-        size = (len(dataset), *space.support.shape, space.rank)
+        size = (len(dataset), *space.support.shape, len(space.scale))
         n_bytes = 2 * torch.Size(size).numel()
         device = space.device if fits(n_bytes, space.device) else torch.device("cpu")
         if n_bytes > free_memory(device):

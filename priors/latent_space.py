@@ -14,6 +14,7 @@ from priors.spectrum import power_spectrum
 from support.console import in_batches
 
 FIT_IMAGES = 128  # that a space is fitted on, spaced evenly over the split
+CLIPPED = 0.005  # share of the heads' values that tanh's range cuts off
 HEAD_MARGIN = 2  # rows and columns around heads that belong to them
 
 
@@ -24,12 +25,10 @@ class SpaceRecipe:
     Attributes:
         directions: how many principal ones are kept. Four cost 0.0001 of SSIM, three 0.002 (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
-        clipped: share of the heads' values that tanh's range cuts off.
     """
 
     directions: int = 4
     emphasis: float = 0.5
-    clipped: float = 0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +58,6 @@ class LatentSpace:
     def to(self, device: torch.device | str) -> "LatentSpace":
         """The same map on another device."""
         return LatentSpace(**{name: value.to(device) for name, value in vars(self).items()})
-
-    @property
-    def rank(self) -> int:
-        """K, the number of coefficients at a position."""
-        return len(self.scale)
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +107,7 @@ class LatentSpace:
           z - shift is about 0 outside the head, also along the border of the image, where convolutions see padding.
         - directions: the leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
-          and all by one factor, so that tanh's range cuts off the share `clipped` of the heads' values.
+          and all by one factor, so that tanh's range cuts off the share CLIPPED of the heads' values.
         - mix: the first functions of a cosine transform. They spread each coefficient over all channels, so that fewer
           values are cut off.
         - support: positions at most HEAD_MARGIN from one where some image has another code than that of shift.
@@ -146,7 +140,7 @@ class LatentSpace:
         power = power.clamp(min=1e-5 * power.mean())
         space = replace(space, scale=power ** (-recipe.emphasis / 2))
         values = space.to_channels(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
-        largest = values.kthvalue(max(1, round((1 - recipe.clipped) * len(values)))).values.clamp(min=1e-6)
+        largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)
         return space.to(latents[0].device)
 

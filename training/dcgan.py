@@ -94,7 +94,7 @@ class DCGANStage(Stage):
         return self.latents
 
     def start(self) -> None:
-        """Fit the generator to real latents by mean squared error, for at most half as many steps as in all epochs."""
+        """Fit the generator to real latents by mean squared error."""
         # the average's BatchNorm is local; the generator's would wait for the other processes
         weights = distributed.from_first(self._start_average)
         for generator in (self.average, self.generator):
@@ -104,7 +104,7 @@ class DCGANStage(Stage):
 
     def _start_average(self) -> dict[str, Tensor]:
         fast_path = self.run.fast_path
-        n_steps = min(self.recipe.start_steps, self.n_steps // 2)
+        n_steps = round(self.recipe.start_share * self.n_steps)
         optimizer = fast_path.adam(self.average, self.recipe.start_lr)
         first = 0
         if self.begun:

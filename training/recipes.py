@@ -53,8 +53,8 @@ class DCGANRecipe:
     Attributes:
         quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
         space: of the map between latents and the generator's range; None divides by the codebook's largest value.
-        start_steps, start_lr: steps, at most, in which the generator is fitted to real latents before adversarial
-            training, and their learning rate; there are never more than half as many as in all epochs.
+        start_share, start_lr: steps in which the generator is fitted to real latents before adversarial training, as a
+            share of the steps in all epochs, and their learning rate.
         r1: the weight γ of the penalty on the discriminator's gradient at real latents (arXiv 1801.04406, eq. 9); 0 for
             none.
         average_decay: of the EMA of the generator's weights, which draws the samples; 0 draws with the last weights.
@@ -63,7 +63,7 @@ class DCGANRecipe:
 
     quantized: bool = False
     space: SpaceRecipe | None = SpaceRecipe()
-    start_steps: int = 3000
+    start_share: float = 1.0
     start_lr: float = 1e-3
     r1: float = 0.3
     average_decay: float = 0.999
@@ -72,7 +72,7 @@ class DCGANRecipe:
 
 BALANCED = DCGANRecipe()
 # The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
-REPORT = DCGANRecipe(quantized=True, space=None, start_steps=0, r1=0.0, average_decay=0.0, calibrated=False)
+REPORT = DCGANRecipe(quantized=True, space=None, start_share=0.0, r1=0.0, average_decay=0.0, calibrated=False)
 DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
 
 
