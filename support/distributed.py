@@ -40,10 +40,9 @@ def start() -> None:
     waiting.start()
     # while processes wait for one another, Python's own handlers do not run
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    if torch.cuda.is_available():
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:  # rank 0 alone makes the generator's start, which is long on a slow CPU
-        dist.init_process_group("gloo", timeout=timedelta(hours=2))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # rank 0 alone makes the generator's start, which takes hours on a slow CPU
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     waiting.cancel()
     for number, handler in handlers.items():
         if handler is not None:  # None where it was not installed from Python
