@@ -12,7 +12,7 @@ from priors.latent_cache import LatentCache
 from support import console, seeds
 from support.device import FastPath, move
 
-MOST_IMAGES = 10_000  # whose components are computed
+MOST_IMAGES = 10_000  # that the generator is fitted to: their components are computed in memory
 SAVE_EVERY = 300  # steps: some minutes on a CPU
 
 
@@ -25,7 +25,7 @@ def start_generator(
     fast_path: FastPath,
     seed: int,
 ) -> Iterator[int]:
-    """Fit the generator to a split's latents, each from the `principal_scores` of its image as noise.
+    """Fit the generator to a split's coefficients, each from the `principal_scores` of its image as noise.
 
     Minimises mean squared error with Adam. The scores are distributed somewhat like noise, so the generator begins with
     heads that vary as real ones do. They hardly determine fine detail, which is left to adversarial training.
