@@ -216,7 +216,10 @@ def _block(convolution: nn.Module) -> nn.Sequential:
 
 
 class Generator(nn.Module):
-    """DCGAN generator: noise (B, noise_dim, 1, 1) -> latents (B, embeddings_dim, 64, 64) in [-1, 1]."""
+    """DCGAN generator: noise (B, noise_dim, 1, 1) -> (B, embeddings_dim, 64, 64) in [-1, 1].
+
+    A `priors.latent_space.LatentSpace` maps its output to latents.
+    """
 
     def __init__(self, noise_dim: int = 128, embeddings_dim: int = 64):
         super().__init__()
@@ -234,7 +237,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """DCGAN discriminator: latents (B, embeddings_dim, 64, 64) -> probability (B, 1) that they are real."""
+    """DCGAN discriminator: generated or real (B, embeddings_dim, 64, 64) -> probability (B, 1) of being real."""
 
     def __init__(self, embeddings_dim: int = 64):
         super().__init__()
@@ -248,13 +251,13 @@ class Discriminator(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.net(latents)
+    def forward(self, t: Tensor) -> Tensor:
+        return self.net(t)
 
     def logits(self, x: Tensor, mix: Tensor) -> Tensor:
         """The input of the Sigmoid, (B, 1). A loss computed from it is finite even where the Sigmoid rounds to 0 or 1.
 
-        x (B, K, 64, 64) are coefficients, and the latents are mix @ x at each position, with mix (embeddings_dim, K).
+        The network sees mix @ x at each position, of coefficients x (B, K, 64, 64) and mix (embeddings_dim, K).
         """
         conv = self.net[0][0]  # with fewer channels it computes the same in less time
         x = F.conv2d(x, torch.einsum("ocij,ck->okij", conv.weight, mix), None, conv.stride, conv.padding)

@@ -65,13 +65,13 @@ TABLES = {
         {
             "report": (REPORT, {}),
             "balanced": (BALANCED, {}),
-            "no average": (replace(BALANCED, average_decay=0.0), {}),
+            "last weights": (replace(BALANCED, average_decay=0.0), {}),
+            "not calibrated": (replace(BALANCED, calibrated=False), {}),
             "embeddings": (replace(BALANCED, quantized=True), {}),
-            "no start": (replace(BALANCED, start_share=0.0), {}),
+            "no start from data": (replace(BALANCED, start_lr=0.0), {}),
             "6 directions": (replace(BALANCED, space=SpaceRecipe(directions=6)), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),
-            "spectrum as it is": (replace(BALANCED, space=SpaceRecipe(emphasis=0.0)), {}),
-            "not calibrated": (replace(BALANCED, calibrated=False), {}),
+            "spectrum not flattened": (replace(BALANCED, space=SpaceRecipe(emphasis=0.0)), {}),
         },
         {"d_real": ".2f", "d_validate": ".2f"} | dict.fromkeys(MEASURES, ".3g"),
     ),
@@ -128,7 +128,7 @@ def print_table(o: argparse.Namespace) -> None:
         for seed in o.seeds:
             path = next(folder_of(o, name, seed).glob(f"*/{RESUME_FILE}")).parent
             rows = open_run(path, Options).rows_of(o.stage)
-            found.append(rows[-1] | table.stage.kept_row(rows))  # with the measures of the last
+            found.append(table.stage.kept_row(rows))
         cells = [" ".join(format(row[key], form) for row in found) for key, form in table.columns.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vqvae", metavar="PATH", help="vqvae.pth whose latents the DCGAN learns")
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=SEED, metavar="S", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--epochs", type=COUNT, metavar="N", default=6, help="default: 6")
+    parser.add_argument("--epochs", type=COUNT, metavar="N", required=True, help="that a row is trained for")
     parser.add_argument("--precision", choices=options.PRECISIONS, default="auto", help="default: auto")
     o = parser.parse_args()
     rows = TABLES[o.stage].rows

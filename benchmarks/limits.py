@@ -23,7 +23,7 @@ from priors.latent_space import LatentSpace, SpaceRecipe
 from support import console
 from support.console import UserError
 
-DIRECTIONS = (2, 3, 4, 64)
+DIRECTIONS = (2, 3, 4, 64)  # the last are all
 INSIDE = slice(BORDER, -BORDER)  # where SSIM's windows lie within the image
 
 
@@ -39,28 +39,27 @@ def main() -> None:
     if dataset.labels is None:
         raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
     spaces = {k: LatentSpace.fit(vqvae, train_set, SpaceRecipe(directions=k)) for k in DIRECTIONS}
-    rows = []
+    found = {}
     for i in range(0, len(dataset), 4):
         x = dataset[i][None]
         brain = dataset.labels[i][INSIDE, INSIDE] > 0
-        maps = [reconstruction.ssim_map(x, x_hat.clamp(0, 1))[0, INSIDE, INSIDE] for x_hat in ways(vqvae, x, spaces)]
-        rows.append([(ssim.mean().item(), ssim[brain].mean().item()) for ssim in maps])
-    print(f"{len(rows)} validation images.\n\n| decoded from | SSIM | in the brain |\n|---|---:|---:|")
-    names = [
-        "codes",
-        "the encoder's output, not quantized",
-        *(f"codes of {k} directions" for k in spaces),
-    ]
-    for name, (whole, inside) in zip(names, torch.tensor(rows).nanmean(0).tolist(), strict=True):
+        for name, x_hat in decoded(vqvae, x, spaces).items():
+            ssim = reconstruction.ssim_map(x, x_hat.clamp(0, 1))[0, INSIDE, INSIDE]
+            found.setdefault(name, []).append((ssim.mean().item(), ssim[brain].mean().item()))
+    print("Every fourth validation image.\n\n| decoded from | SSIM | in the brain |\n|---|---:|---:|")
+    for name, values in found.items():
+        whole, inside = torch.tensor(values).nanmean(0).tolist()
         print(f"| {name} | {whole:.4f} | {inside:.4f} |")
 
 
-def ways(vqvae: VQVAE, x: Tensor, spaces: dict[int, LatentSpace]) -> list[Tensor]:
+def decoded(vqvae: VQVAE, x: Tensor, spaces: dict[int, LatentSpace]) -> dict[str, Tensor]:
     """Images (B, 1, 256, 256) decoded from their codes, from z_e, and from the codes of what each space keeps."""
     nearest = vqvae.vector_quantizer.nearest
     z_e = vqvae.latents(x)
-    kept = [space.decode(space.clipped(space.encode(z_e))) for space in spaces.values()]
-    return [vqvae.decode(nearest(z_e)), vqvae.decoder(z_e), *(vqvae.decode(nearest(z)) for z in kept)]
+    images = {"codes": vqvae.decode(nearest(z_e)), "the encoder's output, not quantized": vqvae.decoder(z_e)}
+    for k, space in spaces.items():
+        images[f"codes of {k} directions"] = vqvae.decode(nearest(space.decode(space.clipped(space.encode(z_e)))))
+    return images
 
 
 if __name__ == "__main__":

@@ -107,15 +107,15 @@ class DCGANPrior:
 
 
 def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
-    """Spherical interpolation: n noises (n, C, H, W) from one (C, H, W) to another, in equal steps of angle.
+    """Spherical interpolation on the CPU: n noises (n, C, H, W) from one (C, H, W) to another, in equal steps of angle.
 
     Half way on a straight line, noise would be shorter than any that the generator was trained on (White 2016,
     arXiv 1609.04468).
     """
-    device, start, end = start.device, start.cpu().double(), end.cpu().double()  # MPS has no float64
+    start, end = start.double(), end.double()
     a, b = start / start.norm(), end / end.norm()
     angle = torch.acos((a * b).sum().clamp(-1, 1))
     steps = torch.linspace(0, 1, n, dtype=torch.double).view(-1, 1, 1, 1)
     from_start, from_end = (torch.sinc(part * angle / torch.pi) * part for part in (1 - steps, steps))
     lengths = (1 - steps) * start.norm() + steps * end.norm()
-    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float().to(device)
+    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float()

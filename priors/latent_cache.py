@@ -13,7 +13,7 @@ from priors.spectrum import covariance_spectrum
 from support.console import UserError, in_batches
 from support.device import fits, free_memory, move
 
-COMPARED = 512  # images, at most, whose covariances are the target of calibration
+COMPARED = 512  # images, at most, and as many generated ones, whose covariances calibration compares
 
 
 class LatentCache(Dataset):
@@ -35,8 +35,8 @@ class LatentCache(Dataset):
         device = space.device if fits(n_bytes, space.device) else torch.device("cpu")
         if n_bytes > free_memory(device):
             raise UserError(
-                f"latents of {len(dataset)} slices need {n_bytes / 1e9:.1f} GB of memory, more than is free; those of "
-                "--dcgan-training balanced need a sixteenth of those of report"
+                f"latents of {len(dataset)} slices need {n_bytes / 1e9:.1f} GB of memory, more than is free; train on "
+                "fewer slices, or without --dcgan-training report"
             )
         self.coefficients = torch.empty(size, dtype=torch.half, device=device)
         start = 0

@@ -23,7 +23,8 @@ class SpaceRecipe:
     """What decides the fit of a `LatentSpace`.
 
     Attributes:
-        directions: how many principal ones are kept. Four cost 0.0001 of SSIM, three 0.002 (benchmarks/limits.py).
+        directions: how many principal ones are kept. Beside all 64, four cost 0.0001 of SSIM, three 0.002
+            (benchmarks/limits.py).
         emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
     """
 

@@ -209,7 +209,7 @@ class Figures:
         steps = np.arange(1, len(history["d_loss"]) + 1)
         for axes, rows in (
             (upper, (("d_loss", BLUE, "discriminator"), ("g_loss", ORANGE, "generator"))),
-            (lower, (("d_real", BLUE, "D(x), real latents"), ("d_fake", ORANGE, "D(G(z)), generated latents"))),
+            (lower, (("d_real", BLUE, "D(x), real"), ("d_fake", ORANGE, "D(G(z)), generated"))),
         ):
             for key, colour, label in rows:
                 axes.plot(steps, history[key], color=colour, linewidth=0.4, alpha=0.4)
@@ -220,18 +220,19 @@ class Figures:
         self._save(figure, name)
 
     @_figure
-    def measures_by_epoch(self, name: str, rows: list[dict], floor: dict) -> None:
+    def measures_by_epoch(self, name: str, rows: list[dict], reconstructions: dict) -> None:
         """MEASURES of generated slices by epoch, with those of reconstructed scans.
 
-        `rows` of metrics.csv that have measures; `floor`, by name, as `training.samples.Samples` has it.
+        `rows` of metrics.csv that have measures; `reconstructions` as `training.samples.Samples` has it.
         """
-        shown = {key: label for key, label in MEASURES.items() if np.isfinite(floor[key])}  # few images lack some
+        # few images lack some measures
+        shown = {key: label for key, label in MEASURES.items() if np.isfinite(reconstructions[key])}
         n_rows = len(MEASURES) // 3 + 1  # the legend takes a place, too
         figure, axes = _subplots(n_rows, 3, 11, 3.2 * n_rows)
         figure.suptitle(self._with_note("Generated slices beside those of the validation split, by epoch"))
         for each, (key, label) in zip(axes.flat, shown.items(), strict=False):
             each.plot([row["epoch"] for row in rows], [row[key] for row in rows], color=BLUE, marker="o", markersize=4)
-            each.axhline(floor[key], color=ORANGE, linestyle="--")
+            each.axhline(reconstructions[key], color=ORANGE, linestyle="--")
             each.set(xlabel="epoch", ylabel=textwrap.fill(label, 26))
             each.xaxis.get_major_locator().set_params(integer=True)
         for each in axes.flat[len(shown) :]:

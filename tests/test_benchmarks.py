@@ -102,14 +102,14 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, 
 
 
 def test_a_row_of_the_dcgan_is_trained_with_its_recipe(data, tmp_path, monkeypatch, capfd, without_figures):
-    words = ["dcgan", "--data", data, "--out", tmp_path, "--vqvae", PRETRAINED / "vqvae.pth", "--rows", "no average"]
+    words = ["dcgan", "--data", data, "--out", tmp_path, "--vqvae", PRETRAINED / "vqvae.pth", "--rows", "report"]
     out, _ = run_main(ablation, [*words, "--seeds", "0", "--epochs", "1"], monkeypatch, capfd)
-    (run,) = (tmp_path / "dcgan-no-average-0-of-1").iterdir()
+    (run,) = (tmp_path / "dcgan-report-0-of-1").iterdir()
     assert json.loads((run / "run.json").read_text())["recipes"]["dcgan"]["average_decay"] == 0
     state = resume_file(run)["state"]["dcgan"]
     weights = [state[key]["generator"]["net.4.weight"] for key in ("averages", "networks")]
     assert torch.equal(*weights)
-    (row,) = [line for line in out.splitlines() if line.startswith("| no average |")]
+    (row,) = [line for line in out.splitlines() if line.startswith("| report |")]
     assert row.count("|") == len(ablation.TABLES["dcgan"].columns) + 2
 
 

@@ -11,7 +11,7 @@ from dataset import OasisDataset
 from modules import VQVAE, Discriminator, Generator, dcgan_init
 from priors.checkpoints import PRIORS
 from priors.dcgan import DCGANPrior
-from priors.latent_cache import LatentCache
+from priors.latent_cache import COMPARED, LatentCache
 from priors.latent_space import LatentSpace
 from support import distributed, files, seeds
 from support.console import in_batches
@@ -21,8 +21,6 @@ from training.fit import Stage, save_start
 from training.recipes import DCGAN, DCGANRecipe
 from training.samples import Samples
 from training.start import start_generator
-
-CALIBRATION_SAMPLES = 512  # at most, that calibration compares with as many real ones
 
 
 class DCGANStage(Stage):
@@ -62,6 +60,7 @@ class DCGANStage(Stage):
                 self.samples.load_state_dict(saved, self.title)
                 space = LatentSpace(**saved["space"])
                 gain = saved["gain"]
+                gain = None if gain is None else gain.to(run.device)
         else:
             space = self._fit_space(vqvae, train_set)
             gain = None
@@ -81,7 +80,6 @@ class DCGANStage(Stage):
             network = distributed.synchronize_batch_norm(network).to(run.device, memory_format=fast_path.layout)
             self.optimizers[name] = fast_path.adam(network, options.dcgan_lr, options.dcgan_betas)
         self.begun: dict = {}  # step and optimizer of a start that was interrupted
-        gain = None if gain is None else gain.to(run.device)
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
     def _fit_space(self, vqvae: VQVAE, train_set: OasisDataset) -> LatentSpace:
@@ -94,7 +92,7 @@ class DCGANStage(Stage):
         return self.latents
 
     def start(self) -> None:
-        """Fit the generator to real latents by mean squared error."""
+        """Fit the generator to real coefficients by mean squared error."""
         # the average's BatchNorm is local; the generator's would wait for the other processes
         weights = distributed.from_first(self._start_average)
         for generator in (self.average, self.generator):
@@ -104,8 +102,8 @@ class DCGANStage(Stage):
 
     def _start_average(self) -> dict[str, Tensor]:
         fast_path = self.run.fast_path
-        n_steps = round(self.recipe.start_share * self.n_steps)
         optimizer = fast_path.adam(self.average, self.recipe.start_lr)
+        n_steps = self.n_steps if self.recipe.start_lr else 0
         first = 0
         if self.begun:
             fast_path.load_adam(optimizer, self.begun["optimizer"])
@@ -117,10 +115,10 @@ class DCGANStage(Stage):
         return files.cpu_state(self.average)
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
-        """One update of each network on coefficients of real latents (B, K, 64, 64).
+        """One update of each network on real coefficients (B, K, 64, 64).
 
         Binary cross entropy, with the non-saturating loss for the generator (arXiv 1406.2661, section 3). Real and
-        generated latents go through the discriminator in separate batches.
+        generated coefficients go through the discriminator in separate batches.
 
         Returns:
             (4,): the discriminator's loss without R1, mean D(x) and mean D(G(z)) before its step, the generator's loss.
@@ -135,7 +133,7 @@ class DCGANStage(Stage):
             fake = self.space.to_coefficients(self.generator(noise))
         d_real = self._logits(self.discriminator, real)
         d_fake = self._logits(self.discriminator, fake.detach())
-        d_loss = cross_entropy(d_real, 1) + cross_entropy(d_fake, 0)
+        d_loss = _cross_entropy(d_real, 1) + _cross_entropy(d_fake, 0)
         loss = d_loss
         if gamma:
             (gradient,) = torch.autograd.grad(d_real.sum(), real, create_graph=True)
@@ -143,7 +141,7 @@ class DCGANStage(Stage):
         _update(self.discriminator, self.optimizers["discriminator"], loss * weight)
 
         # (2) Update G: minimise -log D(G(z))
-        g_loss = cross_entropy(self._logits(self.discriminator, fake), 1)
+        g_loss = _cross_entropy(self._logits(self.discriminator, fake), 1)
         _update(self.generator, self.optimizers["generator"], g_loss * weight)
 
         mean_real = d_real.detach().sigmoid().mean()
@@ -154,12 +152,12 @@ class DCGANStage(Stage):
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
         with self.autocast():  # one for each call: it caches bfloat16 weights, and an update makes these stale
             logits = discriminator.logits(c, self.space.mix)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.float()
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior, and measure it when that is due."""
         columns = {"d_validate": self._d_of_validation()}
-        noise = self.samples.noise(self.prior, min(CALIBRATION_SAMPLES, len(self.latents)), "calibration")
+        noise = self.samples.noise(self.prior, min(COMPARED, len(self.latents)), "calibration")
         if self.recipe.average_decay:
             self.prior.reset_batch_norm(noise)
         if self.recipe.calibrated:
@@ -198,7 +196,7 @@ class DCGANStage(Stage):
         self.begun = state["begun"]
 
 
-def cross_entropy(logits: Tensor, target: int) -> Tensor:
+def _cross_entropy(logits: Tensor, target: int) -> Tensor:
     """Binary cross entropy of logits (B, 1) with one target for all."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 

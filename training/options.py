@@ -78,7 +78,7 @@ class Options:
     dcgan_betas: tuple[float, float] = _option(
         (0.5, 0.999), "DCGAN", "betas of Adam", type=ADAM_BETA, nargs=2, metavar=("B1", "B2"))
     dcgan_training: str = _option(
-        "balanced", "DCGAN", "update rule: balanced (start from data, R1, EMA) or report (cross entropy alone)",
+        "balanced", "DCGAN", "procedure: balanced (ours, docs/method.md) or report (cross entropy alone)",
         choices=tuple(DCGAN))
 
     autoregressive_epochs: int = _option(

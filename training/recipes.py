@@ -53,17 +53,16 @@ class DCGANRecipe:
     Attributes:
         quantized: whether real latents are embeddings, z_q, or the encoder's output, z_e.
         space: of the map between latents and the generator's range; None divides by the codebook's largest value.
-        start_share, start_lr: steps in which the generator is fitted to real latents before adversarial training, as a
-            share of the steps in all epochs, and their learning rate.
-        r1: the weight γ of the penalty on the discriminator's gradient at real latents (arXiv 1801.04406, eq. 9); 0 for
-            none.
+        start_lr: the learning rate at which the generator is fitted to real coefficients before adversarial training,
+            for as many steps as in all epochs; 0 for no such start.
+        r1: the weight γ of the penalty on the discriminator's gradient at real coefficients (arXiv 1801.04406, eq. 9);
+            0 for none.
         average_decay: of the EMA of the generator's weights, which draws the samples; 0 draws with the last weights.
         calibrated: whether samples get the covariances of real latents.
     """
 
     quantized: bool = False
     space: SpaceRecipe | None = SpaceRecipe()
-    start_share: float = 1.0
     start_lr: float = 1e-3
     r1: float = 0.3
     average_decay: float = 0.999
@@ -72,7 +71,7 @@ class DCGANRecipe:
 
 BALANCED = DCGANRecipe()
 # The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
-REPORT = DCGANRecipe(quantized=True, space=None, start_share=0.0, r1=0.0, average_decay=0.0, calibrated=False)
+REPORT = DCGANRecipe(quantized=True, space=None, start_lr=0.0, r1=0.0, average_decay=0.0, calibrated=False)
 DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
 
 

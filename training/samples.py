@@ -28,7 +28,7 @@ class Samples:
         epochs: of the stage.
 
     Attributes:
-        floor: measures of reconstructed training images by name, what a perfect prior has; `begin` takes them.
+        reconstructions: measures of reconstructed training images by name, on rank 0; `begin` takes them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Samples:
         self.train_set = train_set
         self.validate_set = validate_set
         self.figures = Figures(run.folder, run.phantoms)
-        self.floor = {}
+        self.reconstructions = {}
 
     @cached_property
     def reference(self) -> Reference:
@@ -70,18 +70,19 @@ class Samples:
             self.draw(prior, 0)
             others = self.train_set.as_images().random_subset(self.n_measured, self.run.options.seed)
             others = reconstructed(self.vqvae, others)
-            self.floor = {name: measure.value for name, measure in self.reference.measure(others).items()}
+            self.reconstructions = {name: measure.value for name, measure in self.reference.measure(others).items()}
 
     def state_dict(self) -> dict:
         """What resuming needs."""
-        return {"floor": self.floor, "codebook": files.digest(self.vqvae.vector_quantizer.embedding.weight)}
+        weight = self.vqvae.vector_quantizer.embedding.weight
+        return {"reconstructions": self.reconstructions, "codebook": files.digest(weight)}
 
     def load_state_dict(self, state: dict, title: str) -> None:
         """Restore what `state_dict` returned. Raises UserError if the stage, `title`, began with another VQ-VAE."""
         if state["codebook"] != files.digest(self.vqvae.vector_quantizer.embedding.weight):
             path = self.run.folder / "vqvae.pth"
             raise UserError(f"{path}: has changed since the {title} began; start a new run with it")
-        self.floor = state["floor"]
+        self.reconstructions = state["reconstructions"]
 
     def are_measured(self, epoch: int) -> bool:
         """Whether samples are measured after an epoch: N_MEASURES times in a run, or after each if they are fewer."""
@@ -108,8 +109,8 @@ class Samples:
         row = rows[-1]
         if "swd" not in row:
             return
-        values = {text: (row[key], self.floor[key]) for key, text in MEASURES.items()}
+        values = {text: (row[key], self.reconstructions[key]) for key, text in MEASURES.items()}
         shown = [f"{text}: {a:.3g} ({b:.3g})" for text, (a, b) in values.items() if math.isfinite(a + b)]
         self.run.say(f"Generated slices (reconstructions): {'; '.join(shown)}")
         measured = [each for each in rows if "swd" in each]
-        self.figures.measures_by_epoch(f"{self.prefix}_measures.png", measured, self.floor)
+        self.figures.measures_by_epoch(f"{self.prefix}_measures.png", measured, self.reconstructions)
