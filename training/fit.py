@@ -215,7 +215,7 @@ def rate_factor(step: int, n_steps: int, constant: float, last: float) -> float:
 def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Update the EMA of the weights and of BatchNorm's statistics after step 1, 2, … of a stage.
 
-    Early in training it decays faster than by `decay`: the mean age of the average is a quarter of all steps.
+    Early in training it decays faster than by `decay`: the mean age of what is averaged is a quarter of all so far.
     """
     averaged = average.state_dict()
     current = network.state_dict()
