@@ -67,14 +67,14 @@ def train_vqvae(run: Run, train_set: OasisDataset, validate_set: OasisDataset) -
 
 
 def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> DCGANPrior:
-    """Train the DCGAN on the training split's latents and return the trained prior.
+    """Train the DCGAN on the training split's latents and return the prior of the epoch with the lowest AUC of texture.
 
     `run` has begun; training resumes from its state. Everything is on the run's device. Raises UserError if the loss
     is not finite, or if a resumed run's vqvae.pth is not the one that it began with.
     """
     stage = DCGANStage(run, vqvae, train_set, validate_set)
     fit(stage, run)
-    return stage.prior
+    return stage.best()
 
 
 def train_autoregressive(

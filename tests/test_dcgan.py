@@ -143,6 +143,19 @@ def test_the_generator_and_its_average_start_from_the_same_weights(new_stage, mo
         assert all(torch.equal(value, before[key] + 1) for key, value in network.state_dict().items())
 
 
+def test_the_weights_of_the_epoch_with_the_lowest_auc_of_texture_are_kept(new_stage, tmp_path, capsys):
+    stage = new_stage()
+    saved = []
+    for epoch, auc in enumerate((0.9, 0.7, 0.8), 1):
+        torch.nn.init.constant_(stage.average.net[4].weight, epoch)
+        stage.run.rows.append({"stage": "dcgan", "epoch": epoch, "texture_auc": auc})
+        stage.save_weights(stage.run.rows[-1])
+        weights = torch.load(tmp_path / "generator.pth", weights_only=True)["state_dict"]
+        saved.append(weights["net.4.weight"].mean().item())
+    assert saved == [1, 2, 2] and (stage.best().generator.net[4].weight == 2).all()
+    assert "Best epoch: 2, AUC of texture 0.700" in capsys.readouterr().out
+
+
 def test_the_discriminator_of_the_validation_split_is_in_training_mode_and_leaves_no_trace(new_stage, vqvae, data):
     stage = new_stage()
     before, space = copy.deepcopy(stage.discriminator.state_dict()), stage.space

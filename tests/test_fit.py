@@ -58,7 +58,7 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
 
     def falling(vqvae, dataset, labels, rank, world_size):
         seen.append(copy.deepcopy(vqvae.state_dict()))
-        ssim = torch.tensor([[0.2, 0.4], [0.5, 0.7], [0.1, 0.9], [0.6, 0.6]][len(seen) - 1], dtype=torch.double)
+        ssim = torch.tensor([[0.2, 0.4], [0.5, 0.7], [0.1, 0.9], [0.5, 0.6]][len(seen) - 1], dtype=torch.double)
         return reconstruction.Scores(ssim, 20 + ssim, torch.ones(4096, 16), torch.ones(16), *torch.ones(2, 2, 4))
 
     monkeypatch.setattr(reconstruction, "score", falling)
@@ -68,6 +68,14 @@ def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
     kept = stage.best()
     assert all(torch.equal(value, seen[1][key]) for key, value in kept.state_dict().items())
     assert not torch.equal(kept.conv1.weight, seen[3]["conv1.weight"])
+
+
+def test_the_kept_epoch_is_the_last_of_the_best_ones_that_were_measured():
+    rows = [{"epoch": i + 1, "texture_auc": auc} for i, auc in enumerate([0.9, 0.8, math.nan, 0.8, 0.85])]
+    del rows[0]["texture_auc"]
+    kept = [DCGANStage.kept_row(rows[:n])["epoch"] for n in range(1, 6)]
+    assert kept == [1, 2, 2, 4, 4]
+    assert DCGANStage.kept_row([rows[0], rows[2]])["epoch"] == 3  # none was measured
 
 
 def test_the_rows_say_where_the_time_went(data, tmp_path, monkeypatch):

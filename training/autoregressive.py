@@ -159,12 +159,8 @@ class AutoregressiveStage(Stage):
 
     def best(self) -> AutoregressivePrior:
         """The prior in autoregressive.pth, on the run's device."""
-        return AutoregressivePrior.from_checkpoint(distributed.from_first(self._best_contents), self.vqvae)
-
-    def _best_contents(self) -> dict:
-        row = self.kept_row(self.run.rows_of(self.name))
-        self.run.say(f"Best epoch: {row['epoch']}, {row['validation_bits']:.0f} bits of a validation image")
-        return files.load(self.run.folder / "autoregressive.pth")
+        contents = self.best_contents("autoregressive.pth", "{validation_bits:.0f} bits of a validation image")
+        return AutoregressivePrior.from_checkpoint(contents, self.vqvae)
 
     def extra_state(self) -> dict:
         return self.samples.state_dict() | {"frame": self.frame._asdict()}

@@ -35,6 +35,7 @@ class DCGANStage(Stage):
     """
 
     name, title = "dcgan", "DCGAN"
+    chosen_by = ("texture_auc", min)  # it falls as long as anything improves, and rises where D memorises
     columns = ("d_loss", "d_real", "d_fake", "g_loss")
 
     @exact_float32()
@@ -152,7 +153,7 @@ class DCGANStage(Stage):
         """float32, of coefficients (B, K, 64, 64): (B, 1)."""
         with self.autocast():  # one for each call: it caches bfloat16 weights, and an update makes these stale
             logits = discriminator.logits(c, self.space.mix)
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior, and measure it when that is due."""
@@ -185,8 +186,14 @@ class DCGANStage(Stage):
         self.samples.print_measures(self.run.rows_of(self.name))
 
     def save_weights(self, row: dict) -> None:
-        files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
-        files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
+        if row is self.kept_row(self.run.rows_of(self.name)):
+            files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
+            files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
+
+    def best(self) -> DCGANPrior:
+        """The prior in generator.pth, on the run's device."""
+        contents = self.best_contents("generator.pth", "AUC of texture {texture_auc:.3f}")
+        return DCGANPrior.from_checkpoint(contents, self.prior.vqvae)
 
     def extra_state(self) -> dict:
         state = {"space": vars(self.space.to("cpu")), "gain": self.prior.gain, "begun": self.begun}

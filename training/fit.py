@@ -27,12 +27,12 @@ class Stage:
         columns: tuple of names of the values that `step` returns; their means over images go into metrics.csv.
         epochs, batch_size: number of epochs, and images in a step of all processes together.
         average_decay: of the exponential moving average (EMA) of the weights.
-        chosen_by: the column that chooses the epoch whose weights are kept, and `max` or `min`; None keeps the last.
+        chosen_by: the column of metrics.csv that chooses the epoch whose weights are kept, and `max` or `min`.
         networks, optimizers: dicts of what is trained, by name.
         averages: dict of the EMA copies of networks, under the same names.
     """
 
-    chosen_by: tuple[str, Callable] | None = None
+    chosen_by: tuple[str, Callable]
 
     def __init__(self, run: Run):
         self.run = run
@@ -49,11 +49,26 @@ class Stage:
 
     @classmethod
     def kept_row(cls, rows: list[dict]) -> dict:
-        """The row of the epoch whose weights are kept, among a stage's rows of metrics.csv; of equal ones the first."""
-        if cls.chosen_by is None:
-            return rows[-1]
+        """The row of the epoch whose weights are kept, among a stage's rows of metrics.csv; of equal ones the last.
+
+        Rows without the measure that chooses do not count, unless all lack it.
+        """
         column, best = cls.chosen_by
-        return best(rows, key=lambda row: row[column])
+        measured = [row for row in rows if math.isfinite(row.get(column, math.nan))]
+        return best(reversed(measured), key=lambda row: row[column]) if measured else rows[-1]
+
+    def best_contents(self, name: str, text: str) -> dict:
+        """What `save_weights` wrote to a file of the run's folder, on all ranks.
+
+        Prints the epoch that it is of, with a text in which the values of its row are put.
+        """
+
+        def load() -> dict:
+            row = self.kept_row(self.run.rows_of(self.name))
+            self.run.say(f"Best epoch: {row['epoch']}, {text.format(**row)}")
+            return files.load(self.run.folder / name)
+
+        return distributed.from_first(load)
 
     @property
     def n_steps(self) -> int:
