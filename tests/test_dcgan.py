@@ -13,7 +13,7 @@ from priors.latent_cache import LatentCache
 from support import seeds
 from support.device import FastPath
 from support.run import Run
-from training import dcgan
+from training import dcgan, fit
 from training.options import Options
 from training.recipes import BALANCED, REPORT
 
@@ -143,15 +143,23 @@ def test_the_generator_and_its_average_start_from_the_same_weights(new_stage, mo
         assert all(torch.equal(value, before[key] + 1) for key, value in network.state_dict().items())
 
 
-def test_the_weights_of_the_epoch_with_the_lowest_auc_of_texture_are_kept(new_stage, tmp_path, capsys):
-    stage = new_stage()
-    saved = []
-    for epoch, auc in enumerate((0.9, 0.7, 0.8), 1):
+def test_the_weights_of_the_epoch_with_the_lowest_auc_of_texture_are_kept(new_stage, monkeypatch, capsys):
+    stage, saved = new_stage(dcgan_epochs=3), []
+
+    def evaluate(epoch):
         torch.nn.init.constant_(stage.average.net[4].weight, epoch)
-        stage.run.rows.append({"stage": "dcgan", "epoch": epoch, "texture_auc": auc})
-        stage.save_weights(stage.run.rows[-1])
-        weights = torch.load(tmp_path / "generator.pth", weights_only=True)["state_dict"]
+        return {"texture_auc": (0.9, 0.7, 0.8)[epoch - 1]}
+
+    def look(folder):
+        weights = torch.load(folder / "generator.pth", weights_only=True)["state_dict"]
         saved.append(weights["net.4.weight"].mean().item())
+
+    monkeypatch.setattr(stage, "evaluate", evaluate)
+    monkeypatch.setattr(stage, "step", lambda *words: torch.zeros(4))
+    for name in ("start", "draw"):
+        monkeypatch.setattr(stage, name, lambda *words: None)
+    monkeypatch.setattr(fit.page, "write_run", look)  # called after each epoch
+    fit.fit(stage, stage.run)
     assert saved == [1, 2, 2] and (stage.best().generator.net[4].weight == 2).all()
     assert "Best epoch: 2, AUC of texture 0.700" in capsys.readouterr().out
 

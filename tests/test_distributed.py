@@ -316,7 +316,7 @@ def _best_autoregressive(folder, rank):
     stage = _autoregressive(folder if rank == 0 else None)
     if rank == 0:
         stage.run.rows = [{"stage": "autoregressive", "epoch": 1, "validation_bits": 9.0}]
-        stage.save_weights(stage.run.rows[0])
+        stage.save_weights()
     return stage.best().network.state_dict()
 
 

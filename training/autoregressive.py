@@ -153,9 +153,8 @@ class AutoregressiveStage(Stage):
         self.samples.figures.losses("autoregressive_losses.png", bits, rows, title, *columns, unit=unit)
         self.samples.print_measures(rows)
 
-    def save_weights(self, row: dict) -> None:
-        if row is self.kept_row(self.run.rows_of(self.name)):
-            files.save(self.prior.checkpoint(), self.run.folder / "autoregressive.pth")
+    def save_weights(self) -> None:
+        files.save(self.prior.checkpoint(), self.run.folder / "autoregressive.pth")
 
     def best(self) -> AutoregressivePrior:
         """The prior in autoregressive.pth, on the run's device."""

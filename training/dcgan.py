@@ -185,10 +185,9 @@ class DCGANStage(Stage):
         self.samples.figures.gan_losses("gan_losses.png", history)
         self.samples.print_measures(self.run.rows_of(self.name))
 
-    def save_weights(self, row: dict) -> None:
-        if row is self.kept_row(self.run.rows_of(self.name)):
-            files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
-            files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
+    def save_weights(self) -> None:
+        files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
+        files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
 
     def best(self) -> DCGANPrior:
         """The prior in generator.pth, on the run's device."""

@@ -98,8 +98,8 @@ class Stage:
         `row` is the epoch's row of metrics.csv, the last of `run.rows`; `history` has each column's values by step.
         """
 
-    def save_weights(self, row: dict) -> None:
-        """Write the weights that a user loads; called on rank 0, after `draw`."""
+    def save_weights(self) -> None:
+        """Write the weights that a user loads; called on rank 0, after `draw`, if the epoch is the best so far."""
 
     def extra_state(self) -> dict:
         """What resuming needs besides networks, averages and optimizers; called on all ranks, and the same on all."""
@@ -170,7 +170,8 @@ def fit(stage: Stage, run: Run) -> None:
             run.rows.append(row)
             with exact_float32():
                 stage.draw(row, history)
-            stage.save_weights(row)
+            if row is stage.kept_row(run.rows_of(stage.name)):
+                stage.save_weights()
             row["evaluation_seconds"] = round(evaluated - trained, 2)
             row["other_seconds"] = round(run.take_seconds() - (evaluated - began), 2)
             run.state[stage.name] = state
@@ -230,7 +231,7 @@ def rate_factor(step: int, n_steps: int, constant: float, last: float) -> float:
 def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Update the EMA of the weights and of BatchNorm's statistics after step 1, 2, … of a stage.
 
-    Early in training it decays faster than by `decay`: the mean age of what is averaged is a quarter of all so far.
+    Early in training it decays faster than by `decay`: the mean age of the weights in it is a quarter of all steps.
     """
     averaged = average.state_dict()
     current = network.state_dict()

@@ -58,7 +58,7 @@ class DCGANRecipe:
         r1: the weight γ of the penalty on the discriminator's gradient at real coefficients (arXiv 1801.04406, eq. 9);
             0 for none.
         average_decay: of the EMA of the generator's weights, which draws the samples; 0 draws with the last weights.
-        calibrated: whether samples get the covariances of real latents.
+        calibrated: whether samples get the covariances of real coefficients.
     """
 
     quantized: bool = False

@@ -131,9 +131,8 @@ class VQVAEStage(Stage):
         title = "Training reconstruction loss"
         self.figures.losses("train_recon_losses.png", losses, rows, title, "training_loss")
 
-    def save_weights(self, row: dict) -> None:
-        if row is self.kept_row(self.run.rows_of(self.name)):
-            files.save(files.cpu_state(self.average), self.run.folder / "vqvae.pth")
+    def save_weights(self) -> None:
+        files.save(files.cpu_state(self.average), self.run.folder / "vqvae.pth")
 
     def _print(self, row: dict) -> None:
         print(f"Epoch: {row['epoch']}")
