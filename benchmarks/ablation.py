@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.generation import MEASURES
-from priors.latent_space import SpaceRecipe
 from support import console
 from support.console import SEED, UserError
 from support.device import choose_device, choose_fast_path
@@ -69,9 +68,9 @@ TABLES = {
             "not calibrated": (replace(BALANCED, calibrated=False), {}),
             "embeddings": (replace(BALANCED, quantized=True), {}),
             "no start from data": (replace(BALANCED, start_lr=0.0), {}),
-            "6 directions": (replace(BALANCED, space=SpaceRecipe(directions=6)), {}),
+            "6 directions": (replace(BALANCED, directions=6), {}),
             "no R1": (replace(BALANCED, r1=0.0), {}),
-            "spectrum not flattened": (replace(BALANCED, space=SpaceRecipe(emphasis=0.0)), {}),
+            "spectrum not flattened": (replace(BALANCED, emphasis=0.0), {}),
         },
         {"d_real": ".2f", "d_validate": ".2f"} | dict.fromkeys(MEASURES, ".3g"),
     ),

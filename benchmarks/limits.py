@@ -19,9 +19,10 @@ from evaluation import reconstruction
 from evaluation.reconstruction import BORDER
 from modules import VQVAE
 from priors.checkpoints import load_vqvae
-from priors.latent_space import LatentSpace, SpaceRecipe
+from priors.latent_space import LatentSpace
 from support import console
 from support.console import UserError
+from training.recipes import BALANCED
 
 DIRECTIONS = (2, 3, 4, 64)  # the last are all
 INSIDE = slice(BORDER, -BORDER)  # where SSIM's windows lie within the image
@@ -38,7 +39,7 @@ def main() -> None:
     train_set = OasisDataset(o.data, "train")
     if dataset.labels is None:
         raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
-    spaces = {k: LatentSpace.fit(vqvae, train_set, SpaceRecipe(directions=k)) for k in DIRECTIONS}
+    spaces = {k: LatentSpace.fit(vqvae, train_set, k, BALANCED.emphasis) for k in DIRECTIONS}
     found = {}
     for i in range(0, len(dataset), 4):
         x = dataset[i][None]

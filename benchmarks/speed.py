@@ -44,6 +44,7 @@ from training.codebook import KMeans
 from training.dcgan import DCGANStage
 from training.fit import Stage, update_average
 from training.options import Options
+from training.recipes import BALANCED
 from training.vqvae import VQVAEStage
 
 BATCH = 32
@@ -140,7 +141,7 @@ def report_style() -> nn.Module:
 
 def peer_dcgan(device, folder: Path) -> Work:
     vqvae, train_set = few_images(device, folder)
-    latents = LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set))
+    latents = LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set, BALANCED.directions, BALANCED.emphasis))
     return Work(peers.dcgan_step(lambda: latents.space.to_channels(latents.batch(range(BATCH))), device))
 
 

@@ -18,20 +18,6 @@ CLIPPED = 0.005  # share of the heads' values that tanh's range cuts off
 HEAD_MARGIN = 2  # rows and columns around heads that belong to them
 
 
-@dataclass(frozen=True)
-class SpaceRecipe:
-    """What decides the fit of a `LatentSpace`.
-
-    Attributes:
-        directions: how many principal ones are kept. Beside all 64, four cost 0.0001 of SSIM, three 0.002
-            (benchmarks/limits.py).
-        emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
-    """
-
-    directions: int = 4
-    emphasis: float = 0.5
-
-
 @dataclass(frozen=True, eq=False)
 class LatentSpace:
     """Maps latents z (B, D, H, W) to coefficients c (B, K, H, W) and back, and the generator's output t to c.
@@ -101,12 +87,12 @@ class LatentSpace:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vqvae: VQVAE, dataset: Dataset, recipe: SpaceRecipe = SpaceRecipe()) -> "LatentSpace":
+    def fit(cls, vqvae: VQVAE, dataset: Dataset, directions: int, emphasis: float) -> "LatentSpace":
         """The map of `--dcgan-training balanced`: only what decodes to heads is kept, with a flatter spectrum.
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
           z - shift is about 0 outside the head, also along the border of the image, where convolutions see padding.
-        - directions: the leading principal ones of z - shift in heads. Their signs depend on the machine.
+        - directions: so many leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
           and all by one factor, so that tanh's range cuts off the share CLIPPED of the heads' values.
         - mix: the first functions of a cosine transform. They spread each coefficient over all channels, so that fewer
@@ -129,17 +115,17 @@ class LatentSpace:
         difference = (z - shift).permute(0, 2, 3, 1)[head].double()
         scatter = difference.T @ difference
 
-        n_directions = min(recipe.directions, len(scatter))
+        directions = min(directions, len(scatter))
         space = cls(
             shift=shift,
-            directions=torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :n_directions].float(),
-            scale=torch.ones(n_directions, z.shape[2], z.shape[3] // 2 + 1),
-            mix=torch.from_numpy(dct(np.eye(len(scatter)), norm="ortho"))[:, :n_directions].float(),
+            directions=torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :directions].float(),
+            scale=torch.ones(directions, z.shape[2], z.shape[3] // 2 + 1),
+            mix=torch.from_numpy(dct(np.eye(len(scatter)), norm="ortho"))[:, :directions].float(),
             support=F.max_pool2d(head.any(0)[None].float(), 2 * HEAD_MARGIN + 1, 1, HEAD_MARGIN)[0],
         )
         power = power_spectrum(space.encode(z))
         power = power.clamp(min=1e-5 * power.mean())
-        space = replace(space, scale=power ** (-recipe.emphasis / 2))
+        space = replace(space, scale=power ** (-emphasis / 2))
         values = space.to_channels(space.encode(z)).permute(0, 2, 3, 1)[head].abs().flatten()
         largest = values.kthvalue(max(1, round((1 - CLIPPED) * len(values)))).values.clamp(min=1e-6)
         space = replace(space, scale=space.scale / largest)

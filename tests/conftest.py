@@ -87,7 +87,7 @@ def vqvae(train_set) -> VQVAE:
 @pytest.fixture(scope="session")
 def latents(vqvae, train_set) -> LatentCache:
     """The training split's latents, as the balanced DCGAN learns them."""
-    return LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set))
+    return LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set, 4, 0.5))
 
 
 @pytest.fixture

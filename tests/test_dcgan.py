@@ -17,7 +17,7 @@ from training import dcgan, fit
 from training.options import Options
 from training.recipes import BALANCED, REPORT
 
-PLAIN_MAP = replace(BALANCED, space=None)  # coefficients are latents over the largest value of the codebook
+PLAIN_MAP = replace(BALANCED, directions=None)  # coefficients are latents over the largest value of the codebook
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def _dcgan(run: Run) -> DCGANStage:
     """A stage without training images, the map between latents and coefficients that of the codebook."""
     torch.manual_seed(0)
     images = Images(torch.rand(2, 1, 256, 256))
-    return DCGANStage(run, VQVAE(16, 8), images, images, replace(BALANCED, space=None))
+    return DCGANStage(run, VQVAE(16, 8), images, images, replace(BALANCED, directions=None))
 
 
 def _dcgan_step(rank):

@@ -195,7 +195,7 @@ def test_measures_are_those_of_the_cpu(gpu, few):
         fake = generation.of_arrays(generation.to_bytes(x.flip(3)))
         compared = generation.compare(held_out.as_images(), fake, model, train.as_images())
         results.append(torch.tensor([(row.fake.value, row.real.value) for row in compared.rows]))
-        space = LatentSpace.fit(model, train)
+        space = LatentSpace.fit(model, train, 4, 0.5)
         results.append(space.shift)
     for one, other in zip(found, expected, strict=True):
         assert one.device.type in ("cpu", gpu.name)

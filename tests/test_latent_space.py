@@ -11,13 +11,13 @@ from evaluation.reconstruction import ssim
 from modules import VQVAE
 from priors.checkpoints import load_vqvae
 from priors.latent_cache import LatentCache
-from priors.latent_space import CLIPPED, LatentSpace, SpaceRecipe
+from priors.latent_space import CLIPPED, LatentSpace
 from priors.spectrum import power_spectrum
 
 
 @pytest.fixture(scope="module")
 def space(vqvae, train_set):
-    return LatentSpace.fit(vqvae, train_set)
+    return LatentSpace.fit(vqvae, train_set, 4, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_directions_are_scipys_principal_ones(space, encoded, usual):
 
 @pytest.mark.parametrize("emphasis", [0.0, 0.5, 1.0])
 def test_emphasis_is_the_exponent_of_the_spectrum_that_is_divided_by(vqvae, train_set, encoded, emphasis):
-    space = LatentSpace.fit(vqvae, train_set, SpaceRecipe(emphasis=emphasis))
-    plain = LatentSpace.fit(vqvae, train_set, SpaceRecipe(emphasis=0.0))
+    space = LatentSpace.fit(vqvae, train_set, 4, emphasis)
+    plain = LatentSpace.fit(vqvae, train_set, 4, 0.0)
     before, after = (power_spectrum(each.encode(encoded[0])).double().log() for each in (plain, space))
     for k in range(2):  # the leading ones
         slope = np.polyfit(before[k].flatten().numpy(), after[k].flatten().numpy(), 1)[0]
@@ -102,13 +102,13 @@ def test_emphasis_is_the_exponent_of_the_spectrum_that_is_divided_by(vqvae, trai
 
 
 def test_a_codebook_of_one_used_code_has_a_space(train_set):
-    space = LatentSpace.fit(VQVAE(1, 4), train_set)
+    space = LatentSpace.fit(VQVAE(1, 4), train_set, 4, 0.5)
     assert all(value.isfinite().all() for value in vars(space).values()) and (space.scale > 0).all()
 
 
 def test_images_decode_from_what_is_kept_as_from_all(train_set):
     vqvae = load_vqvae(PRETRAINED / "vqvae.pth")
-    space = LatentSpace.fit(vqvae, train_set)
+    space = LatentSpace.fit(vqvae, train_set, 4, 0.5)
     x = train_set.batch(range(8))
     through = space.decode(LatentCache(vqvae, train_set, space).batch(range(8)))
     found, best = (vqvae.decode(k).clamp(0, 1) for k in (vqvae.vector_quantizer.nearest(through), vqvae.encode(x)))

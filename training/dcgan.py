@@ -84,10 +84,10 @@ class DCGANStage(Stage):
         self.prior = DCGANPrior(self.average, self.space, vqvae, run.phantoms, gain)
 
     def _fit_space(self, vqvae: VQVAE, train_set: OasisDataset) -> LatentSpace:
-        recipe = self.recipe.space
-        if recipe is None:
+        directions, emphasis = self.recipe.directions, self.recipe.emphasis
+        if directions is None:
             return LatentSpace.of_codebook(vqvae)
-        return distributed.from_first(lambda: LatentSpace.fit(vqvae, train_set, recipe).to("cpu"))
+        return distributed.from_first(lambda: LatentSpace.fit(vqvae, train_set, directions, emphasis).to("cpu"))
 
     def data(self) -> LatentCache:
         return self.latents
