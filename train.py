@@ -14,8 +14,6 @@ import sys
 
 from dataset import OasisDataset
 from modules import VQVAE
-from priors.autoregressive import AutoregressivePrior
-from priors.dcgan import DCGANPrior
 from support import console, distributed, files
 from support.run import Run
 from training import begin, options
@@ -66,24 +64,18 @@ def train_vqvae(run: Run, train_set: OasisDataset, validate_set: OasisDataset) -
     return vqvae
 
 
-def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> DCGANPrior:
-    """Train the DCGAN on the training split's latents and return the prior of the epoch with the lowest AUC of texture.
+def train_gan(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> None:
+    """Train the DCGAN on the training split's latents. generator.pth is of the epoch with the lowest AUC of texture.
 
     `run` has begun; training resumes from its state. Everything is on the run's device. Raises UserError if the loss
     is not finite, or if a resumed run's vqvae.pth is not the one that it began with.
     """
-    stage = DCGANStage(run, vqvae, train_set, validate_set)
-    fit(stage, run)
-    return stage.best()
+    fit(DCGANStage(run, vqvae, train_set, validate_set), run)
 
 
-def train_autoregressive(
-    run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset
-) -> AutoregressivePrior:
-    """Like `train_gan`, for the prior over codes. Return the prior of the epoch with the fewest validation bits."""
-    stage = AutoregressiveStage(run, vqvae, train_set, validate_set)
-    fit(stage, run)
-    return stage.best()
+def train_autoregressive(run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset) -> None:
+    """Like `train_gan`, for the prior over codes. autoregressive.pth is of the epoch with the fewest bits."""
+    fit(AutoregressiveStage(run, vqvae, train_set, validate_set), run)
 
 
 def copy_vqvae(run: Run) -> VQVAE:

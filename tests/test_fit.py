@@ -167,7 +167,7 @@ class OneWeight(fit.Stage):
 
     name, title, columns = "dcgan", "One weight", ("loss",)
     epochs, batch_size, average_decay = 3, 4, 0.5
-    chosen_by = ("loss", min)
+    chosen_by = ("loss", min, "loss {:.1f}")
 
     def __init__(self, run: Run):
         super().__init__(run)

@@ -48,7 +48,7 @@ class AutoregressiveStage(Stage):
 
     name, title = "autoregressive", "Autoregressive prior"
     columns = ("bits",)
-    chosen_by = ("validation_bits", min)
+    chosen_by = ("validation_bits", min, "{:.0f} bits of a validation image")
 
     def __init__(self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset):
         super().__init__(run)
@@ -58,7 +58,6 @@ class AutoregressiveStage(Stage):
         self.average_decay = recipe.average_decay
         self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
         self.lr = options.autoregressive_lr
-        self.vqvae = vqvae
         self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
         torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
         codebook = vqvae.vector_quantizer.embedding.weight.detach()
@@ -155,11 +154,6 @@ class AutoregressiveStage(Stage):
 
     def save_weights(self) -> None:
         files.save(self.prior.checkpoint(), self.run.folder / "autoregressive.pth")
-
-    def best(self) -> AutoregressivePrior:
-        """The prior in autoregressive.pth, on the run's device."""
-        contents = self.best_contents("autoregressive.pth", "{validation_bits:.0f} bits of a validation image")
-        return AutoregressivePrior.from_checkpoint(contents, self.vqvae)
 
     def extra_state(self) -> dict:
         return self.samples.state_dict() | {"frame": self.frame._asdict()}

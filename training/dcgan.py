@@ -35,7 +35,8 @@ class DCGANStage(Stage):
     """
 
     name, title = "dcgan", "DCGAN"
-    chosen_by = ("texture_auc", min)  # it falls as long as anything improves, and rises where D memorises
+    # it falls as long as anything improves, and rises where D memorises
+    chosen_by = ("texture_auc", min, "AUC of texture {:.3f}")
     columns = ("d_loss", "d_real", "d_fake", "g_loss")
 
     @exact_float32()
@@ -188,11 +189,6 @@ class DCGANStage(Stage):
     def save_weights(self) -> None:
         files.save(self.prior.checkpoint(), self.run.folder / "generator.pth")
         files.save(files.cpu_state(self.discriminator), self.run.folder / "discriminator.pth")
-
-    def best(self) -> DCGANPrior:
-        """The prior in generator.pth, on the run's device."""
-        contents = self.best_contents("generator.pth", "AUC of texture {texture_auc:.3f}")
-        return DCGANPrior.from_checkpoint(contents, self.prior.vqvae)
 
     def extra_state(self) -> dict:
         state = {"space": vars(self.space.to("cpu")), "gain": self.prior.gain, "begun": self.begun}

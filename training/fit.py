@@ -27,12 +27,13 @@ class Stage:
         columns: tuple of names of the values that `step` returns; their means over images go into metrics.csv.
         epochs, batch_size: number of epochs, and images in a step of all processes together.
         average_decay: of the exponential moving average (EMA) of the weights.
-        chosen_by: the column of metrics.csv that chooses the epoch whose weights are kept, and `max` or `min`.
+        chosen_by: the column of metrics.csv that chooses the epoch whose weights are kept, `max` or `min`, and a text
+            in which its value is put.
         networks, optimizers: dicts of what is trained, by name.
         averages: dict of the EMA copies of networks, under the same names.
     """
 
-    chosen_by: tuple[str, Callable]
+    chosen_by: tuple[str, Callable, str]
 
     def __init__(self, run: Run):
         self.run = run
@@ -53,22 +54,9 @@ class Stage:
 
         Rows without the measure that chooses do not count, unless all lack it.
         """
-        column, best = cls.chosen_by
+        column, best, _ = cls.chosen_by
         measured = [row for row in rows if math.isfinite(row.get(column, math.nan))]
         return best(reversed(measured), key=lambda row: row[column]) if measured else rows[-1]
-
-    def best_contents(self, name: str, text: str) -> dict:
-        """What `save_weights` wrote to a file of the run's folder, on all ranks.
-
-        Prints the epoch that it is of, with a text in which the values of its row are put.
-        """
-
-        def load() -> dict:
-            row = self.kept_row(self.run.rows_of(self.name))
-            self.run.say(f"Best epoch: {row['epoch']}, {text.format(**row)}")
-            return files.load(self.run.folder / name)
-
-        return distributed.from_first(load)
 
     @property
     def n_steps(self) -> int:
@@ -128,6 +116,8 @@ class Stage:
 def fit(stage: Stage, run: Run) -> None:
     """Train a stage to its last epoch, resuming after the last complete one, or after its start.
 
+    Prints the epoch whose weights are kept.
+
     Raises UserError if a loss or weight is not finite, or if the run's state does not fit the stage.
     """
     done = run.epochs_of(stage.name)
@@ -177,6 +167,10 @@ def fit(stage: Stage, run: Run) -> None:
             run.state[stage.name] = state
             run.save()
             page.write_run(run.folder)
+    if distributed.is_first():
+        column, _, text = stage.chosen_by
+        row = stage.kept_row(run.rows_of(stage.name))
+        run.say(f"Best epoch: {row['epoch']}, {text.format(row.get(column, math.nan))}")
 
 
 def save_start(stage: Stage, run: Run, complete: bool = True) -> None:

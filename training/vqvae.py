@@ -34,7 +34,7 @@ class VQVAEStage(Stage):
 
     name, title = "vqvae", "VQ-VAE"
     columns = ("training_loss", "vq_loss")
-    chosen_by = ("ssim_mean", max)
+    chosen_by = ("ssim_mean", max, "validation SSIM {:.4f}")
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class VQVAEStage(Stage):
         self.kept = state["kept"]
 
     def best(self) -> VQVAE:
-        """The network in vqvae.pth, on the run's device. Prints the epoch that it is of.
+        """The network in vqvae.pth, on the run's device. Says so where a black image would score higher.
 
         Raises UserError if the file is not the one that was kept.
         """
@@ -170,7 +170,6 @@ class VQVAEStage(Stage):
         vqvae = distributed.from_first(load).to(self.run.device)
         if distributed.is_first():
             row = self.kept_row(self.run.rows_of(self.name))
-            self.run.say(f"Best epoch: {row['epoch']}, validation SSIM {row['ssim_mean']:.4f}")
             if row["ssim_mean"] < row["ssim_black"]:
                 black = f"{row['ssim_black']:.4f}"
                 self.run.say(f"That is less than a black image has, {black}; train longer, or with a lower --lr")
