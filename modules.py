@@ -417,14 +417,7 @@ class Autoregressive(nn.Module):
         width, dilations, hidden: of each `GridNetwork`.
     """
 
-    def __init__(
-        self,
-        codebook: Tensor,
-        size: tuple[int, int] = (64, 64),
-        width: int = 64,
-        dilations: tuple[int, ...] = (1, 2, 4, 1, 2, 4),
-        hidden: int = 96,
-    ):
+    def __init__(self, codebook: Tensor, size: tuple[int, int], width: int, dilations: tuple[int, ...], hidden: int):
         super().__init__()
         self.n_codes = len(codebook)
         self.size = size

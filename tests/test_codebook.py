@@ -7,7 +7,7 @@ import torch
 
 from modules import VQVAE, VectorQuantizer, rows
 from training import codebook
-from training.recipes import CodebookRecipe
+from training.recipes import VQVAERecipe
 
 
 def test_start_from_takes_latents(rng):
@@ -85,7 +85,7 @@ def one_step(method, step, z_e, rng):
 def new_method(kind, **recipe):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(16, 4)
-    return kind(quantizer, torch.optim.Adam(quantizer.parameters(), lr=1e-3), CodebookRecipe(**recipe))
+    return kind(quantizer, torch.optim.Adam(quantizer.parameters(), lr=1e-3), VQVAERecipe(**recipe))
 
 
 def test_k_means_uses_every_code_from_the_first_update_and_revives_later(rng):

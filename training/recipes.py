@@ -4,27 +4,6 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class CodebookRecipe:
-    """How embeddings are kept in use, see `training.codebook`.
-
-    Attributes:
-        kmeans_steps: first steps, in which embeddings are moved to the means of their latents. The encoder's output
-            then changes faster than Adam can move embeddings at a rate of 1e-3, and nearly all codes would die.
-        start_steps: of k-means on the first batch.
-        revive_every: steps between looking for embeddings that were not chosen.
-        ema_decay: of the moving averages of `ema`; the paper's.
-    """
-
-    kmeans_steps: int = 100
-    start_steps: int = 10
-    revive_every: int = 10
-    ema_decay: float = 0.99
-
-
-CODEBOOK = CodebookRecipe()
-
-
-@dataclass(frozen=True)
 class VQVAERecipe:
     """How the VQ-VAE is trained.
 
@@ -36,12 +15,20 @@ class VQVAERecipe:
         average_decay: of the EMA. The average is short: a long one decodes black to a grey level that no single set of
             weights has.
         constant_rate, last_rate: of `training.fit.rate_factor`.
+        kmeans_steps: first steps, in which embeddings are moved to the means of their latents. The encoder's output
+            then changes faster than Adam can move embeddings at a rate of 1e-3, and nearly all codes would die.
+        start_steps: of k-means on the first batch.
+        revive_every: steps between looking for embeddings that were not chosen.
+        ema_decay: of the moving averages of `--codebook ema`; the paper's.
     """
 
-    codebook: CodebookRecipe = CODEBOOK
     average_decay: float = 0.9
     constant_rate: float = 0.6
     last_rate: float = 0.01
+    kmeans_steps: int = 100
+    start_steps: int = 10
+    revive_every: int = 10
+    ema_decay: float = 0.99
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class VQVAEStage(Stage):
         self.average = copy.deepcopy(self.vqvae)
         self.optimizer = self.fast_path.adam(self.vqvae, options.lr)
         method = codebook.METHODS[options.codebook]
-        self.codebook = method(self.vqvae.vector_quantizer, self.optimizer, recipe.codebook)
+        self.codebook = method(self.vqvae.vector_quantizer, self.optimizer, recipe)
         self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
         self.optimizers = {"vqvae": self.optimizer}
         self.kept = ""  # digest of the codebook in vqvae.pth
