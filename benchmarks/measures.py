@@ -12,23 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from dataset import OasisDataset  # noqa: E402
-from evaluation.generation import (  # noqa: E402
-    MEASURES,
-    MOST_MEASURED,
-    Images,
-    Reference,
-    of_arrays,
-    reconstructed,
-    to_bytes,
-)
-from evaluation.two_sample import Interval  # noqa: E402
-from modules import VQVAE  # noqa: E402
-from priors.checkpoints import load_prior, load_vqvae  # noqa: E402
-from support import console, seeds  # noqa: E402
-from support.device import exact_float32  # noqa: E402
+from dataset import OasisDataset
+from evaluation.generation import MEASURES, MOST_MEASURED, Images, Reference, of_arrays, reconstructed, to_bytes
+from evaluation.two_sample import Interval
+from modules import VQVAE
+from priors.checkpoints import load_prior, load_vqvae
+from support import console, seeds
+from support.device import exact_float32
 
 
 @exact_float32()

@@ -15,7 +15,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from modules import WINDOW  # noqa: E402
+from modules import WINDOW
 
 BLUE, ORANGE, GREEN, GREY, RED = "#cfe3f3", "#fbe3b5", "#cdeadb", "#eeeeee", "#c0392b"
 

@@ -17,12 +17,12 @@ from torch import Tensor
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from dataset import OasisDataset  # noqa: E402
-from priors.autoregressive import plane_condition  # noqa: E402
-from priors.checkpoints import PRIORS, load_prior, load_vqvae  # noqa: E402
-from report.plots import Figures  # noqa: E402
-from support import seeds  # noqa: E402
-from support.run import read_record  # noqa: E402
+from dataset import OasisDataset
+from priors.autoregressive import plane_condition
+from priors.checkpoints import PRIORS, load_prior, load_vqvae
+from report.plots import Figures
+from support import seeds
+from support.run import read_record
 
 OF_SCANS = ("train_ssim_scores", "test_ssim_scores")
 OF_PRIORS = {
