@@ -82,6 +82,13 @@ class Monai(nn.Module):
         return loss, x_hat
 
 
+VQVAES = {
+    "report's style": lambda: Autoencoder(ReportStyleQuantizer()),
+    "vector-quantize-pytorch": lambda: Autoencoder(PeerQuantizer()),
+    "MONAI VQVAE": Monai,
+}
+
+
 def vqvae_step(network: nn.Module):
     """A training step as tutorials write it, as a function of a batch."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)

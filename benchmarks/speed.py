@@ -28,7 +28,6 @@ sys.path.insert(0, str(PROJECT))
 
 import peers
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset import OasisDataset
@@ -135,10 +134,6 @@ def peer_vqvae(make_network: Callable, device, folder: Path) -> Work:
     return Work(lambda: step(x))
 
 
-def report_style() -> nn.Module:
-    return peers.Autoencoder(peers.ReportStyleQuantizer())
-
-
 def peer_dcgan(device, folder: Path) -> Work:
     vqvae, train_set = few_images(device, folder)
     latents = LatentCache(vqvae, train_set, LatentSpace.fit(vqvae, train_set, BALANCED.directions, BALANCED.emphasis))
@@ -159,10 +154,8 @@ PARTS: dict[str, dict[str, Callable[..., Work]]] = {
         "ours, whole slices": partial(our_vqvae, whole=True),
         "ours, float32": partial(our_vqvae, bfloat16=False),
         "ours, --plain": partial(our_vqvae, **PLAIN),
-        "report's style": partial(peer_vqvae, report_style),
-        "vector-quantize-pytorch": partial(peer_vqvae, lambda: peers.Autoencoder(peers.PeerQuantizer())),
-        "MONAI VQVAE": partial(peer_vqvae, peers.Monai),
-    },
+    }
+    | {name: partial(peer_vqvae, make) for name, make in peers.VQVAES.items()},
     "dcgan": {
         "ours": partial(our_prior, DCGANStage),
         "ours, float32": partial(our_prior, DCGANStage, bfloat16=False),

@@ -74,18 +74,13 @@ def ours(train_set: OasisDataset, validate_set: OasisDataset) -> tuple[Callable[
     return step, stage.average
 
 
-def peer(make: Callable[[], nn.Module]) -> tuple[Callable[[Tensor], None], nn.Module]:
+def peer(name: str) -> tuple[Callable[[Tensor], None], nn.Module]:
     torch.manual_seed(0)
-    network = make()
+    network = peers.VQVAES[name]()
     return peers.vqvae_step(network), network
 
 
-SIDES = {
-    "ours": None,
-    "report's style": lambda: peers.Autoencoder(peers.ReportStyleQuantizer()),
-    "vector-quantize-pytorch": lambda: peers.Autoencoder(peers.PeerQuantizer()),
-    "MONAI VQVAE": peers.Monai,
-}
+SIDES = ("ours", *peers.VQVAES)
 
 
 @exact_float32()
@@ -124,7 +119,7 @@ def train_side(name: str, data: str, most: float) -> list[tuple]:
     images = validate_set.batch([i + k % subjects.count(subjects[i]) for k, i in enumerate(first)])
     print(f"Data: {describe(train_set, validate_set)}; SSIM of {len(images)} images", file=sys.stderr)
     try:
-        step, network = ours(train_set, validate_set) if name == "ours" else peer(SIDES[name])
+        step, network = ours(train_set, validate_set) if name == "ours" else peer(name)
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; see benchmarks/requirements.txt") from None
     return train(step, network, train_set, images, most)
@@ -139,9 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="folder of the figure, which exists")
-    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="(default: all)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="(default: all)")
     parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help=f"(default: {MOST_SECONDS:.0f})")
-    parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)  # this process's own
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # this process's own
     o = parser.parse_args()
     if o.side:
         print(json.dumps(train_side(o.side, o.data, o.seconds)))
