@@ -92,7 +92,7 @@ class LatentSpace:
 
         - shift: where one code is in more than half of the images, its embedding, elsewhere the background's. So
           z - shift is about 0 outside the head, also along the border of the image, where convolutions see padding.
-        - directions: so many leading principal ones of z - shift in heads. Their signs depend on the machine.
+        - directions: leading principal ones of z - shift in heads. Their signs depend on the machine.
         - scale: divides each coefficient at each frequency by its amplitude over the images to the power of `emphasis`,
           and all by one factor, so that tanh's range cuts off the share CLIPPED of the heads' values.
         - mix: the first functions of a cosine transform. They spread each coefficient over all channels, so that fewer

@@ -217,6 +217,19 @@ def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
     assert again.network.weight.item() > stage.network.weight.item() and resumed.rows[-1]["epoch"] == 4
 
 
+def test_a_run_says_which_epoch_it_kept(tmp_path, capsys):
+    run = new_run(tmp_path)
+    stage = OneWeight(run)
+    run.rows = [{"stage": "dcgan", "epoch": epoch, "loss": loss} for epoch, loss in ((1, 2.0), (2, 1.0), (3, 1.5))]
+    stage.epochs = 3
+    fit.fit(stage, run)  # nothing is left to train
+    assert "Best epoch: 2, loss 1.0" in capsys.readouterr().out
+    for row in run.rows:
+        row["loss"] = math.nan
+    fit.fit(stage, run)
+    assert "Best epoch: 3, the last one, because none was measured" in capsys.readouterr().out
+
+
 def test_means_over_images_weigh_the_smaller_last_batch():
     assert fit.mean_over_images(torch.tensor([1.0, 1.0, 4.0]), [4, 4, 2]) == pytest.approx((8 * 1 + 2 * 4) / 10)
 

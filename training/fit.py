@@ -170,7 +170,9 @@ def fit(stage: Stage, run: Run) -> None:
     if distributed.is_first():
         column, _, text = stage.chosen_by
         row = stage.kept_row(run.rows_of(stage.name))
-        run.say(f"Best epoch: {row['epoch']}, {text.format(row.get(column, math.nan))}")
+        value = row.get(column, math.nan)
+        why = text.format(value) if math.isfinite(value) else "the last one, because none was measured"
+        run.say(f"Best epoch: {row['epoch']}, {why}")
 
 
 def save_start(stage: Stage, run: Run, complete: bool = True) -> None:

@@ -40,7 +40,7 @@ class DCGANRecipe:
         directions: how many principal ones of latents are kept (`priors.latent_space.LatentSpace.fit`). Beside all 64,
             four cost 0.0001 of SSIM, three 0.002 (benchmarks/limits.py). None only divides latents by the codebook's
             largest value.
-        emphasis: exponent of the amplitude spectrum that latents are divided by: 0 keeps them, 1 whitens them.
+        emphasis: exponent of the amplitude spectrum that these are divided by: 0 keeps them, 1 whitens them.
         start_lr: the learning rate at which the generator is fitted to real coefficients before adversarial training,
             for as many steps as in all epochs; 0 for no such start.
         r1: the weight γ of the penalty on the discriminator's gradient at real coefficients (arXiv 1801.04406, eq. 9);
@@ -60,7 +60,9 @@ class DCGANRecipe:
 
 BALANCED = DCGANRecipe()
 # The report's procedure, that of PyTorch's DCGAN tutorial: cross entropy and nothing else.
-REPORT = DCGANRecipe(quantized=True, directions=None, start_lr=0.0, r1=0.0, average_decay=0.0, calibrated=False)
+REPORT = DCGANRecipe(
+    quantized=True, directions=None, emphasis=0.0, start_lr=0.0, r1=0.0, average_decay=0.0, calibrated=False
+)
 DCGAN = {"balanced": BALANCED, "report": REPORT}  # by the values of --dcgan-training
 
 
