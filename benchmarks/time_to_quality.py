@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peers
 import torch
+from speed import new_run
 from torch import Tensor, nn
 
 from dataset import OasisDataset, describe, make_loader
@@ -33,8 +34,6 @@ from report.plots import Figures
 from support import console, files, seeds
 from support.console import UserError
 from support.device import exact_float32
-from support.run import Run, Saved
-from training.begin import choose_run_fast_path
 from training.fit import update_average
 from training.options import Options
 from training.vqvae import VQVAEStage
@@ -54,10 +53,7 @@ def batches(train_set: OasisDataset) -> Iterator[Tensor]:
 
 def ours(train_set: OasisDataset, validate_set: OasisDataset) -> tuple[Callable[[Tensor], None], nn.Module]:
     """A step of train.py on a batch, and the averaged network that it scores."""
-    options = Options()
-    device = torch.device("cpu")
-    fast_path = choose_run_fast_path(Saved(options), device)
-    run = Run(options, Path(), fast_path=fast_path, device=device)
+    run = new_run(torch.device("cpu"))
     run.fast_path.set_up()
     stage = VQVAEStage(run, train_set, validate_set)
     rng = seeds.generator(0, "vqvae", 1)

@@ -11,7 +11,8 @@ from torch import Tensor
 from modules import VectorQuantizer, rows
 from support import distributed
 from support.device import move
-from training.recipes import VQVAE, VQVAERecipe
+from training import recipes
+from training.recipes import VQVAERecipe
 
 
 class LossOnly:
@@ -21,7 +22,7 @@ class LossOnly:
     methods, which move the embeddings of `quantizer` in place; `optimizer` is the Adam that trains them.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = VQVAE):
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = recipes.VQVAE):
         self.quantizer = quantizer
         self.optimizer = optimizer
         self.recipe = recipe
@@ -57,7 +58,7 @@ class KMeans(LossOnly):
     moments are set to 0.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = VQVAE):
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = recipes.VQVAE):
         super().__init__(quantizer, optimizer, recipe)
         self.usage = torch.zeros(len(self.embeddings), dtype=torch.int64, device=self.embeddings.device)
 
@@ -104,7 +105,7 @@ class EMA(LossOnly):
     moves the embeddings; here they move first.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = VQVAE):
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = recipes.VQVAE):
         super().__init__(quantizer, optimizer, recipe)
         quantizer.embedding.weight.requires_grad_(False)
         self.counts = torch.ones(len(self.embeddings), 1, device=self.embeddings.device)
