@@ -221,7 +221,6 @@ def test_a_run_says_which_epoch_it_kept(tmp_path, capsys):
     run = new_run(tmp_path)
     stage = OneWeight(run)
     run.rows = [{"stage": "dcgan", "epoch": epoch, "loss": loss} for epoch, loss in ((1, 2.0), (2, 1.0), (3, 1.5))]
-    stage.epochs = 3
     fit.fit(stage, run)  # nothing is left to train
     assert "Best epoch: 2, loss 1.0" in capsys.readouterr().out
     for row in run.rows:
