@@ -110,7 +110,7 @@ def dcgan() -> None:
             ("64×32×32", up.replace(", ", ",\n") + norm),
             ("64×64×64", up.replace(", ", ",\n") + "\ntanh"),
         ],
-        ("Generator", "noise\n128×1×1", "latents\n64×64×64\n[-1, 1]"),
+        ("Generator", "noise\n128×1×1", "output\n64×64×64\n[-1, 1]"),
     )
     stack(
         axes,
@@ -123,7 +123,7 @@ def dcgan() -> None:
             ("256×4×4", down.replace(", ", ",\n") + norm),
             ("1", "conv. 4×4\nsigmoid"),
         ],
-        ("Discriminator", "latents\n64×64×64\n[-1, 1]", "probability\nof being real"),
+        ("Discriminator", "input\n64×64×64\n[-1, 1]", "probability\nof being real"),
     )
     save(figure, "dcgan-architecture.png")
 
@@ -140,7 +140,7 @@ def squares(axes, left: float, n: int, colour_of) -> None:
 
 
 def order() -> None:
-    figure, axes = canvas(10.2, 4.7)
+    figure, axes = canvas(10.4, 4.7)
     colours = {8: RED, 4: ORANGE, 2: GREEN, 1: BLUE}
 
     def grid(row: int, column: int) -> tuple[str, str]:
@@ -161,13 +161,13 @@ def order() -> None:
     axes.text(2.3, 4.45, "Four grids, one after the other", ha="center", fontsize=11)
     squares(axes, 0.3, 16, grid)
     axes.text(2.3, 0.1, "1 to 4: every 8th, 4th, 2nd row and column; all", ha="center", va="center", fontsize=8.5)
-    axes.text(7.9, 4.45, "A code of the last grid", ha="center", fontsize=11)
-    squares(axes, 5.9, 16, window)
+    axes.text(6.9, 4.45, "A code of the last grid", ha="center", fontsize=11)
+    squares(axes, 4.9, 16, window)
     coarser = "coarser grid:\nseen by a\nconvolution"
     texts = (RED, "drawn now"), (ORANGE, "seen directly"), (GREEN, coarser), (BLUE, "drawn before")
     for i, (colour, text) in enumerate(texts):
-        axes.add_patch(Rectangle((4.5, 3.9 - 0.75 * i), 0.25, 0.25, facecolor=colour, edgecolor="#888", linewidth=0.6))
-        axes.text(4.85, 4.02 - 0.75 * i, text, va="center", fontsize=8.5)
+        axes.add_patch(Rectangle((9.0, 3.9 - 0.75 * i), 0.25, 0.25, facecolor=colour, edgecolor="#888", linewidth=0.6))
+        axes.text(9.35, 4.02 - 0.75 * i, text, va="center", fontsize=8.5)
     save(figure, "autoregressive-order.png")
 
 

@@ -64,7 +64,7 @@ def test_cards_are_those_of_the_hub(folder, kind, task):
     assert card.data.license == "mit" and card.data.get("pipeline_tag") == task
     if task:  # the hub's package reads and checks the model index
         values = [result.metric_value for result in card.data.eval_results]
-        assert len(values) == 4 and all(f"{value:,}" in card.text for value in values)
+        assert len(values) == 5 and all(f"{value:,}" in card.text for value in values)
 
 
 def test_what_runs_write_is_ignored_by_git():
