@@ -148,10 +148,10 @@ def generate(o: argparse.Namespace, vqvae: VQVAE) -> None:
         facts["Measured against"] = f"reconstructions of the {o.split} split of {held_out.root}"
         train_images = train.as_images()
         comparison = compare(held_out.as_images(), fake, vqvae, train_images, seed, "real")
-        comparisons.write(folder, comparison, train_images, mark(phantoms), phantoms)
+        comparisons.write(folder, comparison, train_images, phantoms)
         facts |= {"Copies": comparisons.copies_line(comparison), "Sources of the measures": comparisons.SOURCES}
         if isinstance(prior, AutoregressivePrior):
-            write_likelihood(folder, prior, held_out, mark(phantoms))
+            write_likelihood(folder, prior, held_out, phantoms)
     write_page(folder, "New brains", facts, vqvae, phantoms)
 
 
@@ -228,19 +228,20 @@ def draw_walks(prior: DCGANPrior, seed: int, figures: Figures) -> None:
     figures.image_grid("walk.png", prior.sample_images(walks), title)
 
 
-def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDataset, end: str) -> None:
-    """Write likelihood.csv, the bits of each slice, and print their mean, minimum and maximum, followed by `end`.
+def write_likelihood(folder: Path, prior: AutoregressivePrior, dataset: OasisDataset, phantoms: bool) -> None:
+    """Write likelihood.csv, the bits of each slice, and print their mean, minimum and maximum.
 
     Slices are conditioned on their plane alone, and then also on the neighbours that come before them in the order of
     `halving`. Two figures show where the bits of the most and of the least likely slice are.
     """
     cache = CodeCache(prior.vqvae, dataset)
-    figures = Figures(folder, dataset.phantoms)
+    figures = Figures(folder, phantoms)
     columns = file_columns(dataset)
     by_condition = likelihoods(prior, cache, torch.arange(len(cache)))
     for name, bits in by_condition.items():
         columns[f"bits_{name.replace(' ', '_')}"] = bits.tolist()
-        print(f"Bits per image, {name}: mean {bits.mean():.0f}, from {bits.min():.0f} to {bits.max():.0f}{end}")
+        numbers = f"mean {bits.mean():.0f}, from {bits.min():.0f} to {bits.max():.0f}"
+        print(f"Bits per image, {name}: {numbers}{mark(phantoms)}")
     bits = by_condition["alone"]
     for kind, i in (("most", int(bits.argmin())), ("least", int(bits.argmax()))):
         title = f"The {kind} likely image, {dataset.name(i)}: {bits[i]:.0f} bits"
@@ -317,9 +318,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     count = Number(int, 1, "a whole number from 1 to 1000000", below=1_000_001)
     group = parser.add_argument_group("new brains, instead of scores")
     group.add_argument("--prior", metavar="PATH", help=f"{PRIOR_NAMES} trained with this vqvae.pth")
-    group.add_argument(
-        "--samples", metavar="N", type=count, help=f"how many (default: 64; with --data {MOST_MEASURED})"
-    )
+    text = f"how many (default: 64; with --data {MOST_MEASURED}; stacks: {N_STACKS})"
+    group.add_argument("--samples", metavar="N", type=count, help=text)
     group.add_argument("--seed", metavar="S", type=SEED, help="seed of the noise (default: 0)")
     text = f"only with an autoregressive prior: a plane, or the first and last plane of a stack, as in 0-{N_PLANES - 1}"
     group.add_argument("--slice", metavar="PLANES", type=parse_planes, help=text)

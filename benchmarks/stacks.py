@@ -71,13 +71,13 @@ def main() -> None:
     vqvae = load_vqvae(o.vqvae)
     prior = load_autoregressive(o.prior, vqvae)
     train, validate = (OasisDataset(o.data, split) for split in ("train", "validate"))
+    if None in [split.case_and_slice(i)[1] for split in (train, validate) for i in range(len(split))]:
+        raise console.UserError(f"{o.data}: file names have no slice numbers")
     every = max(1, len(train) // 3000)
     x = torch.cat([small(part) for part in in_batches(train, range(0, len(train), every), desc="Training slices")])
     y = torch.tensor([train.case_and_slice(i)[1] for i in range(0, len(train), every)]).double()
     reader = fit_reader(x, y)
 
-    if None in [validate.case_and_slice(i)[1] for i in range(len(validate))]:
-        raise console.UserError(f"{o.data}: file names have no slice numbers")
     heads: dict[int | str, dict[int, int]] = {}
     for i in range(len(validate)):
         heads.setdefault(validate.subject(i), {})[validate.case_and_slice(i)[1]] = i

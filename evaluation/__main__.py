@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_shared_subjects(folders["REAL"], folders["--train"])
     folder = new_folder(options.out, "_evaluation")  # first, because it may fail, and measuring is slow
     comparison = compare(real, fake, vqvae, train, options.seed, options.reconstruct)
-    comparisons.write(folder, comparison, train, "", phantoms=False)
+    comparisons.write(folder, comparison, train, phantoms=False)
     figures = Figures(folder)
     for name, side, text in (("fake.png", fake, options.fake), ("real.png", real, options.real)):
         shown = side.evenly_spaced(N_SHOWN)

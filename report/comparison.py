@@ -7,6 +7,7 @@ from evaluation.generation import Comparison, Images
 from evaluation.memorisation import CHANCE
 from report.plots import Figures
 from support import files
+from support.run import mark
 
 SIDES = ("scored", "other subjects", "reconstructions")
 SHOWN = 16  # pairs with the nearest training images
@@ -17,8 +18,8 @@ SOURCES = (
 )
 
 
-def write(folder: Path, comparison: Comparison, train: Images | None, end: str, phantoms: bool) -> None:
-    """Print a line for each measure, with `end` after it; write measures.csv, nearest.csv and two figures.
+def write(folder: Path, comparison: Comparison, train: Images | None, phantoms: bool) -> None:
+    """Print a line for each measure; write measures.csv, nearest.csv and two figures.
 
     nearest.csv has a row for each image that is scored.
     """
@@ -29,14 +30,14 @@ def write(folder: Path, comparison: Comparison, train: Images | None, end: str, 
     files.write_csv(folder / "measures.csv", columns, table)
     figures.measures("measures.png", rows, SIDES, "Images beside real ones")
     for row in rows:
-        print(f"{row.name}: {row.fake} ({SIDES[1]}: {row.real}; {SIDES[2]}: {row.reconstructions}){end}")
+        print(f"{row.name}: {row.fake} ({SIDES[1]}: {row.real}; {SIDES[2]}: {row.reconstructions}){mark(phantoms)}")
     for reason in comparison.missing:
         print(f"–: {reason}")
     if comparison.copies is not None:
-        _write_copies(folder, comparison, train, figures, end)
+        _write_copies(folder, comparison, train, figures)
 
 
-def _write_copies(folder: Path, comparison: Comparison, train: Images, figures: Figures, end: str) -> None:
+def _write_copies(folder: Path, comparison: Comparison, train: Images, figures: Figures) -> None:
     fake = comparison.fake
     copies = comparison.copies
     nearest = comparison.copies.fake
@@ -53,7 +54,7 @@ def _write_copies(folder: Path, comparison: Comparison, train: Images, figures: 
         pairs.append((fake.pixels[i], train.pixels[other], text))
     title = f"Nearest training images (right); near is below {copies.threshold:.3f}"
     figures.pairs("nearest.png", pairs, title)
-    print(f"{copies_line(comparison)}{end}")
+    print(f"{copies_line(comparison)}{mark(figures.phantoms)}")
 
 
 def copies_line(comparison: Comparison) -> str:

@@ -54,8 +54,9 @@ def free_memory(device: torch.device) -> int:
         group = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
         for folder in (group, *group.parents):  # a container's or a cluster's job may be limited at each level
             with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-                limit, used = ((folder / f"memory.{name}").read_text() for name in ("max", "current"))
-                free.append(int(limit) - int(used))
+                limit, used, stat = ((folder / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+                cache = dict(line.split() for line in stat.splitlines())["inactive_file"]  # given back when needed
+                free.append(int(limit) - int(used) + int(cache))
     except (OSError, ValueError):
         pass
     processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun, for one machine

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,26 @@ def test_freed_memory_is_kept():
     """
     before, after = map(int, python(code).split())
     assert after < before / 10
+
+
+def test_free_memory_is_what_a_job_may_still_have_and_what_its_cache_would_give_back(monkeypatch):
+    texts = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n",
+        "/proc/self/cgroup": "0::/job\n",
+        "/sys/fs/cgroup/job/memory.max": "4000\n",
+        "/sys/fs/cgroup/job/memory.current": "3500\n",
+        "/sys/fs/cgroup/job/memory.stat": "anon 2500\ninactive_file 1000\n",
+    }
+
+    def read_text(path):
+        if str(path) not in texts:
+            raise FileNotFoundError
+        return texts[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert module.free_memory(torch.device("cpu")) == 4000 - 3500 + 1000
+    texts["/sys/fs/cgroup/job/memory.max"] = "max\n"
+    assert module.free_memory(torch.device("cpu")) == 8 * 1024
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
