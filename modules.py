@@ -25,6 +25,7 @@ CODE_FEATURES, PLACE_FEATURES = 16, 64  # channels that embed a code, and the po
 FEATURES_SHARE = 0.1  # initial weights of logits: this factor times the codes' features
 IGNORED = -100  # target of positions outside the grid, for cross_entropy's ignore_index
 N_PLANES = 32  # of the report's set, 1 mm apart
+NOISE = 128  # channels of the DCGAN's noise
 MOST_DISTANCE = 16  # between a slice and a neighbour: half the planes
 
 
@@ -216,15 +217,15 @@ def _block(convolution: nn.Module) -> nn.Sequential:
 
 
 class Generator(nn.Module):
-    """DCGAN generator: noise (B, noise_dim, 1, 1) -> (B, embeddings_dim, 64, 64) in [-1, 1].
+    """DCGAN generator: noise (B, NOISE, 1, 1) -> (B, embeddings_dim, 64, 64) in [-1, 1].
 
     A `priors.latent_space.LatentSpace` maps its output to latents.
     """
 
-    def __init__(self, noise_dim: int = 128, embeddings_dim: int = 64):
+    def __init__(self, embeddings_dim: int = 64):
         super().__init__()
         self.net = nn.Sequential(
-            _block(nn.ConvTranspose2d(noise_dim, 512, (4, 4), (1, 1), bias=False)),  # 4 x 4
+            _block(nn.ConvTranspose2d(NOISE, 512, (4, 4), (1, 1), bias=False)),  # 4 x 4
             _block(_up(512, 256)),  # 8 x 8
             _block(_up(256, 128)),  # 16 x 16
             _block(_up(128, 64)),  # 32 x 32

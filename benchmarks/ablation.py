@@ -107,8 +107,8 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     saved = begin.prepare({"resume": runs[-1]} if runs else args | changed | vqvae)
     run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
     try:
-        vqvaes = [copy_vqvae(run)] if o.vqvae else []
-        fit(table.stage(run, *vqvaes, *splits, recipe=recipe), run)
+        stage = DCGANStage(run, copy_vqvae(run), *splits, recipe) if o.vqvae else VQVAEStage(run, *splits)
+        fit(stage, run)
     finally:
         run.release()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset import OasisDataset
 from evaluation import reconstruction
-from evaluation.reconstruction import BORDER
+from evaluation.reconstruction import INSIDE
 from modules import VQVAE
 from priors.checkpoints import load_vqvae
 from priors.latent_space import LatentSpace
@@ -25,7 +25,6 @@ from support.console import UserError
 from training.recipes import BALANCED
 
 DIRECTIONS = (2, 3, 4, 64)  # the last are all
-INSIDE = slice(BORDER, -BORDER)  # where SSIM's windows lie within the image
 
 
 @torch.no_grad()

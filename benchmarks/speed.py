@@ -93,7 +93,7 @@ def start_codebook(vqvae: VQVAE, train_set: OasisDataset) -> None:
 def step_of(stage: Stage) -> Work:
     """A step with the average of the weights. Left out: revival of codes, one step in ten, and the DataLoader."""
     rng = torch.Generator().manual_seed(0)
-    data = stage.data()
+    data = stage.data
     for network in stage.networks.values():
         network.train()
 

@@ -1,5 +1,5 @@
 """Measures of reconstructions, and of generated images: `python -m evaluation REAL FAKE`."""
 
-from evaluation.generation import Comparison, Images, compare, of_arrays
+from evaluation.generation import Images, compare, of_arrays
 
-__all__ = ["Comparison", "Images", "compare", "of_arrays"]
+__all__ = ["Images", "compare", "of_arrays"]

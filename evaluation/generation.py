@@ -157,7 +157,7 @@ class Reference:
         n = min(len(other.images), len(self.images))
         if n >= FEWEST_COMPARED:
             measures |= two_sample_measures(self.features, other.features, rng)
-        rng = torch.Generator().manual_seed(seeds.derived_seed(self.seed, "measures"))
+        rng = seeds.generator(self.seed, "measures")
         n = min(n, MOST_PROJECTED)
         real, fake = (each.evenly_spaced(n).pixels.float() / 255 for each in (self.images, other.images))
         measures["swd"] = Interval(sliced_wasserstein(real.cpu(), fake.cpu(), rng).mean().item())
@@ -235,7 +235,6 @@ def _missing(rows: list[Row], real: Images, train: Images | None) -> list[str]:
     return reasons
 
 
-@exact_float32()
 def sliced_wasserstein(real: Tensor, fake: Tensor, rng: torch.Generator) -> Tensor:
     """Sliced Wasserstein distance of Laplacian-pyramid patches (Karras et al. 2018, arXiv 1710.10196, section 5).
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from evaluation.texture import blur
 from evaluation.two_sample import Interval, interval, numbered, resample
 from support import console
-from support.device import exact_float32
 
 SHIFT = 2  # pixels by which a copy may be moved along each axis
 # Pixels of the Gaussian after which images are compared. Otherwise blurred images, which lack noise, would be nearer to
@@ -91,7 +90,6 @@ def _quantile(values: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@exact_float32()
 def nearest(images: Tensor, others: Tensor) -> Nearest:
     """For each of images (N, 1, H, W) uint8, the nearest of others (M, 1, H, W) uint8, up to a factor of brightness.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from support.console import in_batches
 from support.device import exact_float32
 
-BORDER = 3  # pixels at an image's border around which no 7x7 window lies inside it
+INSIDE = slice(3, -3)  # rows and columns around whose pixels a 7x7 window lies inside the image
 SCORE_BATCH = 32  # images; fixed, so that scores do not depend on --batch-size
 PRIOR_COUNT = 32.0  # weight, in images, of the overall code frequencies with which `adaptive_bits` starts
 # A code position is foreground where its 4x4 pixels have a greater mean. In the report's set these are 99.8 % of the
@@ -27,13 +27,13 @@ def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
     x and x_hat are (B, 1, H, W), H and W at least 7; x is in [0, 1], x_hat may leave that range. Returns (B,) float64
     on the CPU, at most 1.
     """
-    return ssim_map(x, x_hat)[:, BORDER:-BORDER, BORDER:-BORDER].mean((1, 2))
+    return ssim_map(x, x_hat)[:, INSIDE, INSIDE].mean((1, 2))
 
 
 def ssim_map(x: Tensor, x_hat: Tensor) -> Tensor:
     """SSIM of the 7x7 window around each pixel, by scikit-image, of images as `ssim` takes them: (B, H, W) float64.
 
-    Windows lie inside the image from BORDER pixels on. Variances are differences of nearly equal moments: in float32
+    Windows lie inside the image at INSIDE. Variances are differences of nearly equal moments: in float32
     flat regions would lose all their digits.
     """
     pairs = zip(x[:, 0].cpu().double().numpy(), x_hat[:, 0].cpu().double().numpy(), strict=True)
@@ -100,7 +100,7 @@ def score(vqvae, dataset, labels: Tensor | None = None, rank: int = 0, world_siz
             x_hat = vqvae.decode(codes)
             here = mine[i * SCORE_BATCH : (i + 1) * SCORE_BATCH]
             similarity = ssim_map(x, x_hat)
-            ssim_of[here] = similarity[:, BORDER:-BORDER, BORDER:-BORDER].mean((1, 2))
+            ssim_of[here] = similarity[:, INSIDE, INSIDE].mean((1, 2))
             psnr_of[here] = psnr(x, x_hat)
             if labels is not None:
                 error = (x_hat - x)[:, 0].square().cpu()
@@ -119,10 +119,9 @@ def means_by_tissue(labels: Tensor, values: Tensor) -> Tensor:
     labels (B, H, W) are 1, 2 and 3 in the tissues, which together are the brain, and 0 elsewhere. Pixels without a
     window around them are left out. NaN where an image has none.
     """
-    inside = slice(BORDER, -BORDER)
-    kind = labels[:, inside, inside].long() + 4 * torch.arange(len(labels))[:, None, None]
+    kind = labels[:, INSIDE, INSIDE].long() + 4 * torch.arange(len(labels))[:, None, None]
     kind = kind.flatten()
-    values = values[:, inside, inside].double().flatten()
+    values = values[:, INSIDE, INSIDE].double().flatten()
     sums = torch.bincount(kind, values, minlength=4 * len(labels)).view(-1, 4)
     counts = torch.bincount(kind, minlength=4 * len(labels)).view(-1, 4)
     sums[:, 0] = sums[:, 1:].sum(1)

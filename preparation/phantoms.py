@@ -1,6 +1,6 @@
 """Synthetic T1-weighted slices of whole heads in the OASIS layout, for those who have no OASIS data yet.
 
-A subject is made from (seed, case): head, cortical folding, ventricles, atrophy, contrast and noise. Its 32 slices run
+A subject is made from its number: head, cortical folding, ventricles, atrophy, contrast and noise. Its 32 slices run
 upwards from the third ventricle (slice 0) to the top of the lateral ventricles (slice 31), the front of the head on the
 right. They resemble the set's slices in what docs/method.md lists, but they are not a model of anatomy.
 
@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from preparation import heads
-from support import console, files
+from preparation.folder import write_slice
+from support import console
 from support.console import UserError
 
 SLICES = 32
@@ -24,20 +24,20 @@ COMPLETE = "All of them were written.\n"
 DEMO_FOLDER = Path("phantoms")
 
 
-def make_pair(case: int, slice_number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """One slice and its label map, (256, 256) uint8 each, from the seed, the case (1 or more) and the slice's number.
+def make_pair(case: int, slice_number: int) -> tuple[np.ndarray, np.ndarray]:
+    """One slice and its label map, (256, 256) uint8 each, of a case (1 or more) and a slice's number: always the same.
 
     The slice's largest value is 255. Labels are 0 outside the brain, 85 CSF, 170 grey and 255 white matter. Raises
     ValueError if slice_number is not in 0 (low) to 31 (high).
     """
     if not 0 <= slice_number < SLICES:
         raise ValueError(f"slice_number must be 0 to {SLICES - 1}, not {slice_number}")
-    subject = np.random.default_rng([seed, case])
-    noise = np.random.default_rng([seed, case, slice_number + 1])
+    subject = np.random.default_rng([0, case])
+    noise = np.random.default_rng([0, case, slice_number + 1])
     return heads.draw(subject, noise, slice_number / (SLICES - 1))
 
 
-def write(folder: str | Path, cases: dict[str, range] = CASES, slices: int = SLICES, seed: int = 0) -> None:
+def write(folder: str | Path, cases: dict[str, range] = CASES, slices: int = SLICES) -> None:
     """Write phantoms as folder/keras_png_slices_<split>/case_CCC_slice_S.nii.png, label maps as in the set beside them.
 
     `cases` are the subjects of each split, each with so many slices, spaced evenly from low to high. The label maps are
@@ -48,7 +48,7 @@ def write(folder: str | Path, cases: dict[str, range] = CASES, slices: int = SLI
     if not marker.exists() and any(Path(folder).glob("keras_png_slices_*")):
         raise UserError(f"{folder}: holds other slices, which have the names of phantoms; name another folder")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    marker.write_text(f"Synthetic slices, written by preparation/phantoms.py with seed {seed}.\n")
+    marker.write_text("Synthetic slices, written by preparation/phantoms.py.\n")
     names = [
         (split, case, s)
         for split, numbers in cases.items()
@@ -56,12 +56,10 @@ def write(folder: str | Path, cases: dict[str, range] = CASES, slices: int = SLI
         for s in np.linspace(0, SLICES - 1, slices).round().astype(int).tolist()
     ]
     for split, case, s in console.progress(names, desc="Writing phantoms", unit=" images"):
-        image, labels = make_pair(case, s, seed)
+        image, labels = make_pair(case, s)
         for kind, name, pixels in (("", "case", image), ("seg_", "seg", labels)):
             path = Path(folder) / f"keras_png_slices_{kind}{split}" / f"{name}_{case:03d}_slice_{s}.nii.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.atomically(path) as temporary:
-                Image.fromarray(pixels).save(temporary, format="PNG")
+            write_slice(pixels, path)
         console.stop_if_signalled()
     with open(marker, "a") as file:
         file.write(COMPLETE)

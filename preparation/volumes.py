@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from preparation.folder import SIZE
 from preparation.layout import LABEL_STEP
-from support.console import UserError
+from support.console import UserError, one_line
 
 # An Analyze header does not tell left from right. OASIS-1's files in T88_111 are taken for LAS at 1 mm, as nibabel and
 # braindataprep take them: the first axis runs to the patient's left, the second to the front, the third upwards.
@@ -138,7 +138,7 @@ def read(volume: Volume, labels: bool = False) -> Scan:
     except MemoryError:
         raise VolumeError(f"{volume.name}: does not fit into memory; give fewer --workers") from None
     except Exception as error:  # nibabel has many; numpy and zlib have others
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise VolumeError(f"{volume.name}: cannot be read ({reason}); download it again") from None
     strange = ~np.isfinite(voxels)
     if strange.any():

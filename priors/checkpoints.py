@@ -1,6 +1,5 @@
 """vqvae.pth and the files of priors, loaded with care."""
 
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +65,16 @@ def load_prior(path: str | Path, vqvae: VQVAE) -> Prior:
 
     Raises UserError if the file holds none, or not one for this VQ-VAE.
     """
-    return files.load(path, partial(prior_of, vqvae=vqvae))
+
+    def build(contents: dict) -> Prior:
+        kind = contents.get("kind") if isinstance(contents, dict) else None
+        if not isinstance(kind, str) or kind not in PRIORS:
+            raise ValueError(f"it holds no prior (name a {PRIOR_NAMES})")
+        if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
+            raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
+        return PRIORS[kind].prior.from_checkpoint(contents, vqvae)
+
+    return files.load(path, build)
 
 
 def load_autoregressive(path: str | Path, vqvae: VQVAE) -> AutoregressivePrior:
@@ -75,13 +83,3 @@ def load_autoregressive(path: str | Path, vqvae: VQVAE) -> AutoregressivePrior:
     if not isinstance(prior, AutoregressivePrior):
         raise UserError(f"{path}: is no autoregressive prior")
     return prior
-
-
-def prior_of(contents: dict, vqvae: VQVAE) -> Prior:
-    """The prior of a `checkpoint`, on the VQ-VAE's device. Raises ValueError if it is none, or not this VQ-VAE's."""
-    kind = contents.get("kind") if isinstance(contents, dict) else None
-    if not isinstance(kind, str) or kind not in PRIORS:
-        raise ValueError(f"it holds no prior (name a {PRIOR_NAMES})")
-    if contents["codebook"] != files.digest(vqvae.vector_quantizer.embedding.weight):
-        raise ValueError("it belongs to another codebook; use the vqvae.pth that it was trained with")
-    return PRIORS[kind].prior.from_checkpoint(contents, vqvae)

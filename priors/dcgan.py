@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from modules import VQVAE, Generator
+from modules import NOISE, VQVAE, Generator
 from priors.latent_space import LatentSpace
 from priors.spectrum import covariance_spectrum, multiply_spectrum, transport
 from support import console, files
@@ -41,7 +41,7 @@ class DCGANPrior:
 
     def noise(self, n: int, rng: torch.Generator) -> Tensor:
         """The noise of n images (n, 128, 1, 1) from N(0, 1), on the CPU."""
-        return torch.randn(n, self.generator.net[0][0].in_channels, 1, 1, generator=rng)
+        return torch.randn(n, NOISE, 1, 1, generator=rng)
 
     def coefficients(self, noise: Tensor) -> Tensor:
         """Noise (B, 128, 1, 1), on the space's device -> coefficients (B, K, 64, 64), not calibrated."""
@@ -100,7 +100,7 @@ class DCGANPrior:
         weight = vqvae.vector_quantizer.embedding.weight
         space = LatentSpace(**{field.name: contents[field.name] for field in fields(LatentSpace)}).to(weight.device)
         gain = contents["gain"].to(weight.device) if "gain" in contents else None
-        generator = Generator(embeddings_dim=weight.shape[1])
+        generator = Generator(weight.shape[1])
         files.load_state(generator, contents["state_dict"])
         generator.to(weight.device, memory_format=torch.channels_last).eval()  # as in training, for the same digits
         return cls(generator, space, vqvae, bool(contents["phantoms"]), gain)

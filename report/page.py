@@ -68,13 +68,12 @@ def _run_facts(record: dict, rows: list[dict[str, str]]) -> dict[str, object]:
     if scored:
         best = max(scored, key=lambda row: float(row["ssim_mean"]))
         facts["Best validation SSIM"] = f"{float(best['ssim_mean']):.4f}, after epoch {best['epoch']}"
-        black = float(best.get("ssim_black") or 0)
+        black = float(best["ssim_black"])
         if float(best["ssim_mean"]) < black:
             facts["Warning"] = f"a black image has {black:.4f}; train longer, or with a lower --lr"
     if options["only"] != "vqvae":
         stage = options["prior"]
-        title = {"dcgan": "DCGAN", "autoregressive": "Autoregressive prior"}[stage]
-        facts[title] = f"{epochs.get(stage, 0)} of {options[f'{stage}_epochs']} epochs"
+        facts["Prior"] = f"{stage}, {epochs.get(stage, 0)} of {options[f'{stage}_epochs']} epochs"
     facts["Time"] = _time(rows)
     images = ", ".join(f"{n} {split}" for split, n in data["images"].items())
     facts["Data"] = f"{data['folder']} ({images}): {data['content']}"

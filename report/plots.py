@@ -259,13 +259,13 @@ class Figures:
 
     @_figure
     def pairs(self, name: str, pairs: list[tuple], title: str) -> None:
-        """Pairs of images (1, H, W) side by side, each with a line of text: (image, other, text), four pairs a row."""
+        """Pairs of images (1, H, W) uint8 side by side, each with text: (image, other, text), four pairs a row."""
         rows = -(-len(pairs) // 4)
         figure, axes = _subplots(rows, 4, 14, 2.1 * rows + 0.6)
         figure.suptitle(self._with_note(title), fontsize=STYLE["axes.titlesize"])
-        for each in np.atleast_1d(axes).flat:
+        for each in axes.flat:
             each.axis("off")
-        for each, (image, other, text) in zip(np.atleast_1d(axes).flat, pairs, strict=False):
+        for each, (image, other, text) in zip(axes.flat, pairs, strict=False):
             both = np.concatenate([np.asarray(side.cpu())[0] for side in (image, other)], 1)
             each.imshow(both, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
             each.set_title(text, fontsize=8)

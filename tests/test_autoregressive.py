@@ -16,9 +16,8 @@ from priors.autoregressive import (
     halving_distances,
     plane_condition,
 )
-from priors.checkpoints import load_prior, prior_of
+from priors.checkpoints import load_prior
 from priors.code_cache import CodeCache
-from support.console import UserError
 
 
 def random_network(n_codes: int, size: tuple[int, int], std: float = 0.5) -> Autoregressive:
@@ -217,21 +216,6 @@ def test_the_file(prior, tmp_path, rng):
     assert loaded.planes == [3, 9] and loaded.phantoms
     noise, condition = prior.noise(2, rng), plane_condition(torch.tensor([3, 9]))
     assert torch.equal(loaded.sample(noise, condition), prior.sample(noise, condition))
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("codebook", "x", "another codebook"),
-        ("state_dict", {}, "Missing key"),
-    ],
-)
-def test_a_damaged_file_is_refused(key, value, message, prior, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        prior_of(prior.checkpoint() | {key: value}, prior.vqvae)
-    torch.save(prior.checkpoint() | {key: value}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="x.pth"):
-        load_prior(tmp_path / "x.pth", prior.vqvae)
 
 
 def test_a_second_scan_is_a_head_of_its_own(vqvae, images):

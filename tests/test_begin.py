@@ -1,4 +1,4 @@
-"""The options of train.py: ranges, resuming, the fast path of a run."""
+"""The fast path of a run, and where a stopped one resumes."""
 
 import pytest
 import torch

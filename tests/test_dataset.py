@@ -87,7 +87,6 @@ def test_items_and_batches(data):
     np.testing.assert_allclose(dataset[4][0].numpy(), image / 255, atol=1e-7)
     batch = dataset.batch([4, 0, 9])
     assert torch.equal(batch, torch.stack([dataset[4], dataset[0], dataset[9]]))
-    assert torch.equal(batch, dataset.__getitems__([4, 0, 9]))  # what DataLoader calls
     assert dataset.images.dtype == torch.uint8 and 0 <= batch.min() and batch.max() <= 1
 
 

@@ -13,7 +13,7 @@ from priors.latent_cache import LatentCache
 from support import seeds
 from support.device import FastPath
 from support.run import Run
-from training import dcgan, fit
+from training import dcgan
 from training.options import Options
 from training.recipes import BALANCED, REPORT
 
@@ -51,7 +51,7 @@ def noise_of(stage, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("recipe", [PLAIN_MAP, REPORT], ids=["balanced", "report"])
 def test_values_are_binary_cross_entropy_and_the_mean_probabilities(new_stage, recipe):
     stage = new_stage(recipe)
-    real = stage.latents.batch([0, 5, 9])
+    real = stage.data.batch([0, 5, 9])
     generator, discriminator = copy.deepcopy(stage.generator), copy.deepcopy(stage.discriminator)
     with torch.no_grad():
         d_real, d_fake = discriminator(real), discriminator(generator(noise_of(stage, 3)))  # in training mode, apart
@@ -66,7 +66,7 @@ def test_each_network_moves_by_its_own_loss(new_stage):
     stage = new_stage(replace(PLAIN_MAP, r1=0.0))  # R1 has a test of its own
     stage.generator.double(), stage.discriminator.double()
     set_rate(stage, 0.1)
-    real = stage.latents.batch([0, 5, 9]).double()
+    real = stage.data.batch([0, 5, 9]).double()
     generator, discriminator = copy.deepcopy(stage.generator), copy.deepcopy(stage.discriminator)
     noise = noise_of(stage, 3).double()
     stage.prior.noise = lambda n, rng: noise
@@ -100,7 +100,7 @@ def test_r1_is_the_squared_gradient_by_finite_differences(new_stage, gamma):
     stage, a = new_stage(replace(PLAIN_MAP, r1=gamma)), 1e-4
     stage.discriminator = Quadratic(a)
     set_rate(stage, 1e-9)
-    real = stage.latents.batch([0, 5, 9])
+    real = stage.data.batch([0, 5, 9])
     with torch.no_grad():
         fake = copy.deepcopy(stage.generator)(noise_of(stage, 3))
 
@@ -119,7 +119,7 @@ def test_autocast_changes_nothing_but_the_precision_of_the_networks(new_stage):
     for autocast in (None, partial(torch.autocast, "cpu", torch.bfloat16)):
         stage = new_stage(PLAIN_MAP, 0.03)  # so that the generator's loss shows D's step
         stage.autocast = autocast or stage.autocast
-        found.append(step(stage, stage.latents.batch([0, 5, 9])))
+        found.append(step(stage, stage.data.batch([0, 5, 9])))
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.01)
 
@@ -141,27 +141,6 @@ def test_the_generator_and_its_average_start_from_the_same_weights(new_stage, mo
     assert asked == [range(n_steps)]  # as many as follow: three epochs of four batches
     for network in (stage.average, stage.generator):
         assert all(torch.equal(value, before[key] + 1) for key, value in network.state_dict().items())
-
-
-def test_the_weights_of_the_epoch_with_the_lowest_auc_of_texture_are_kept(new_stage, monkeypatch, capsys):
-    stage, saved = new_stage(dcgan_epochs=3), []
-
-    def evaluate(epoch):
-        torch.nn.init.constant_(stage.average.net[4].weight, epoch)
-        return {"texture_auc": (0.9, 0.7, 0.8)[epoch - 1]}
-
-    def look(folder):
-        weights = torch.load(folder / "generator.pth", weights_only=True)["state_dict"]
-        saved.append(weights["net.4.weight"].mean().item())
-
-    monkeypatch.setattr(stage, "evaluate", evaluate)
-    monkeypatch.setattr(stage, "step", lambda *words: torch.zeros(4))
-    for name in ("start", "draw"):
-        monkeypatch.setattr(stage, name, lambda *words: None)
-    monkeypatch.setattr(fit.page, "write_run", look)  # called after each epoch
-    fit.fit(stage, stage.run)
-    assert saved == [1, 2, 2]
-    assert "Best epoch: 2, AUC of texture 0.700" in capsys.readouterr().out
 
 
 def test_the_discriminator_of_the_validation_split_is_in_training_mode_and_leaves_no_trace(new_stage, vqvae, data):

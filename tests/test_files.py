@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules import VQVAE, Discriminator, Generator
+from modules import VQVAE
 from priors.checkpoints import load_vqvae
 from support import files
 from support.console import UserError
@@ -142,11 +142,6 @@ def test_find_looks_here_then_under_gen_imgs(tmp_path, monkeypatch):
     assert files.find("a").resolve() == tmp_path / "gen_imgs" / "a"
     (tmp_path / "a").mkdir()
     assert files.find("a").resolve() == tmp_path / "a"
-
-
-def test_generators_weights_are_no_discriminators():
-    with pytest.raises(ValueError, match="Discriminator"):
-        files.load_state(Discriminator(), Generator().state_dict())
 
 
 def test_what_is_flushed_is_open_for_writing(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from conftest import assert_same_history, assert_same_weights
 
 from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
-from modules import Generator
+from modules import VQVAE, Generator
 from report import page
 from support import console, files
 from support.device import FastPath
@@ -106,6 +106,15 @@ def test_a_run_that_ends_below_a_black_image_says_so(data, tmp_path, capsys):
         assert (said in capsys.readouterr().out) == warned
 
 
+@pytest.mark.parametrize("kind", [DCGANStage, AutoregressiveStage])
+def test_priors_learn_what_was_encoded_in_exact_float32(kind, data, vqvae, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as a run has set it
+    encode, seen = VQVAE.latents, []
+    monkeypatch.setattr(VQVAE, "latents", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or encode(*args))
+    kind(new_run(tmp_path, embeddings_dim=8), vqvae, *(OasisDataset(data, split) for split in ("train", "validate")))
+    assert seen and not any(seen)
+
+
 @pytest.mark.parametrize(
     "kind, names",
     [(DCGANStage, ("generator", "discriminator")), (AutoregressiveStage, ("autoregressive",))],
@@ -162,6 +171,16 @@ def test_a_start_that_was_interrupted_goes_on_to_the_same_weights(data, vqvae, t
     assert all(torch.equal(value, weights[True][key]) for key, value in weights[False].items())
 
 
+class Numbers(torch.utils.data.Dataset):
+    """0 to 9."""
+
+    def __len__(self):
+        return 10
+
+    def __getitems__(self, indices):
+        return torch.tensor(indices, dtype=torch.float)
+
+
 class OneWeight(fit.Stage):
     """The smallest stage: a weight that each step raises by the mean of its batch. No more is needed for a new one."""
 
@@ -175,16 +194,7 @@ class OneWeight(fit.Stage):
         torch.nn.init.zeros_(self.network.weight)
         self.networks, self.optimizers = {"one": self.network}, {}
         self.averages = {"one": copy.deepcopy(self.network)}
-
-    def data(self):
-        class Numbers(torch.utils.data.Dataset):
-            def __len__(self):
-                return 10
-
-            def __getitems__(self, indices):
-                return torch.tensor(indices, dtype=torch.float)
-
-        return Numbers()
+        self.data = Numbers()
 
     def evaluate(self, epoch):
         return {"tf32": float(torch.backends.cudnn.allow_tf32)}

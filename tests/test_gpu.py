@@ -140,7 +140,7 @@ def test_the_vqvae_waits_only_to_revive_codes_and_has_the_losses_of_the_cpu(gpu,
     stage, on_cpu = (new_stage(VQVAEStage, few, name, tmp_path, codebook=method) for name in (gpu.name, "cpu"))
     losses = []
     for step in (0, 1, 101, 110):  # k-means twice, nothing, revival
-        batch = part(stage.data().batch([0, 2]))
+        batch = part(stage.data.batch([0, 2]))
         if step == 110 and method == "kmeans":
             assert stage.codebook.usage.sum() == 3 * batch[:, :, ::4, ::4].numel()
             for each in (stage, on_cpu):
@@ -165,7 +165,7 @@ def test_the_vqvae_waits_only_to_revive_codes_and_has_the_losses_of_the_cpu(gpu,
 @pytest.mark.parametrize("method", DCGAN)
 def test_the_dcgan_never_waits(gpu, method, few, tmp_path, monkeypatch):
     stage = new_stage(new_gan, few, gpu.name, tmp_path, dcgan_training=method)
-    latents = stage.data()
+    latents = stage.data
     assert latents.coefficients.device.type == gpu.name and stage.space.shift.device.type == gpu.name
     update(stage, latents.batch([0, 1, 2]), 0)
     assert gpu.waited(lambda: update(stage, latents.batch([3, 0, 1]), 1)) == []

@@ -96,9 +96,8 @@ def test_what_is_no_run_json_is_refused(tmp_path, text):
         read_record(tmp_path)
 
 
-def test_derived_seeds_differ_and_repeat():
+def test_derived_seeds_differ():
     found = {seeds.derived_seed(s, stream, e) for s in range(5) for stream in seeds.STREAMS for e in range(50)}
     assert len(found) == 5 * len(seeds.STREAMS) * 50
-    assert seeds.derived_seed(1, "dcgan", 2) == seeds.derived_seed(1, "dcgan", 2)
     for seed in found:
         torch.Generator().manual_seed(seed)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from dataset import OasisDataset
 from modules import MOST_DISTANCE, N_PLANES, VQVAE, Autoregressive, Condition
 from priors.autoregressive import AutoregressivePrior, Frame, fit_frame
+from priors.checkpoints import PRIORS
 from priors.code_cache import CodeCache
 from support import distributed, files, seeds
-from support.device import move
+from support.device import exact_float32, move
 from support.run import Run, restoring
 from training.fit import Stage, rate_factor
 from training.recipes import AUTOREGRESSIVE
@@ -46,10 +47,11 @@ class AutoregressiveStage(Stage):
         run, vqvae, train_set, validate_set: all on the run's device.
     """
 
-    name, title = "autoregressive", "Autoregressive prior"
+    name, title = "autoregressive", PRIORS["autoregressive"].title
     columns = ("bits",)
     chosen_by = ("validation_bits", min, "{:.0f} bits of a validation image")
 
+    @exact_float32()
     def __init__(self, run: Run, vqvae: VQVAE, train_set: OasisDataset, validate_set: OasisDataset):
         super().__init__(run)
         options = run.options
@@ -58,14 +60,17 @@ class AutoregressiveStage(Stage):
         self.average_decay = recipe.average_decay
         self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
         self.lr = options.autoregressive_lr
-        self.codes, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
-        torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
-        codebook = vqvae.vector_quantizer.embedding.weight.detach()
+        self.samples = Samples(run, PRIORS[self.name].prefix, vqvae, train_set, validate_set, self.epochs)
+        frame = None
         if self.name in run.state:
             with restoring(run.folder):
-                self.frame = Frame(**run.state[self.name]["extra"]["frame"])
-        else:
-            self.frame = distributed.from_first(lambda: fit_frame(self.codes.codes))
+                saved = run.state[self.name]["extra"]
+                self.samples.load_state_dict(saved, self.title)
+                frame = Frame(**saved["frame"])
+        self.data, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
+        self.frame = frame or distributed.from_first(lambda: fit_frame(self.data.codes))
+        torch.manual_seed(seeds.derived_seed(options.seed, "autoregressive weights"))
+        codebook = vqvae.vector_quantizer.embedding.weight.detach()
         self.network = Autoregressive(codebook, self.frame.size, recipe.width, recipe.dilations, recipe.hidden)
         for parameter in self.network.parameters():  # principal components may have other signs on another machine
             distributed.copy_first(parameter.data)
@@ -75,15 +80,11 @@ class AutoregressiveStage(Stage):
         self.averages = {"autoregressive": average}
         self.optimizer = fast_path.adam(self.network, self.lr)
         self.optimizers = {"autoregressive": self.optimizer}
-        planes = sorted(set(self.codes.plane.tolist()) - {N_PLANES})
+        planes = sorted(set(self.data.plane.tolist()) - {N_PLANES})
         self.prior = AutoregressivePrior(average, self.frame, vqvae, planes, run.phantoms)
-        self.samples = Samples(run, self.name, vqvae, train_set, validate_set, self.epochs)
 
     def start(self) -> None:
         self.samples.begin(self.prior)
-
-    def data(self) -> CodeCache:
-        return self.codes
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One update on the slices of indices (B,). Returns their mean bits."""
@@ -92,7 +93,7 @@ class AutoregressiveStage(Stage):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         drawn = ConditionDraw(*map(distributed.part, self.draw_conditions(n, rng)))
-        bits = self.bits(self.network, self.codes, batch, drawn).mean()
+        bits = self.bits(self.network, self.data, batch, drawn).mean()
         loss = bits / self.frame.codes.numel()  # the mean over codes, for whose gradient `gradient_norm` is made
         self.optimizer.zero_grad()
         (loss * distributed.weight(n)).backward()
@@ -110,13 +111,13 @@ class AutoregressiveStage(Stage):
         plane_dropped = torch.rand(n, generator=rng) < recipe.without_plane
         share = recipe.exchanged * torch.rand(n, 1, 1, 1, generator=rng)
         replaced = torch.rand(n, 2, *self.frame.codes.shape, generator=rng) < share
-        donors = torch.randint(len(self.codes), (n, 2), generator=rng)
+        donors = torch.randint(len(self.data), (n, 2), generator=rng)
         return ConditionDraw(distance.masked_fill(alone | left_out, 0), plane_dropped, replaced, donors)
 
     def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, drawn: ConditionDraw) -> Tensor:
         """The bits of slices (B,) of a split, given the conditions that were drawn for them: (B,)."""
         condition = codes.condition(indices, drawn.distance)
-        donors = move(self.codes.codes[drawn.donors], self.run.device).long()
+        donors = move(self.data.codes[drawn.donors], self.run.device).long()
         neighbours = torch.where(move(drawn.replaced, self.run.device), donors, condition.neighbours)
         plane = condition.plane.masked_fill(move(drawn.plane_dropped, self.run.device), N_PLANES)
         box = self.frame.box
@@ -157,6 +158,3 @@ class AutoregressiveStage(Stage):
 
     def extra_state(self) -> dict:
         return self.samples.state_dict() | {"frame": self.frame._asdict()}
-
-    def load_extra_state(self, state: dict) -> None:
-        self.samples.load_state_dict(state, self.title)

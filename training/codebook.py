@@ -11,8 +11,7 @@ from torch import Tensor
 from modules import VectorQuantizer, rows
 from support import distributed
 from support.device import move
-from training import recipes
-from training.recipes import VQVAERecipe
+from training.recipes import VQVAE as RECIPE
 
 
 class LossOnly:
@@ -22,10 +21,9 @@ class LossOnly:
     methods, which move the embeddings of `quantizer` in place; `optimizer` is the Adam that trains them.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = recipes.VQVAE):
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam):
         self.quantizer = quantizer
         self.optimizer = optimizer
-        self.recipe = recipe
 
     @property
     def embeddings(self) -> Tensor:
@@ -58,19 +56,19 @@ class KMeans(LossOnly):
     moments are set to 0.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = recipes.VQVAE):
-        super().__init__(quantizer, optimizer, recipe)
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam):
+        super().__init__(quantizer, optimizer)
         self.usage = torch.zeros(len(self.embeddings), dtype=torch.int64, device=self.embeddings.device)
 
     def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
-        if step < self.recipe.kmeans_steps:
+        if step < RECIPE.kmeans_steps:
             z_e = distributed.gather(z_e, n)
             if step == 0:
                 start_from(self.quantizer, z_e, rng)
-            for _ in range(self.recipe.start_steps if step == 0 else 1):
+            for _ in range(RECIPE.start_steps if step == 0 else 1):
                 k_means_step(self.quantizer, z_e, rng)
             distributed.copy_first(self.embeddings)
-        elif step % self.recipe.revive_every == 0:
+        elif step % RECIPE.revive_every == 0:
             dead = distributed.total(self.usage) == 0
             if dead.any():
                 self.revive(dead, distributed.gather(z_e, n), rng)
@@ -105,8 +103,8 @@ class EMA(LossOnly):
     moves the embeddings; here they move first.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam, recipe: VQVAERecipe = recipes.VQVAE):
-        super().__init__(quantizer, optimizer, recipe)
+    def __init__(self, quantizer: VectorQuantizer, optimizer: torch.optim.Adam):
+        super().__init__(quantizer, optimizer)
         quantizer.embedding.weight.requires_grad_(False)
         self.counts = torch.ones(len(self.embeddings), 1, device=self.embeddings.device)
         self.sums = self.embeddings.clone()
@@ -114,8 +112,8 @@ class EMA(LossOnly):
     def before_lookup(self, step: int, z_e: Tensor, n: int, rng: torch.Generator) -> None:
         is_counted = distributed.weight(n) > 0  # otherwise this part repeats an image that another process counts
         _, counts, sums = cells(self.quantizer, z_e)
-        self.counts.lerp_(distributed.total(counts * is_counted)[:, None].float(), 1 - self.recipe.ema_decay)
-        self.sums.lerp_(distributed.total(sums * is_counted), 1 - self.recipe.ema_decay)
+        self.counts.lerp_(distributed.total(counts * is_counted)[:, None].float(), 1 - RECIPE.ema_decay)
+        self.sums.lerp_(distributed.total(sums * is_counted), 1 - RECIPE.ema_decay)
         alive = self.counts > 1e-20  # below, float32 loses the digits of both
         self.embeddings.copy_(torch.where(alive, self.sums / self.counts, self.embeddings))
 

@@ -34,7 +34,7 @@ class DCGANStage(Stage):
         recipe: constants of the training, beside the options; by default the one of `--dcgan-training`.
     """
 
-    name, title = "dcgan", "DCGAN"
+    name, title = "dcgan", PRIORS["dcgan"].title
     # it falls as long as anything improves, and rises where D memorises
     chosen_by = ("texture_auc", min, "AUC of texture {:.3f}")
     columns = ("d_loss", "d_real", "d_fake", "g_loss")
@@ -54,7 +54,7 @@ class DCGANStage(Stage):
         self.epochs, self.batch_size = options.dcgan_epochs, options.dcgan_batch_size
         self.autocast = fast_path.autocast
         self.average_decay = self.recipe.average_decay
-        self.samples = Samples(run, PRIORS["dcgan"].prefix, vqvae, train_set, validate_set, self.epochs)
+        self.samples = Samples(run, PRIORS[self.name].prefix, vqvae, train_set, validate_set, self.epochs)
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         if self.name in run.state:
             with restoring(run.folder):
@@ -67,11 +67,11 @@ class DCGANStage(Stage):
             space = self._fit_space(vqvae, train_set)
             gain = None
         self.space = space.to(run.device)
-        self.latents = LatentCache(vqvae, train_set, self.space, self.recipe.quantized)
+        self.data = LatentCache(vqvae, train_set, self.space, self.recipe.quantized)
         self.validate_latents = LatentCache(vqvae, validate_set, self.space, self.recipe.quantized)
 
         torch.manual_seed(seeds.derived_seed(options.seed, "dcgan weights"))
-        self.generator = Generator(embeddings_dim=embeddings_dim).apply(dcgan_init)
+        self.generator = Generator(embeddings_dim).apply(dcgan_init)
         self.discriminator = Discriminator(embeddings_dim).apply(dcgan_init)
         self.average = copy.deepcopy(self.generator).to(run.device, memory_format=fast_path.layout)
         self.networks = {"generator": self.generator, "discriminator": self.discriminator}
@@ -89,9 +89,6 @@ class DCGANStage(Stage):
         if directions is None:
             return LatentSpace.of_codebook(vqvae)
         return distributed.from_first(lambda: LatentSpace.fit(vqvae, train_set, directions, emphasis).to("cpu"))
-
-    def data(self) -> LatentCache:
-        return self.latents
 
     def start(self) -> None:
         """Fit the generator to real coefficients by mean squared error."""
@@ -111,7 +108,7 @@ class DCGANStage(Stage):
             fast_path.load_adam(optimizer, self.begun["optimizer"])
             first = self.begun["step"]
         settings = (self.batch_size, fast_path, self.run.options.seed)
-        for step in start_generator(self.average, optimizer, self.latents, range(first, n_steps), *settings):
+        for step in start_generator(self.average, optimizer, self.data, range(first, n_steps), *settings):
             self.begun = {"step": step, "optimizer": optimizer.state_dict()}
             save_start(self, self.run, complete=False)
         return files.cpu_state(self.average)
@@ -159,11 +156,11 @@ class DCGANStage(Stage):
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Calibrate the prior, and measure it when that is due."""
         columns = {"d_validate": self._d_of_validation()}
-        noise = self.samples.noise(self.prior, min(COMPARED, len(self.latents)), "calibration")
+        noise = self.samples.noise(self.prior, min(COMPARED, len(self.data)), "calibration")
         if self.recipe.average_decay:
             self.prior.reset_batch_norm(noise)
         if self.recipe.calibrated:
-            self.prior = self.prior.calibrated(self.latents.covariance, noise)
+            self.prior = self.prior.calibrated(self.data.covariance, noise)
         return columns | self.samples.measure(self.prior, epoch)
 
     @torch.no_grad()

@@ -20,12 +20,13 @@ CHECK_EVERY = 50  # steps between checks for NaN and infinity (each check synchr
 
 
 class Stage:
-    """What `fit` trains. A stage sets the attributes, and implements `data` and `step`; other methods are optional.
+    """What `fit` trains. A stage sets the attributes and implements `step`; other methods are optional.
 
     Attributes:
         name, title: in files (and a key of `support.seeds.STREAMS`), and on the console.
         columns: tuple of names of the values that `step` returns; their means over images go into metrics.csv.
         epochs, batch_size: number of epochs, and images in a step of all processes together.
+        data: the data set that batches are drawn from.
         average_decay: of the exponential moving average (EMA) of the weights.
         chosen_by: the column of metrics.csv that chooses the epoch whose weights are kept, `max` or `min`, and a text
             in which its value is put.
@@ -34,6 +35,7 @@ class Stage:
     """
 
     chosen_by: tuple[str, Callable, str]
+    data: Dataset
 
     def __init__(self, run: Run):
         self.run = run
@@ -43,10 +45,6 @@ class Stage:
 
         A long one may call `save_start` with complete=False, and go on from there.
         """
-
-    def data(self) -> Dataset:
-        """The data set that batches are drawn from."""
-        raise NotImplementedError
 
     @classmethod
     def kept_row(cls, rows: list[dict]) -> dict:
@@ -61,7 +59,7 @@ class Stage:
     @property
     def n_steps(self) -> int:
         """Number of steps of all epochs."""
-        return self.epochs * len(batch_sizes(len(self.data()), self.batch_size))
+        return self.epochs * len(batch_sizes(len(self.data), self.batch_size))
 
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """Update the networks once.
@@ -90,7 +88,7 @@ class Stage:
         """Write the weights that a user loads; called on rank 0, after `draw`, if the epoch is the best so far."""
 
     def extra_state(self) -> dict:
-        """What resuming needs besides networks, averages and optimizers; called on all ranks, and the same on all."""
+        """What resuming needs besides networks, averages and optimizers; called on all ranks; rank 0's is saved."""
         return {}
 
     def load_extra_state(self, state: dict) -> None:
@@ -133,20 +131,18 @@ def fit(stage: Stage, run: Run) -> None:
         with exact_float32():
             stage.start()
         save_start(stage, run)
-    with exact_float32():
-        data = stage.data()
 
     for epoch in range(done + 1, stage.epochs + 1):
         # Train.
         began = time.perf_counter()
-        losses = train_epoch(stage, data, epoch, run.options.seed)
+        losses = train_epoch(stage, epoch, run.options.seed)
         trained = time.perf_counter()
         seconds = trained - began
 
         # Evaluate.
-        sizes = batch_sizes(len(data), stage.batch_size)
+        sizes = batch_sizes(len(stage.data), stage.batch_size)
         row = {"stage": stage.name, "epoch": epoch, "updates": len(losses), "seconds": round(seconds, 2)}
-        row |= {"images_per_second": round(len(data) / seconds, 2)}
+        row |= {"images_per_second": round(len(stage.data) / seconds, 2)}
         row |= {column: mean_over_images(losses[:, i], sizes) for i, column in enumerate(stage.columns)}
         with exact_float32():
             row |= stage.evaluate(epoch)
@@ -184,8 +180,9 @@ def save_start(stage: Stage, run: Run, complete: bool = True) -> None:
         run.save()
 
 
-def train_epoch(stage: Stage, data: Dataset, epoch: int, seed: int) -> Tensor:
+def train_epoch(stage: Stage, epoch: int, seed: int) -> Tensor:
     """Train one epoch. Returns the values of each step, means over its batch: (steps, columns) on the CPU."""
+    data = stage.data
     rng = seeds.generator(seed, stage.name, epoch)
     loader = make_loader(data, stage.batch_size, rng)
     sizes = batch_sizes(len(data), stage.batch_size)

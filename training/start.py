@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from modules import Generator
+from modules import NOISE, Generator
 from priors.latent_cache import LatentCache
 from support import console, seeds
 from support.device import FastPath, move
@@ -44,7 +44,7 @@ def start_generator(
     rng = seeds.generator(seed, "dcgan start")
     n = min(len(latents), MOST_IMAGES)
     picked = torch.arange(n) * len(latents) // n
-    noise = principal_scores(latents, picked, generator.net[0][0].in_channels, rng)
+    noise = principal_scores(latents, picked, NOISE, rng)
     space = latents.space
     generator.train()
     order = torch.randint(n, (steps.stop, min(batch_size, n)), generator=rng)

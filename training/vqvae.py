@@ -17,9 +17,9 @@ from support import distributed, files, seeds
 from support.console import UserError, in_batches
 from support.device import exact_float32
 from support.run import Run
-from training import codebook, recipes
+from training import codebook
 from training.fit import Stage, batch_sizes, check_finite, rate_factor
-from training.recipes import VQVAERecipe
+from training.recipes import VQVAE as RECIPE
 
 BLACK_EVERY = 8  # one of so many validation images tells what a black image has
 
@@ -29,35 +29,26 @@ class VQVAEStage(Stage):
 
     Args:
         run, train_set, validate_set: all on the run's device.
-        recipe: what the options do not say.
     """
 
     name, title = "vqvae", "VQ-VAE"
     columns = ("training_loss", "vq_loss")
     chosen_by = ("ssim_mean", max, "validation SSIM {:.4f}")
 
-    def __init__(
-        self,
-        run: Run,
-        train_set: OasisDataset,
-        validate_set: OasisDataset,
-        recipe: VQVAERecipe = recipes.VQVAE,
-    ):
+    def __init__(self, run: Run, train_set: OasisDataset, validate_set: OasisDataset):
         super().__init__(run)
         options, self.fast_path = run.options, run.fast_path
-        self.train_set = train_set
+        self.data = train_set
         self.validate_set = validate_set
         self.labels = validate_set.labels
         self.epochs, self.batch_size, self.lr = options.epochs, options.batch_size, options.lr
-        self.recipe = recipe
-        self.average_decay = recipe.average_decay
+        self.average_decay = RECIPE.average_decay
         torch.manual_seed(seeds.derived_seed(options.seed, "vqvae weights"))
         self.vqvae = VQVAE(options.n_embeddings, options.embeddings_dim, options.beta)
         self.vqvae.to(run.device, memory_format=self.fast_path.layout)
         self.average = copy.deepcopy(self.vqvae)
         self.optimizer = self.fast_path.adam(self.vqvae, options.lr)
-        method = codebook.METHODS[options.codebook]
-        self.codebook = method(self.vqvae.vector_quantizer, self.optimizer, recipe)
+        self.codebook = codebook.METHODS[options.codebook](self.vqvae.vector_quantizer, self.optimizer)
         self.networks, self.averages = {"vqvae": self.vqvae}, {"vqvae": self.average}
         self.optimizers = {"vqvae": self.optimizer}
         self.kept = ""  # digest of the codebook in vqvae.pth
@@ -71,13 +62,10 @@ class VQVAEStage(Stage):
             self.figures.image_grid("epoch_0.png", self.shown, f"{len(self.shown)} training images")
             self.figures.single_image("epoch_0_single.png", self.shown[0], "A training image")
 
-    def data(self) -> OasisDataset:
-        return self.train_set
-
     def step(self, batch: Tensor, n: int, step: int, rng: torch.Generator) -> Tensor:
         """One step on images (B, 1, 256, 256). Returns the reconstruction loss and the vq_loss, inside the box."""
         weight = distributed.weight(n)
-        factor = rate_factor(step, self.n_steps, self.recipe.constant_rate, self.recipe.last_rate)
+        factor = rate_factor(step, self.n_steps, RECIPE.constant_rate, RECIPE.last_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         x = batch[..., *self.box]  # where all is black there is nothing to learn
@@ -102,7 +90,7 @@ class VQVAEStage(Stage):
         among = distributed.rank(), distributed.world_size()
         shares = reconstruction.score(self.average, self.validate_set, self.labels, *among)
         scores = reconstruction.Scores(*(distributed.total(part) for part in shares))
-        steps = epoch * len(batch_sizes(len(self.train_set), self.batch_size))
+        steps = epoch * len(batch_sizes(len(self.data), self.batch_size))
         check_finite(scores.ssim[None], f"{self.title} epoch {epoch}", steps)
         ssim = {f"ssim_{kind}": getattr(scores.ssim, kind)().item() for kind in ("mean", "min", "max")}
         if self.labels is not None:
