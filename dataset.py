@@ -21,14 +21,13 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from evaluation.generation import Images
 from preparation import phantoms
-from preparation.layout import LABEL_STEP, label_map
+from preparation.folder import LABEL_STEP, SHARES, SIZE, label_map
 from support import console, distributed
 from support.console import UserError
 from support.device import fits, move
 from support.files import natural
 
-SPLITS = ("train", "validate", "test")
-IMAGE_SIZE = 256
+SPLITS = tuple(SHARES)
 TISSUES = ("brain", "CSF", "grey matter", "white matter")  # labels 1, 2 and 3 are the last three, together the brain
 # `OasisDataset.digest` of the set that the report used
 REPORT_SET = {
@@ -209,7 +208,7 @@ def read_pngs(paths: Sequence[Path], desc: str) -> tuple[np.ndarray, list[bytes]
         pixels (N, 1, 256, 256) uint8, undefined where an image could not be read; the SHA-256 of each image that could;
         and for each image what is wrong with it, or None.
     """
-    pixels = np.empty((len(paths), 1, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    pixels = np.empty((len(paths), 1, SIZE, SIZE), np.uint8)
 
     def read(i: int) -> tuple[bytes, str | None]:
         try:
@@ -368,7 +367,7 @@ def read_png(path: Path) -> np.ndarray:
         if path.stat().st_size > MOST_BYTES:
             raise DataError(f"{name}: is larger than {MOST_BYTES >> 20} MiB; replace or remove it")
         with Image.open(path, formats=["PNG"]) as image:
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE):  # known from the header, before anything is decoded
+            if image.size != (SIZE, SIZE):  # known from the header, before anything is decoded
                 width, height = image.size
                 raise DataError(f"{name}: is {width}x{height} pixels, not 256x256; resize or remove it")
             if getattr(image, "n_frames", 1) != 1:

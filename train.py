@@ -14,13 +14,14 @@ import sys
 
 from dataset import OasisDataset
 from modules import VQVAE
+from priors.checkpoints import load_vqvae
 from support import console, distributed, files
 from support.run import Run
 from training import begin, options
 from training.autoregressive import AutoregressiveStage
 from training.dcgan import DCGANStage
 from training.fit import fit
-from training.vqvae import VQVAEStage, load_vqvae
+from training.vqvae import VQVAEStage
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,20 +34,17 @@ def main(argv: list[str] | None = None) -> None:
     saved = distributed.from_first(lambda: begin.prepare(args))
     run = None
     try:
-        run, train_set, validate_set = begin.begin(saved)
-        if run.options.vqvae:
-            vqvae = copy_vqvae(run)
-        else:
-            vqvae = train_vqvae(run, train_set, validate_set)
-        if run.options.only != "vqvae":
-            train_prior = {"dcgan": train_gan, "autoregressive": train_autoregressive}
-            train_prior[run.options.prior](run, vqvae, train_set, validate_set)
+        with begin.begin(saved) as (run, train_set, validate_set):
+            if run.options.vqvae:
+                vqvae = copy_vqvae(run)
+            else:
+                vqvae = train_vqvae(run, train_set, validate_set)
+            if run.options.only != "vqvae":
+                train_prior = {"dcgan": train_gan, "autoregressive": train_autoregressive}
+                train_prior[run.options.prior](run, vqvae, train_set, validate_set)
     except console.Stopped:
         print(begin.how_to_resume(run or saved), file=sys.stderr)
         raise
-    finally:
-        if run:
-            run.release()
     print(f"Done. Look at {run.folder / 'index.html'}")
     distributed.stop()
 

@@ -105,12 +105,9 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     args[options.stage_option(o.stage, "epochs")] = o.epochs
     vqvae = {"vqvae": o.vqvae} if o.vqvae else {}
     saved = begin.prepare({"resume": runs[-1]} if runs else args | changed | vqvae)
-    run, *splits = begin.begin(saved, **{o.stage: asdict(recipe)})
-    try:
+    with begin.begin(saved, **{o.stage: asdict(recipe)}) as (run, *splits):
         stage = DCGANStage(run, copy_vqvae(run), *splits, recipe) if o.vqvae else VQVAEStage(run, *splits)
         fit(stage, run)
-    finally:
-        run.release()
 
 
 def folder_of(o: argparse.Namespace, name: str, seed: int) -> Path:
@@ -123,12 +120,12 @@ def print_table(o: argparse.Namespace) -> None:
     print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, {o.epochs} epochs.\n")
     print("| | " + " | ".join(table.columns) + " |\n|---|" + "---:|" * len(table.columns))
     for name in o.rows:
-        found = []
+        kept = []
         for seed in o.seeds:
             path = next(folder_of(o, name, seed).glob(f"*/{RESUME_FILE}")).parent
             rows = open_run(path, Options).rows_of(o.stage)
-            found.append(table.stage.kept_row(rows))
-        cells = [" ".join(format(row[key], form) for row in found) for key, form in table.columns.items()]
+            kept.append(table.stage.kept_row(rows))
+        cells = [" ".join(format(row[key], form) for row in kept) for key, form in table.columns.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

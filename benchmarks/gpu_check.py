@@ -19,10 +19,9 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import torch
-
 from preparation import phantoms
 from support.console import UserError, run_program
+from support.device import choose_device
 from support.run import environment
 
 # By how much the GPU's values after an epoch of 32 steps may differ from the CPU's. On a CPU, bfloat16 and --plain
@@ -35,9 +34,9 @@ class Failed(Exception):
     """A program failed. The message is the end of its output."""
 
 
-def run(*words) -> str:
+def run(*argv) -> str:
     """The last 60 lines of what a Python program prints. Raises Failed if it fails."""
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, *map(str, argv)]
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = deque(maxlen=60)
     for line in process.stdout:
@@ -63,18 +62,17 @@ def epochs(device: str) -> str:
 
 def values(data: Path, out: Path, device: str) -> dict[str, float]:
     """What BOUNDS names, after an epoch of each stage on a device."""
-    words = ("--data", data, "--epochs", 1, "--dcgan-epochs", 1, "--batch-size", 8, "--dcgan-batch-size", 8)
-    run("train.py", *words, "--device", device, "--out", out)
+    argv = ("--data", data, "--epochs", 1, "--dcgan-epochs", 1, "--batch-size", 8, "--dcgan-batch-size", 8)
+    run("train.py", *argv, "--device", device, "--out", out)
     (metrics,) = out.glob("*/metrics.csv")
     with open(metrics, newline="") as file:
-        found = {
-            key: float(value) for row in csv.DictReader(file) for key, value in row.items() if value and key in BOUNDS
-        }
+        cells = [cell for row in csv.DictReader(file) for cell in row.items()]
+    measured = {key: float(value) for key, value in cells if value and key in BOUNDS}
     run("predict.py", "resources/pretrained/vqvae.pth", "--data", data, "--device", device, "--out", out / "scored")
     (scores,) = out.glob("scored/*/scores.csv")
     with open(scores, newline="") as file:
-        found["pretrained_ssim"] = statistics.mean(float(row["ssim"]) for row in csv.DictReader(file))
-    return found
+        measured["pretrained_ssim"] = statistics.mean(float(row["ssim"]) for row in csv.DictReader(file))
+    return measured
 
 
 def compare(on_cpu: dict[str, float], on_gpu: dict[str, float]) -> str:
@@ -94,20 +92,19 @@ def speed(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", help="(default: the GPU)")
-    o = parser.parse_args()
-    device = o.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "")
-    if not device:
+    parser.add_argument("--device", default="auto", help="(default: the GPU)")
+    device = choose_device(parser.parse_args().device)
+    if device.type == "cpu":
         raise UserError("no GPU here; make test shows what a machine without one can show")
     results = []
     for part in (tests, epochs, speed):
         name = part.__name__
         try:
-            results.append(f"{name}: good\n{part(device)}")
+            results.append(f"{name}: good\n{part(str(device))}")
         except Exception as error:  # the other parts are worth having
             results.append(f"{name}: FAILED\n{error if isinstance(error, Failed) else repr(error)}")
     print("\n----- paste from here into an issue -----")
-    print(json.dumps(environment(torch.device(device)), indent=2), *results, sep="\n\n")
+    print(json.dumps(environment(device), indent=2), *results, sep="\n\n")
     print("----- to here -----")
     if any(": FAILED\n" in result for result in results):
         sys.exit(1)

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("prior", metavar="PRIOR", help="autoregressive.pth")
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder, with label maps of validation")
     parser.add_argument("--every", metavar="N", type=COUNT, default=9, help="one validation image in N (default: 9)")
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the discs (default: 0)")
+    parser.add_argument("--seed", metavar="S", type=console.SEED, default=0, help="of the discs (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
     prior = load_autoregressive(o.prior, vqvae)

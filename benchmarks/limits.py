@@ -39,15 +39,15 @@ def main() -> None:
     if dataset.labels is None:
         raise UserError(f"{o.data}: has no label maps of the validation split, by which the brain is found")
     spaces = {k: LatentSpace.fit(vqvae, train_set, k, BALANCED.emphasis) for k in DIRECTIONS}
-    found = {}
+    scores = {}
     for i in range(0, len(dataset), 4):
         x = dataset[i][None]
         brain = dataset.labels[i][INSIDE, INSIDE] > 0
         for name, x_hat in decoded(vqvae, x, spaces).items():
             ssim = reconstruction.ssim_map(x, x_hat.clamp(0, 1))[0, INSIDE, INSIDE]
-            found.setdefault(name, []).append((ssim.mean().item(), ssim[brain].mean().item()))
+            scores.setdefault(name, []).append((ssim.mean().item(), ssim[brain].mean().item()))
     print("Every fourth validation image.\n\n| decoded from | SSIM | in the brain |\n|---|---:|---:|")
-    for name, values in found.items():
+    for name, values in scores.items():
         whole, inside = torch.tensor(values).nanmean(0).tolist()
         print(f"| {name} | {whole:.4f} | {inside:.4f} |")
 

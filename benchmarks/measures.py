@@ -32,13 +32,13 @@ def main() -> None:
     parser.add_argument("--seed", type=console.SEED, default=0, help="of the noise and of what is drawn (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
+    priors = {path: load_prior(path, vqvae) for path in o.priors}
     train, validate = (OasisDataset(o.data, split).as_images() for split in ("train", "validate"))
     n = min(MOST_MEASURED, len(train), len(validate))
     real = Reference(vqvae, reconstructed(vqvae, validate.evenly_spaced(n)), o.seed)
     picked = train.random_subset(n, o.seed)
     sides = {"other subjects": reconstructed(vqvae, picked)}
-    for path in o.priors:
-        prior = load_prior(path, vqvae)
+    for path, prior in priors.items():
         noise = prior.noise(n, seeds.generator(o.seed, "measures"))
         sides[path] = of_arrays(to_bytes(prior.sample_images(noise)))
     rng = seeds.generator(o.seed, "independent codes")
@@ -54,8 +54,8 @@ def decode_independent_codes(vqvae: VQVAE, images: Images, rng: torch.Generator)
     little.
     """
     codes = torch.cat([vqvae.encode(part.float() / 255) for part in images.pixels.split(32)])
-    drawn = codes.gather(0, torch.randint(len(codes), codes.shape, generator=rng))
-    return torch.cat([to_bytes(vqvae.decode(part)) for part in drawn.split(32)])
+    new_codes = codes.gather(0, torch.randint(len(codes), codes.shape, generator=rng))
+    return torch.cat([to_bytes(vqvae.decode(part)) for part in new_codes.split(32)])
 
 
 def print_table(measured: dict[str, dict[str, Interval]]) -> None:

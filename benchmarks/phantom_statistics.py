@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dataset import list_scans
-from preparation.layout import label_map
+from preparation.folder import label_map
 from support import console
 
 WHITE_MATTER = 255  # in label maps

@@ -90,7 +90,8 @@ def main() -> None:
         parser.error(f"--out {o.out}: no such folder")
     if o.prior and not o.paths:
         parser.error("--prior belongs to a VQ-VAE; name its vqvae.pth")
-    prior = load_autoregressive(o.prior, load_vqvae(o.paths[0])) if o.prior else None
+    vqvaes = {path: load_vqvae(path) for path in o.paths}
+    prior = load_autoregressive(o.prior, vqvaes[o.paths[0]]) if o.prior else None
     dataset = OasisDataset(o.data, "validate")
     indices = range(0, len(dataset), o.every)
     images = dataset.images[indices]
@@ -104,8 +105,7 @@ def main() -> None:
         print(f"| {name} | " + " | ".join("" if bits is None else f"{bits:,.0f}" for bits in cells) + " |")
 
     print("\n| VQ-VAE | SSIM | " + " | ".join(BITS.values()) + " |\n|---|" + "---:|" * (1 + len(BITS)))
-    for path in o.paths:
-        vqvae = load_vqvae(path)
+    for path, vqvae in vqvaes.items():
         scores = reconstruction.score(vqvae, dataset)
         usage = reconstruction.codebook_usage(scores)
         ssim = scores.ssim[indices].mean().item()
@@ -115,8 +115,8 @@ def main() -> None:
             curve[0].append(usage[key])
             curve[1].append(ssim)
     if prior:
-        found = likelihoods(prior, CodeCache(prior.vqvae, dataset), torch.tensor(indices))
-        for name, bits in found.items():
+        by_condition = likelihoods(prior, CodeCache(prior.vqvae, dataset), torch.tensor(indices))
+        for name, bits in by_condition.items():
             print(f"prior over the codes of {o.paths[0]}, {name}: {bits.mean():,.0f} bits an image")
             curves[f"prior over codes, {name}"] = [bits.mean().item()], [curves["codes, adaptive, by position"][1][0]]
     title = f"SSIM and bits of {len(images)} validation images (an image has 524,288)"

@@ -35,6 +35,7 @@ from modules import VQVAE
 from preparation import phantoms
 from priors.latent_cache import LatentCache
 from priors.latent_space import LatentSpace
+from support import console
 from support.device import choose_device, has_fast_bfloat16
 from support.run import Run, Saved, environment
 from training.autoregressive import AutoregressiveStage
@@ -42,7 +43,7 @@ from training.begin import choose_run_fast_path
 from training.codebook import KMeans
 from training.dcgan import DCGANStage
 from training.fit import Stage, update_average
-from training.options import Options
+from training.options import COUNT, Options
 from training.recipes import BALANCED
 from training.vqvae import VQVAEStage
 
@@ -218,38 +219,39 @@ def worker(part: str, name: str, device: torch.device, folder: Path) -> None:
 
 def measure(part: str, o, folder: Path) -> dict[str, dict]:
     """Start a process for each side, let them take turns, and collect what each took."""
-    running, found = {}, {}
+    running, results = {}, {}
     sides = PARTS[part] | LIMITS
     if not has_fast_bfloat16(choose_device(o.device)):  # the default is float32, and bfloat16 may be many times slower
         del sides["ours, float32"], sides["limit, bfloat16"]
     for name in sides:
-        words = [sys.executable, __file__, "--worker", part, name, str(folder), "--device", o.device]
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, "--worker", part, name, str(folder), "--device", o.device]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         answer = json.loads(process.stdout.readline() or "{}")
         if "n" not in answer:
             print(f"  {name}: left out ({answer.get('missing', 'it failed')})", flush=True)
             continue
         running[name] = process
-        found[name] = answer | {"seconds": []}
+        results[name] = answer | {"seconds": []}
     for _ in range(o.rounds):
         for name, process in running.items():
             process.stdin.write("go\n")
             process.stdin.flush()
-            found[name]["seconds"].append(json.loads(process.stdout.readline()))
+            results[name]["seconds"].append(json.loads(process.stdout.readline()))
     for name, process in running.items():
         process.stdin.close()
-        found[name] |= json.loads(process.stdout.readline())
+        results[name] |= json.loads(process.stdout.readline())
         process.wait()
-    return found
+    return results
 
 
-def report(part: str, found: dict[str, dict]) -> None:
+def report(part: str, results: dict[str, dict]) -> None:
     """A table in Markdown: images a second beside the first side's and the limit's."""
-    flops = {name: 2 * PRODUCT**3 / statistics.median(found.pop(name)["seconds"]) for name in LIMITS if name in found}
+    limits = {name: statistics.median(results.pop(name)["seconds"]) for name in LIMITS if name in results}
+    flops = {name: 2 * PRODUCT**3 / seconds for name, seconds in limits.items()}
     columns = [part, "images/s", "least to most", "ours / this", "peak memory / GB", "GFLOP an image", "of the limit"]
     print("\n| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1))
-    first = statistics.median(found["ours"]["seconds"]) / found["ours"]["n"]
-    for name, side in found.items():
+    first = statistics.median(results["ours"]["seconds"]) / results["ours"]["n"]
+    for name, side in results.items():
         middle, least, most = (f(side["seconds"]) / side["n"] for f in (statistics.median, min, max))
         arithmetic = side["operations"] / side["n"]
         cells = [name, f"{1 / middle:.4g}", f"{1 / most:.4g} to {1 / least:.4g}", f"{middle / first:.2f}"]
@@ -264,7 +266,7 @@ def report(part: str, found: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=10, help="(default: 10)")
+    parser.add_argument("--rounds", type=COUNT, default=10, help="(default: 10)")
     parser.add_argument("--device", default="auto", help="(default: auto)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     o = parser.parse_args()
@@ -283,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run_program(main, "speed.py")

@@ -22,6 +22,7 @@ from modules import N_PLANES
 from priors.checkpoints import load_autoregressive, load_vqvae
 from support import console, seeds
 from support.console import in_batches
+from training.options import COUNT
 
 RIDGE = 1e-2  # of the mean square of a feature
 DISTANCES = (1, 2, 4, 8)
@@ -65,8 +66,8 @@ def main() -> None:
     parser.add_argument("vqvae", metavar="VQVAE", help="vqvae.pth")
     parser.add_argument("prior", metavar="PRIOR", help="autoregressive.pth")
     parser.add_argument("--data", metavar="DIR", required=True, help="OASIS folder")
-    parser.add_argument("--stacks", metavar="N", type=int, default=8, help="heads (default: 8)")
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--stacks", metavar="N", type=COUNT, default=8, help="heads (default: 8)")
+    parser.add_argument("--seed", metavar="S", type=console.SEED, default=0, help="of the noise (default: 0)")
     o = parser.parse_args()
     vqvae = load_vqvae(o.vqvae)
     prior = load_autoregressive(o.prior, vqvae)

@@ -103,7 +103,6 @@ def train(step: Callable, network: nn.Module, train_set: OasisDataset, images: T
             print(f"{n} steps, {seconds:.0f} s: SSIM {rows[-1][2]:.4f}", file=sys.stderr)
             if rows[-1][2] > max(LEVELS.values()) or seconds > most:
                 return rows
-    return rows
 
 
 def train_side(name: str, data: str, most: float) -> list[tuple]:
@@ -134,14 +133,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help=f"(default: {MOST_SECONDS:.0f})")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # this process's own
     o = parser.parse_args()
+    if not o.out.is_dir():
+        parser.error(f"--out {o.out}: no such folder")
     if o.side:
         print(json.dumps(train_side(o.side, o.data, o.seconds)))
         return
     measured = {}
     for name in o.sides:
         print(f"{name} …", flush=True)
-        words = [sys.executable, __file__, "--data", o.data, "--out", o.out, "--seconds", o.seconds, "--side", name]
-        done = subprocess.run([*map(str, words)], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, "--data", o.data, "--out", o.out, "--seconds", o.seconds, "--side", name]
+        done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"{name}: left out, for it failed")
             continue

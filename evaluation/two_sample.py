@@ -170,8 +170,8 @@ def fit_logistic(x: Tensor, label: Tensor) -> Tensor:
         value = F.binary_cross_entropy_with_logits(logits, label, reduction="sum") + ridge @ weight.square() / 2
         return value.item(), (x.T @ (logits.sigmoid() - label) + ridge * weight).numpy()
 
-    found = minimize(loss, np.zeros(len(ridge)), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
-    return torch.from_numpy(found.x)
+    result = minimize(loss, np.zeros(len(ridge)), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+    return torch.from_numpy(result.x)
 
 
 def coverage(real: Rows, fake: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from support import console, files
 from support.console import SEED, UserError
 
 SIZE = 256  # of a slice, in pixels
+LABEL_STEP = 85  # grey levels between two labels in the files of label maps
 SHARES = {"train": 302, "validate": 35, "test": 17}  # subjects of the PNG set
 PLAN = "conversion.json"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -162,6 +163,12 @@ def walk(source: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             yield path.relative_to(source).as_posix().encode("utf-8", "backslashreplace").decode(), path
+
+
+def label_map(scan: Path) -> Path:
+    """Where the label map of a scan would lie: keras_png_slices_seg_<split>/seg_C_slice_S…."""
+    name = scan.parent.name.replace("slices_", "slices_seg_", 1)
+    return scan.parent.with_name(name) / scan.name.replace("case_", "seg_", 1)
 
 
 def write_slice(image: np.ndarray, path: Path) -> None:

@@ -49,6 +49,8 @@ def find(source: Path) -> tuple[dict[str, Path | np.ndarray], list[str]]:
     paths = dict(folder.walk(source))
     names = sorted(paths, key=files.natural)
     kept = [n for n in names if n.lower().endswith(SUFFIXES) and not NOT_IMAGES.search(n)]
+    if strange := [paths[name] for name in kept if not paths[name].is_file()]:  # a pipe would be waited for
+        raise UserError(f"{strange[0]}: is no regular file; remove it, or fetch what it links to")
     return {name: paths[name] for name in kept}, sorted(set(names) - set(kept))
 
 

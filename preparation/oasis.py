@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from preparation import folder, sources
-from preparation.layout import label_map
 from preparation.volumes import PLANES, Volume, VolumeError, cut, cut_atlas, cut_labels, read
 from support import console, files
 from support.console import Number, UserError
@@ -100,7 +99,7 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
     """
     paths = slice_paths(volume.case, volume.session, split, unfinished, o)
     row = known(volume)
-    for path in (record_path(volume, unfinished), *map(label_map, paths)):  # of a volume that was there before
+    for path in (record_path(volume, unfinished), *map(folder.label_map, paths)):  # of a volume that was there before
         path.unlink(missing_ok=True)
     scan = read(volume)
     in_atlas, highest = ((kind, o.plane) == (name, "axial") for name in (sources.ATLAS, sources.NEURITE))
@@ -118,7 +117,7 @@ def convert(volume: Volume, split: str, unfinished: Path, kind: str, o: argparse
         if tissue.shape != scan.voxels.shape:
             raise VolumeError(f"{labels.name}: has another shape than {volume.name}; remove it")
         for path, image in zip(paths, cut_labels(tissue, positions), strict=True):
-            folder.write_slice(image, label_map(path))
+            folder.write_slice(image, folder.label_map(path))
     row |= {"split": split, "slices": " ".join(map(str, positions)), "notes": "; ".join(scan.notes)}
     files.write_json(record_path(volume, unfinished), row)
 
@@ -153,7 +152,7 @@ def remove_others(rows: list[dict], unfinished: Path, o: argparse.Namespace) -> 
     """Remove the slices of volumes that are no longer there."""
     paths = [slice_paths(row["case"], row["session"], row["split"], unfinished, o) for row in rows]
     kept = {path for volume in paths for path in volume}
-    kept |= {label_map(path) for path in kept}
+    kept |= {folder.label_map(path) for path in kept}
     for path in {*unfinished.glob("keras_png_slices_*/*.png")} - kept:
         path.unlink()
 

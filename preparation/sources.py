@@ -243,5 +243,5 @@ def sizes_and_times(volume: Volume) -> list[list[int]]:
     paths = [volume.file, volume.file.with_suffix(".img")] if volume.file.suffix == ".hdr" else [volume.file]
     if volume.file.suffix == ".hdr" and (labels := label_volume(volume)):
         paths += [labels.file, labels.file.with_suffix(".img")]
-    found = [path.stat() for path in paths if path.is_file()]  # what is missing is said when it is read
-    return [[volume.size or each.st_size for each in found], [each.st_mtime_ns for each in found]]
+    stats = [path.stat() for path in paths if path.is_file()]  # what is missing is said when it is read
+    return [[volume.size or each.st_size for each in stats], [each.st_mtime_ns for each in stats]]

@@ -15,8 +15,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 
-from preparation.folder import SIZE
-from preparation.layout import LABEL_STEP
+from preparation.folder import LABEL_STEP, SIZE
 from support.console import UserError, one_line
 
 # An Analyze header does not tell left from right. OASIS-1's files in T88_111 are taken for LAS at 1 mm, as nibabel and
@@ -151,8 +150,8 @@ def _without_nan(volume: Volume, voxels: np.ndarray, strange: np.ndarray) -> np.
 
     Outside are those that are connected with the border by others of their kind.
     """
-    regions, _ = ndimage.label(np.pad(strange, 1, constant_values=True))
-    if np.isinf(voxels).any() or (strange & (regions[1:-1, 1:-1, 1:-1] != regions[0, 0, 0])).any() or strange.all():
+    enclosed = strange & ndimage.binary_fill_holes(~strange)
+    if np.isinf(voxels).any() or enclosed.any() or strange.all():
         raise VolumeError(f"{volume.name}: has values in the head that are not finite")
     return np.where(strange, voxels[~strange].min(), voxels)
 

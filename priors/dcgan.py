@@ -4,6 +4,7 @@ import copy
 from dataclasses import fields
 
 import torch
+from scipy.spatial import geometric_slerp
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
@@ -112,10 +113,9 @@ def walk(start: Tensor, end: Tensor, n: int) -> Tensor:
     Half way on a straight line, noise would be shorter than any that the generator was trained on (White 2016,
     arXiv 1609.04468).
     """
-    start, end = start.double(), end.double()
-    a, b = start / start.norm(), end / end.norm()
-    angle = torch.acos((a * b).sum().clamp(-1, 1))
-    steps = torch.linspace(0, 1, n, dtype=torch.double).view(-1, 1, 1, 1)
-    from_start, from_end = (torch.sinc(part * angle / torch.pi) * part for part in (1 - steps, steps))
-    lengths = (1 - steps) * start.norm() + steps * end.norm()
-    return ((from_start * a + from_end * b) / torch.sinc(angle / torch.pi) * lengths).float()
+    ends = [each.flatten().double() for each in (start, end)]
+    lengths = [each.norm() for each in ends]
+    units = [each / length for each, length in zip(ends, lengths, strict=True)]
+    directions = geometric_slerp(*units, torch.linspace(0, 1, n, dtype=torch.double))
+    steps = torch.from_numpy(directions) * torch.linspace(*lengths, n, dtype=torch.double)[:, None]
+    return steps.view(n, *start.shape).float()

@@ -6,6 +6,7 @@ It shows what is in the folder, so it can be written again after every epoch: re
 import csv
 import functools
 import re
+import shlex
 from pathlib import Path
 
 import jinja2
@@ -99,7 +100,7 @@ def environment_facts(record: dict) -> dict[str, str]:
     """Command, commit and machine, from `support.run.environment`."""
     more = f", {record['processes']} processes" if record["processes"] > 1 else ""
     return {
-        "Command": " ".join(record["command"]),
+        "Command": shlex.join(record["command"]),
         "Commit": record["commit"],
         "Machine": f"{record['device']}, {record['threads']} threads, {record['platform']}{more}",
         "Versions": ", ".join(f"{name} {record[name]}" for name in ("python", "torch", "numpy")),

@@ -1,4 +1,4 @@
-"""Every figure. Nothing else imports matplotlib."""
+"""Every figure of the programs."""
 
 import functools
 import os

@@ -21,7 +21,8 @@ from dataset import OasisDataset
 from priors.autoregressive import plane_condition
 from priors.checkpoints import PRIORS, load_prior, load_vqvae
 from report.plots import Figures
-from support import seeds
+from support import console, seeds
+from support.console import UserError
 from support.run import read_record
 
 OF_SCANS = ("train_ssim_scores", "test_ssim_scores")
@@ -33,8 +34,13 @@ WEIGHTS = {"vqvae": "vqvae.pth"} | {name: prior.weights[0] for name, prior in PR
 PLANES = range(2, 32, 4)  # of the brains in the strip
 
 
-def main(run: Path, predicted: Path) -> None:
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    run, predicted = map(Path, sys.argv[1:])
     record = read_record(run)
+    if not record:
+        raise UserError(f"{run}: holds no run.json; name a folder of train.py")
     stage = record["options"]["only"] or "vqvae"
     if record["data"]["phantoms"]:
         draw_strip(Path(record["data"]["folder"]))
@@ -101,6 +107,4 @@ def draw_way(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*map(Path, sys.argv[1:]))
+    console.run_program(main, "update.py")

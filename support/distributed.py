@@ -28,7 +28,8 @@ def start() -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(os.environ.get(name, "").isdecimal() or name == "MASTER_ADDR" for name in names):
+    values = {name: os.environ.get(name, "") for name in names}
+    if not all(value.isdecimal() or name == "MASTER_ADDR" and value for name, value in values.items()):
         sys.exit(f"error: WORLD_SIZE is set, but not all of {', '.join(names[1:])}; start with torchrun, or unset it")
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():

@@ -51,28 +51,21 @@ def atomically(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from working in a folder. Raises UserError if one does; without locks, does nothing."""
-    handle = lock(folder)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def lock(folder: Path) -> int | None:
-    """Lock a folder until the handle that is returned is closed, or the process ends."""
     if fcntl is None:
         print(f"{folder}: this system has no locks; let no other process write there", file=sys.stderr)
-        return None
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work there; wait for it or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
         os.close(handle)
-        raise UserError(f"{folder}: another process is at work there; wait for it or stop it") from None
-    except OSError:  # a file system without locks
-        pass
-    return handle
 
 
 def save(contents: Any, path: Path) -> None:
@@ -89,8 +82,8 @@ def load(path: str | Path, build: Callable[[Any], Any] = lambda contents: conten
     Raises:
         UserError: the file cannot be read, is not a checkpoint, or `build` refuses its contents with a ValueError.
     """
-    if Path(path).is_fifo():  # which would be waited for
-        raise UserError(f"{path}: is a pipe, not a file")
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: is no file; name a .pth file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about damaged files: the error below is enough
@@ -152,7 +145,7 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); repair or remove it") from None
     if not isinstance(contents, dict):
-        raise UserError(f"{path}: was not written by train.py; repair or remove it")
+        raise UserError(f"{path}: holds something else than expected here; repair or remove it")
     return contents
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import platform
 import subprocess
 import sys
@@ -61,10 +60,9 @@ class Run(Saved):
     device: torch.device = torch.device("cpu")
     phantoms: bool = False
     clock: float = dataclasses.field(default_factory=time.perf_counter)
-    _handle: int | None = None  # of the lock
 
     def begin(self, data: dict, recipes: dict, outdated: Iterable[Path] = ()) -> None:
-        """Lock the folder and write run.json. A resumed run keeps its first environment.
+        """Write run.json. A resumed run keeps its first environment.
 
         Args:
             data: the folder, whether it holds phantoms, what it holds in words, the number of images in each split, and
@@ -72,9 +70,8 @@ class Run(Saved):
             recipes: by stage, the settings that are not options (`training.recipes`).
             outdated: files of a prior that begins anew; removed, as temporary files are.
 
-        Raises UserError if another process has locked the folder, or if a resumed run began with other images.
+        Raises UserError if a resumed run began with other images.
         """
-        self._handle = files.lock(self.folder)
         here = environment(self.device)
         record = here | {"resumed": []}
         if (self.folder / RESUME_FILE).exists():
@@ -96,12 +93,6 @@ class Run(Saved):
         record |= {"options": options, "seed": options["seed"], "data": data, "fast_path": self.fast_path._asdict()}
         record.setdefault("recipes", recipes)
         files.write_json(self.folder / "run.json", record)
-
-    def release(self) -> None:
-        """Let other processes write to the folder again."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
 
     def save(self) -> None:
         """Write metrics.csv, if there is an epoch, then resume.pth, which completes an epoch or a stage's start."""

@@ -82,10 +82,10 @@ def test_the_ablation_trains_what_is_missing_and_prints_a_table(data, tmp_path, 
     words = ["vqvae", "--data", data, "--out", tmp_path, "--rows", "paper", "ema", "--seeds", "0"]
     words += ["--epochs", "2"]
 
-    def stopped(stage, data, epoch, seed, train_epoch=fit.train_epoch):
+    def stopped(stage, epoch, seed, train_epoch=fit.train_epoch):
         if epoch == 2:
             raise KeyboardInterrupt
-        return train_epoch(stage, data, epoch, seed)
+        return train_epoch(stage, epoch, seed)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(fit, "train_epoch", stopped)

@@ -58,7 +58,6 @@ def run_folder(data, tmp_path_factory) -> Path:
     run = Run(Options(data=str(data), out=str(out)), new_folder(out), {}, [ROW], FastPath("cpu"))
     run.begin(IMAGES | {"folder": str(data), "phantoms": True}, {})
     run.save()
-    run.release()
     return run.folder
 
 
@@ -75,7 +74,6 @@ def test_a_strange_run_json_is_used_or_refused(run_folder, choices, capsys, monk
         with one_line_at_most():
             run.begin(IMAGES | {"folder": "data", "phantoms": True}, {})
     finally:
-        run.release()
         path.write_bytes(original)
     said = capsys.readouterr().err
     assert "Traceback" not in said and said.count("\n") <= 1

@@ -60,14 +60,11 @@ def test_resuming_what_is_no_run(tmp_path):
             open_run(tmp_path, Options)
 
 
-def test_two_processes_cannot_work_on_one_run(tmp_path):
-    first, second = (Run(Options(), tmp_path, fast_path=FastPath("cpu")) for _ in range(2))
-    first.begin(DATA, {})
-    with pytest.raises(UserError, match="another process is at work"):
-        second.begin(DATA, {})
-    first.release()
-    second.begin(DATA, {})
-    second.release()
+def test_two_processes_cannot_work_in_one_folder(tmp_path):
+    with files.locked(tmp_path), pytest.raises(UserError, match="another process is at work"), files.locked(tmp_path):
+        pass
+    with files.locked(tmp_path):
+        pass
 
 
 def test_run_there_and_back(tmp_path):

@@ -36,7 +36,7 @@ from preparation import phantoms
 from priors.checkpoints import load_prior, load_vqvae
 from priors.latent_cache import LatentCache
 from priors.spectrum import LARGEST_FACTOR, covariance_spectrum, transport
-from support import seeds
+from support import files, seeds
 from support.console import UserError
 from support.device import has_fast_bfloat16
 from training.options import FIELDS, flag
@@ -181,6 +181,8 @@ def test_resuming_refuses_other_options_by_name_and_changes_nothing(trained, fol
     ):
         refused(run_program("train.py", "--resume", run, *words, cwd=folder), name)
     refused(run_program("train.py", "--resume", "nowhere", cwd=folder), "nowhere")
+    with files.locked(run):
+        refused(run_program("train.py", "--resume", run, cwd=folder), "another process is at work there")
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -252,6 +254,12 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(trained, data, tmp_p
     assert not list(tmp_path.iterdir())
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     refused(run_program("train.py", "--data", tmp_path / "no", "--dry-run", cwd=tmp_path), "no")
+    torch.save(resume_file(run) | {"options": resume_file(run)["options"] | {"data": "gone"}}, tmp_path / "resume.pth")
+    refused(run_program("train.py", "--resume", tmp_path, "--dry-run", cwd=tmp_path), "gone")
+    (tmp_path / "phantoms" / "keras_png_slices_train").mkdir(parents=True)  # as an interrupted demo leaves it
+    (tmp_path / "phantoms" / phantoms.MARKER).touch()
+    done = run_program("train.py", "--dry-run", cwd=tmp_path)
+    assert "Data: phantoms, which would be written to" in done.stdout, done.stderr
     shutil.copytree(data, tmp_path / "twice")
     of_train = next((tmp_path / "twice" / "keras_png_slices_train").iterdir())
     shutil.copy(of_train, tmp_path / "twice" / "keras_png_slices_validate" / "x.png")
@@ -441,8 +449,9 @@ def test_a_rate_that_makes_the_loss_infinite_stops_the_run(trained, data, tmp_pa
 
 
 def test_half_a_launchers_environment_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(run_program("train.py", "--demo", cwd=tmp_path), "LOCAL_RANK", "torchrun")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+        refused(run_program("train.py", "--demo", cwd=tmp_path), "LOCAL_RANK", "MASTER_ADDR", "torchrun")
     assert not list(tmp_path.iterdir())
 
 

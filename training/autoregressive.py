@@ -92,8 +92,8 @@ class AutoregressiveStage(Stage):
         factor *= rate_factor(step, self.n_steps, AUTOREGRESSIVE.constant_rate, AUTOREGRESSIVE.last_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        drawn = ConditionDraw(*map(distributed.part, self.draw_conditions(n, rng)))
-        bits = self.bits(self.network, self.data, batch, drawn).mean()
+        conditions = ConditionDraw(*map(distributed.part, self.draw_conditions(n, rng)))
+        bits = self.bits(self.network, self.data, batch, conditions).mean()
         loss = bits / self.frame.codes.numel()  # the mean over codes, for whose gradient `gradient_norm` is made
         self.optimizer.zero_grad()
         (loss * distributed.weight(n)).backward()
@@ -114,12 +114,12 @@ class AutoregressiveStage(Stage):
         donors = torch.randint(len(self.data), (n, 2), generator=rng)
         return ConditionDraw(distance.masked_fill(alone | left_out, 0), plane_dropped, replaced, donors)
 
-    def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, drawn: ConditionDraw) -> Tensor:
+    def bits(self, network: Autoregressive, codes: CodeCache, indices: Tensor, draw: ConditionDraw) -> Tensor:
         """The bits of slices (B,) of a split, given the conditions that were drawn for them: (B,)."""
-        condition = codes.condition(indices, drawn.distance)
-        donors = move(self.data.codes[drawn.donors], self.run.device).long()
-        neighbours = torch.where(move(drawn.replaced, self.run.device), donors, condition.neighbours)
-        plane = condition.plane.masked_fill(move(drawn.plane_dropped, self.run.device), N_PLANES)
+        condition = codes.condition(indices, draw.distance)
+        donors = move(self.data.codes[draw.donors], self.run.device).long()
+        neighbours = torch.where(move(draw.replaced, self.run.device), donors, condition.neighbours)
+        plane = condition.plane.masked_fill(move(draw.plane_dropped, self.run.device), N_PLANES)
         box = self.frame.box
         condition = Condition(plane, neighbours[:, :, *box], condition.distance)
         with self.run.fast_path.autocast():

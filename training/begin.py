@@ -1,10 +1,12 @@
 """The beginning of a run: a new one, a resumed one, and the dry run."""
 
+import contextlib
 import dataclasses
 import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,9 @@ def _resumed(args: dict[str, Any]) -> Saved:
     return dataclasses.replace(saved, options=options, state=state, rows=rows)
 
 
-def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDataset]:
-    """Read the training and validation splits, choose the fast path, and make (or, on resuming, lock) the folder.
+@contextlib.contextmanager
+def begin(saved: Saved, **recipes: dict) -> Iterator[tuple[Run, OasisDataset, OasisDataset]]:
+    """A context with a run, its folder locked, and its training and validation split.
 
     `recipes` are recorded instead of those that train.py uses, by stage.
     """
@@ -126,7 +129,7 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
     content = describe(train_set, validate_set)
     digests = {dataset.split: dataset.digest for dataset in (train_set, validate_set)}
     record = {"folder": options.data, "phantoms": run.phantoms, "content": content, "images": counts}
-    try:
+    with files.locked(folder) if distributed.is_first() else contextlib.nullcontext():
         if distributed.is_first():
             run.begin(record | {"digests": digests}, recipes_of(options) | recipes, _outdated(run))
         images = f"{counts['train']} training, {counts['validate']} validation images"
@@ -134,10 +137,7 @@ def begin(saved: Saved, **recipes: dict) -> tuple[Run, OasisDataset, OasisDatase
         print(f"Device: {device}. Folder: {run.folder}. To resume it: {resume_command(run)}")
         processes = f"{distributed.world_size()} processes, " if distributed.world_size() > 1 else ""
         print(f"Fast path: {processes}{fast_path}", flush=True)
-    except BaseException:
-        run.release()
-        raise
-    return run, train_set, validate_set
+        yield run, train_set, validate_set
 
 
 def _read_splits(options: Options, device: torch.device) -> tuple[OasisDataset, OasisDataset, dict[str, int]]:
@@ -186,7 +186,7 @@ def print_plan(args: dict[str, Any]) -> None:
     options = saved.options
     data = Path(saved.options.data)
     device = choose_device(saved.options.device)
-    if data.is_dir():
+    if saved.folder or not options.demo or phantoms.is_complete(data):
         *datasets, counts = _read_splits(options, torch.device("cpu"))
         images = ", ".join(f"{n} {split}" for split, n in counts.items())
         print(f"Data: {data} ({images} images): {describe(*datasets)}")
