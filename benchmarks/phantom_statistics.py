@@ -1,6 +1,6 @@
 """Statistics of phantoms and of real slices, side by side: a table of docs/method.md.
 
-python benchmarks/phantom_statistics.py PHANTOMS OASIS    # two folders with keras_png_slices_train and label maps
+python benchmarks/phantom_statistics.py PHANTOMS OASIS    # two folders of slices with label maps
 """
 
 import sys
@@ -32,23 +32,23 @@ def main() -> None:
 def statistics(folder: str | Path, every: int = EVERY) -> dict[str, float]:
     """Means over an OASIS-shaped folder, by which phantoms and scans are compared, and how many slices they are over.
 
-    They are over every fifth slice of the training and validation splits that has a label map; where no slice has one,
-    over every fifth slice, and the level of white matter is NaN. The test split is not read.
+    They are over every fifth slice of the training and validation splits that has a label map. The test split is not
+    read. Raises UserError if no slice has one.
 
     The foreground is above 0.04 of the grey range. The level of white matter is its mean in that range. The slope is
     that of log power against log spatial frequency, fitted to the radially averaged spectrum from 4 to 100 cycles an
     image.
     """
-    scans = list_scans(Path(folder), "train")
-    if (Path(folder) / "keras_png_slices_validate").is_dir():
-        scans += list_scans(Path(folder), "validate")
-    scans = ([path for path in scans if label_map(path).is_file()] or scans)[::every]
+    scans = [path for split in ("train", "validate") for path in list_scans(Path(folder), split)]
+    scans = [path for path in scans if label_map(path).is_file()][::every]
+    if not scans:
+        raise console.UserError(f"{folder}: has no label maps of the training and validation splits")
     rows = []
     power = np.zeros((256, 256))
     for path in scans:
         image = np.asarray(Image.open(path).convert("L")) / 255
         foreground = image[image > 0.04]
-        white = image[np.asarray(Image.open(label_map(path))) == WHITE_MATTER] if label_map(path).is_file() else None
+        white = image[np.asarray(Image.open(label_map(path))) == WHITE_MATTER]
         rows.append(
             {
                 "foreground share": foreground.size / image.size,
@@ -56,7 +56,7 @@ def statistics(folder: str | Path, every: int = EVERY) -> dict[str, float]:
                 "foreground standard deviation": foreground.std(),
                 "PNG size / bytes": path.stat().st_size,
                 "share of exact zeros": (image == 0).mean(),
-                "level of white matter": np.nan if white is None else white.mean(),
+                "level of white matter": white.mean(),
             }
         )
         power += np.abs(np.fft.fft2(image)) ** 2
