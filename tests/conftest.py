@@ -71,6 +71,12 @@ def train_set(data) -> OasisDataset:
 
 
 @pytest.fixture(scope="session")
+def splits(data, train_set) -> tuple[OasisDataset, OasisDataset]:
+    """The training and the validation split. Not to be changed."""
+    return train_set, OasisDataset(data, "validate")
+
+
+@pytest.fixture(scope="session")
 def vqvae(train_set) -> VQVAE:
     """A small VQ-VAE whose encoder is not trained; its 64 embeddings of 8 fit the training split."""
     torch.manual_seed(0)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_history, assert_same_weights
 
 from dataset import OasisDataset, picture_box
 from evaluation import reconstruction
@@ -51,9 +50,10 @@ def test_average_of_a_short_run_forgets_its_start():
     assert average.weight.item() == pytest.approx(1, abs=0.05)
 
 
-def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch):
+def test_the_best_epoch_is_kept_not_the_last(data, tmp_path, monkeypatch, without_figures):
     """The report's system kept the wrong epoch; here SSIM is made to fall after the second."""
     train_set, validate_set = (OasisDataset(data, split) for split in ("train", "validate"))
+    train_set.files, train_set.images = train_set.files[:2], train_set.images[:2]
     seen = []
 
     def falling(vqvae, dataset, labels, rank, world_size):
@@ -78,23 +78,10 @@ def test_the_kept_epoch_is_the_last_of_the_best_ones_that_were_measured():
     assert DCGANStage.kept_row([rows[0], rows[2]])["epoch"] == 3  # none was measured
 
 
-def test_the_rows_say_where_the_time_went(data, tmp_path, monkeypatch):
-    for name, seconds in (("evaluate", 0.3), ("draw", 0.2)):
-        method = getattr(VQVAEStage, name)
-        slow = lambda *words, method=method, seconds=seconds: time.sleep(seconds) or method(*words)  # noqa: E731
-        monkeypatch.setattr(VQVAEStage, name, slow)
-    run = new_run(tmp_path, epochs=2, batch_size=15, n_embeddings=16, embeddings_dim=4)
-    stage = VQVAEStage(run, *(OasisDataset(data, split) for split in ("train", "validate")))
-    began = run.clock
-    fit.fit(stage, run)
-    assert all(row["evaluation_seconds"] > 0.3 and row["other_seconds"] > 0.2 for row in run.rows)
-    assert sum(row[key] for row in run.rows for key in page.TIMES) == pytest.approx(run.clock - began, abs=0.05)
-
-
-def test_a_run_that_ends_below_a_black_image_says_so(data, tmp_path, capsys):
+def test_a_run_that_ends_below_a_black_image_says_so(splits, tmp_path, capsys):
     run = new_run(tmp_path, epochs=1, batch_size=15, n_embeddings=16, embeddings_dim=4)
-    stage = VQVAEStage(run, *(OasisDataset(data, split) for split in ("train", "validate")))
-    x = OasisDataset(data, "validate").batch([0, 8])  # every eighth of ten
+    stage = VQVAEStage(run, *splits)
+    x = splits[1].batch([0, 8])  # every eighth of ten
     black = reconstruction.ssim(x, torch.zeros_like(x)).mean().item()
     assert stage.ssim_of_black == pytest.approx(black, abs=1e-9) and 0.2 < black < 0.8
     files.save(stage.vqvae.state_dict(), run.folder / "vqvae.pth")
@@ -107,43 +94,15 @@ def test_a_run_that_ends_below_a_black_image_says_so(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", [DCGANStage, AutoregressiveStage])
-def test_priors_learn_what_was_encoded_in_exact_float32(kind, data, vqvae, tmp_path, monkeypatch):
+def test_priors_learn_what_was_encoded_in_exact_float32(kind, splits, vqvae, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as a run has set it
     encode, seen = VQVAE.latents, []
     monkeypatch.setattr(VQVAE, "latents", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or encode(*args))
-    kind(new_run(tmp_path, embeddings_dim=8), vqvae, *(OasisDataset(data, split) for split in ("train", "validate")))
+    kind(new_run(tmp_path, embeddings_dim=8), vqvae, *splits)
     assert seen and not any(seen)
 
 
-@pytest.mark.parametrize(
-    "kind, names",
-    [(DCGANStage, ("generator", "discriminator")), (AutoregressiveStage, ("autoregressive",))],
-)
-def test_a_run_stopped_in_its_first_epoch_keeps_the_start(kind, names, data, vqvae, tmp_path, monkeypatch):
-    sets = [OasisDataset(data, split) for split in ("train", "validate")]
-    words = {f"{kind.name}_{key}": value for key, value in (("epochs", 1), ("batch_size", 4))}
-    monkeypatch.setattr(page, "write_run", lambda folder: None)
-    for method in ("begin", "are_measured", "draw", "print_measures"):  # figures and measures take most of the time
-        monkeypatch.setattr(Samples, method, lambda *words: False)
-    runs = [new_run(tmp_path / name, embeddings_dim=8, **words) for name in ("whole", "stopped")]
-    whole, stopped = (kind(run, copy.deepcopy(vqvae), *sets) for run in runs)
-    for run in runs:
-        torch.save(vqvae.state_dict(), run.folder / "vqvae.pth")
-    fit.fit(whole, runs[0])
-    monkeypatch.setattr(stopped, "step", lambda *words: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fit.fit(stopped, runs[1])
-    assert not (tmp_path / "stopped" / "metrics.csv").exists()  # there is no epoch
-    again = Run(**vars(open_run(tmp_path / "stopped", Options)))
-    stage = kind(again, copy.deepcopy(vqvae), *sets)
-    monkeypatch.setattr(stage, "start", lambda: 1 / 0)
-    fit.fit(stage, again)
-    assert_same_weights(tmp_path / "whole", tmp_path / "stopped", [f"{name}.pth" for name in names])
-    assert_same_history(tmp_path / "whole", tmp_path / "stopped", [kind.name])
-
-
-def test_a_start_that_was_interrupted_goes_on_to_the_same_weights(data, vqvae, tmp_path, monkeypatch):
-    sets = [OasisDataset(data, split) for split in ("train", "validate")]
+def test_a_start_that_was_interrupted_goes_on_to_the_same_weights(splits, vqvae, tmp_path, monkeypatch):
     monkeypatch.setattr(start, "SAVE_EVERY", 2)
     monkeypatch.setattr(Samples, "begin", lambda *words: None)
 
@@ -159,10 +118,10 @@ def test_a_start_that_was_interrupted_goes_on_to_the_same_weights(data, vqvae, t
         if interrupted:
             with monkeypatch.context() as patch, pytest.raises(console.Stopped):
                 patch.setattr(dcgan, "save_start", stop)
-                fit.fit(DCGANStage(run, copy.deepcopy(vqvae), *sets), run)
+                fit.fit(DCGANStage(run, copy.deepcopy(vqvae), *splits), run)
             run = Run(**vars(open_run(run.folder, Options)))
             assert not run.state["dcgan"]["started"]
-        stage = DCGANStage(run, copy.deepcopy(vqvae), *sets)
+        stage = DCGANStage(run, copy.deepcopy(vqvae), *splits)
         monkeypatch.setattr(stage, "step", lambda *words: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit.fit(stage, run)
@@ -227,6 +186,47 @@ def test_a_stage_needs_no_more_than_its_data_and_a_step(tmp_path, monkeypatch):
     assert again.network.weight.item() > stage.network.weight.item() and resumed.rows[-1]["epoch"] == 4
 
 
+def test_a_run_stopped_in_its_first_epoch_keeps_the_start(tmp_path, monkeypatch):
+    run = new_run(tmp_path)
+    stage = OneWeight(run)
+    monkeypatch.setattr(stage, "start", lambda: torch.nn.init.constant_(stage.network.weight, 5))
+    monkeypatch.setattr(stage, "step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit.fit(stage, run)
+    assert not (tmp_path / "metrics.csv").exists()  # there is no epoch
+    again = Run(**vars(open_run(tmp_path, Options)))
+    stage = OneWeight(again)
+    monkeypatch.setattr(stage, "start", lambda: 1 / 0)
+    fit.fit(stage, again)
+    assert stage.network.weight.item() == pytest.approx(5 + sum(again.state["dcgan"]["history"]["loss"]))
+
+
+def test_a_loss_or_a_weight_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    for loss, weight, where in ((math.inf, 0.0, "step 2"), (1.0, math.nan, "step 3")):
+        run = new_run(tmp_path / where)
+        stage = OneWeight(run)
+
+        def step(batch, n, step, rng, stage=stage, loss=loss, weight=weight):
+            torch.nn.init.constant_(stage.network.weight, weight if step == 2 else 0.0)
+            return torch.tensor([loss if step == 1 else 1.0])
+
+        monkeypatch.setattr(stage, "step", step)
+        with pytest.raises(console.UserError, match=f"^One weight epoch 1, {where}: .*not finite; try a lower"):
+            fit.fit(stage, run)
+        assert not run.rows and open_run(run.folder, Options).epochs_of("dcgan") == 0
+
+
+def test_the_rows_say_where_the_time_went(tmp_path, monkeypatch):
+    run = new_run(tmp_path)
+    stage = OneWeight(run)
+    for name, seconds in (("evaluate", 0.06), ("draw", 0.04)):
+        monkeypatch.setattr(stage, name, lambda *args, seconds=seconds: time.sleep(seconds) or {})
+    began = run.clock
+    fit.fit(stage, run)
+    assert all(row["evaluation_seconds"] >= 0.06 and row["other_seconds"] >= 0.04 for row in run.rows)
+    assert sum(row[key] for row in run.rows for key in page.TIMES) == pytest.approx(run.clock - began, abs=0.05)
+
+
 def test_a_run_says_which_epoch_it_kept(tmp_path, capsys):
     run = new_run(tmp_path)
     stage = OneWeight(run)
@@ -271,8 +271,48 @@ def test_a_step_sees_the_box_of_the_pictures_at_the_rate_of_the_step(data, tmp_p
     assert "ssim_brain" not in boxed.evaluate(1)
 
 
-def test_another_seed_gives_other_weights(data, tmp_path):
-    sets = [OasisDataset(data, split) for split in ("train", "validate")]
+def test_a_step_of_the_vqvae_is_equation_3_and_records_its_first_term(splits, tmp_path):
+    run = new_run(tmp_path, n_embeddings=16, embeddings_dim=4, beta=0.7, lr=0.1, codebook="paper")
+    stage = VQVAEStage(run, *splits)
+    stage.optimizer, vqvae = torch.optim.SGD(stage.vqvae.parameters()), copy.deepcopy(stage.vqvae)
+    batch = stage.data.batch([0, 7])
+    x = batch[(..., *stage.box)]
+    z_e = vqvae.latents(x)
+    e = vqvae.vector_quantizer.look_up(vqvae.vector_quantizer.nearest(z_e))
+    recon_loss = (vqvae.decoder(z_e + (e - z_e).detach()) - x).square().mean()
+    vq_loss = (e - z_e.detach()).square().mean() + 0.7 * (z_e - e.detach()).square().mean()
+    (recon_loss + vq_loss).backward()
+    values = stage.step(batch, 2, 0, torch.Generator())
+    assert values.tolist() == pytest.approx([recon_loss.item(), vq_loss.item()], rel=1e-5)
+    for new, old in zip(stage.vqvae.parameters(), vqvae.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 0.1 * old.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_adam_has_the_rates_and_betas_of_the_options(splits, vqvae, tmp_path):
+    options = {"lr": 0.02, "dcgan_lr": 0.01, "dcgan_betas": (0.3, 0.6), "embeddings_dim": 8}
+    run = new_run(tmp_path, **options)
+    assert VQVAEStage(run, *splits).optimizer.defaults["lr"] == 0.02
+    for optimizer in DCGANStage(run, vqvae, *splits).optimizers.values():
+        assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (0.01, (0.3, 0.6))
+
+
+def test_32_training_images_spaced_evenly_are_shown(data, tmp_path):
+    train_set = OasisDataset(data, "train")
+    train_set.files, train_set.images = 5 * train_set.files, train_set.images.repeat(5, 1, 1, 1)
+    stage = VQVAEStage(new_run(tmp_path, n_embeddings=16, embeddings_dim=4), train_set, train_set)
+    assert torch.equal(stage.shown, train_set.batch([int(i * 75 / 32) for i in range(32)]))
+
+
+def test_samples_are_always_drawn_from_the_same_noise(splits, vqvae, tmp_path, monkeypatch, without_figures):
+    stage = DCGANStage(new_run(tmp_path, embeddings_dim=8), vqvae, *splits)
+    noises = []
+    monkeypatch.setattr(stage.prior, "sample_images", lambda noise: noises.append(noise) or noise[:, :1].tile(8, 8))
+    for epoch in (0, 1, 7):
+        stage.samples.draw(stage.prior, epoch)
+    assert len(noises[0]) == 64 and torch.equal(noises[0], noises[1]) and torch.equal(noises[0], noises[2])
+
+
+def test_another_seed_gives_other_weights(splits, tmp_path):
     runs = [new_run(tmp_path / str(seed), seed=seed, n_embeddings=16, embeddings_dim=4) for seed in (0, 0, 1)]
-    first, same, other = (VQVAEStage(run, *sets).vqvae.conv1.weight for run in runs)
+    first, same, other = (VQVAEStage(run, *splits).vqvae.conv1.weight for run in runs)
     assert torch.equal(first, same) and not torch.equal(first, other)

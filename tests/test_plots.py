@@ -78,11 +78,15 @@ def test_every_title_says_that_the_data_are_phantoms(figures, tmp_path):
     drawn.measures_by_epoch(name, [dict.fromkeys(MEASURES, 0.5) | {"epoch": 1}], dict.fromkeys(MEASURES, 0.4))
     drawn.measures(name, 2 * [Row("M", *3 * [Interval(0.5, 0.4, 0.6)])], ("a", "b", "c"), "T")
     drawn.pairs(name, [(image, image, "text")], "T")
-    assert len(figures) == 10
+    drawn.panels(name, {f"map {i}": image[0] for i in range(8)}, "T")
+    drawn.comparison(name, image, image, 0.9, "T")
+    drawn.likelihood(name, image, torch.rand(64, 64), "T")
+    drawn.curves(name, {"side": ([1, 2], [0.5, 0.6])}, "T", "minutes", {})
+    assert len(figures) == len([method for method in vars(Figures) if not method.startswith("_")])
     for figure in figures:
         first, second = (figure.get_suptitle() or figure.axes[0].get_title()).split("\n")
         assert first and second == "data: phantoms (synthetic)"
-    for figure in figures[1:-1]:
+    for figure in figures[1:9]:
         assert all(axes.get_ylabel() for axes in figure.axes) and figure.axes[-1].get_xlabel() or len(figure.axes) == 2
 
 

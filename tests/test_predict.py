@@ -68,6 +68,7 @@ def test_predict_on_the_test_split(trained, folder, data):
     begin = [re.split(": |: SSIM", line)[0] for line in lines[1:8]]
     tissues = ["In the brain", "In the CSF", "In the grey matter", "In the white matter"]
     assert begin == [*tissues, "PSNR mean", "Codes used", "Bits per image"]
+    assert all(line.endswith(" (phantoms)") for line in lines[1:8])
     assert lines[8:12] == [
         f"SSIM mean: {np.mean(ssim):.4f} (phantoms)",
         f"Min SSIM score: {min(ssim):.4f} (phantoms)",

@@ -31,7 +31,7 @@ from PIL import Image
 
 import train
 from dataset import OasisDataset
-from modules import VQVAE
+from modules import VQVAE, Discriminator
 from preparation import phantoms
 from priors.checkpoints import load_prior, load_vqvae
 from priors.latent_cache import LatentCache
@@ -39,7 +39,6 @@ from priors.spectrum import LARGEST_FACTOR, covariance_spectrum, transport
 from support import files, seeds
 from support.console import UserError
 from support.device import has_fast_bfloat16
-from training.options import FIELDS, flag
 
 
 def test_the_runs_folder(trained):
@@ -70,6 +69,8 @@ def test_console_lines_are_the_reports(trained):
             assert f": {row[key]} (phantoms)" in done.stdout
     for row in rows(run, "dcgan"):
         assert f"Discriminator loss: {float(row['d_loss']):.4f} (phantoms)\n" in done.stdout
+    with_numbers = [line for line in done.stdout.splitlines() if re.search(r"\d\.\d", line)]
+    assert len(with_numbers) > 20 and all(line.endswith(" (phantoms)") for line in with_numbers)
 
 
 def test_metrics_csv(trained):
@@ -118,6 +119,7 @@ def test_generator_pth_loads_as_weights_only(trained):
         assert torch.equal(value, state["averages"]["generator"][key])
     trained_weight = state["networks"]["generator"]["net.4.weight"]
     assert not torch.equal(state["averages"]["generator"]["net.4.weight"], trained_weight)
+    Discriminator().load_state_dict(torch.load(run / "discriminator.pth", weights_only=True))
 
 
 def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
@@ -127,7 +129,7 @@ def test_the_dcgan_is_calibrated_after_each_epoch(trained, data):
     real = LatentCache(prior.vqvae, OasisDataset(data, "train"), prior.space).batch(range(15))
     expected = transport(covariance_spectrum(generated), covariance_spectrum(real))
     values = torch.linalg.eigvalsh(expected)  # of 180, some are not at the bounds
-    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).sum() > 18
+    assert ((1.01 / LARGEST_FACTOR < values) & (values < 0.99 * LARGEST_FACTOR)).sum() > 5
     torch.testing.assert_close(prior.gain, expected, rtol=1e-2, atol=1e-3)
 
 
@@ -424,28 +426,13 @@ def test_a_subject_in_two_splits_is_refused_unless_it_is_allowed(data, tmp_path)
     shutil.copy(scan, tmp_path / "data" / "keras_png_slices_test")
     words = ("--data", "data", *SMALL, "--epochs", 1, "--only", "vqvae")
     refused(run_program("train.py", *words, cwd=tmp_path), "case 2", "_train", "_test", "--allow-shared-cases")
-    assert run_program("train.py", *words, "--allow-shared-cases", "--out", "out", cwd=tmp_path).returncode == 0
+    assert run_program("train.py", *words, "--allow-shared-cases", "--dry-run", cwd=tmp_path).returncode == 0
     shutil.rmtree(tmp_path / "data" / "keras_png_slices_test")
     refused(run_program("train.py", "--data", "data", cwd=tmp_path), "keras_png_slices_test", "missing")
     shutil.copytree(data / "keras_png_slices_test", tmp_path / "data" / "keras_png_slices_test")
     (tmp_path / "data" / "keras_png_slices_validate" / "case_999_slice_0.nii.png").write_bytes(b"x")
     refused(run_program("train.py", "--data", "data", cwd=tmp_path), "case_999_slice_0.nii.png", "cannot be decoded")
     assert not (tmp_path / "gen_imgs").exists()
-
-
-def test_a_rate_that_makes_the_loss_infinite_stops_the_run(trained, data, tmp_path):
-    _, run = trained
-    done = run_program("train.py", "--data", data, *SMALL, "--epochs", 3, "--lr", 1e30, cwd=tmp_path)
-    refused(done, "VQ-VAE epoch 1, step 2", "not finite", "learning rate")
-    words = ("--batch-size", 15, "--n-embeddings", 16, "--embeddings-dim", 4, "--only", "vqvae", "--lr", 1e39)
-    done = run_program("train.py", "--data", data, *words, "--out", "one", cwd=tmp_path)
-    # one step an epoch: its loss, before the step, is finite, and the weights after it are not
-    refused(done, "VQ-VAE epoch 1, step 1", "not finite")
-    (saved,) = (tmp_path / "one").glob("*/*.pth")  # no weights, and of the state what was there before
-    assert saved.name == "resume.pth" and resume_file(saved.parent)["state"]["vqvae"]["epoch"] == 0
-    words = ("--only", "dcgan", "--vqvae", run / "vqvae.pth", "--dcgan-epochs", 3, "--dcgan-lr", 1e30)
-    done = run_program("train.py", "--data", data, *SMALL, *words, cwd=tmp_path)
-    refused(done, "DCGAN epoch 1, step", "not finite", "learning rate")
 
 
 def test_half_a_launchers_environment_is_refused(tmp_path, monkeypatch):
@@ -457,7 +444,7 @@ def test_half_a_launchers_environment_is_refused(tmp_path, monkeypatch):
 
 def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path, monkeypatch):
     def few(folder, write=phantoms.write):
-        write(folder, {"train": [1, 2], "validate": [3], "test": [4]})
+        write(folder, {"train": [1, 2], "validate": [3], "test": [4]}, 8)
 
     def stop(*words):
         raise UserError("it has started")
@@ -466,8 +453,8 @@ def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path, monkeypa
     monkeypatch.setattr(train, "train_vqvae", stop)
     done = run_program("train.py", cwd=tmp_path)
     refused(done, "it has started")
-    assert "DEMO" in done.stdout and "64 training, 32 validation images): phantoms, 96 slices of 3" in done.stdout
-    assert len(list((tmp_path / "phantoms").rglob("case_*.png"))) == 128
+    assert "DEMO" in done.stdout and "16 training, 8 validation images): phantoms, 24 slices of 3" in done.stdout
+    assert len(list((tmp_path / "phantoms").rglob("case_*.png"))) == 32
     assert {split: len(cases) for split, cases in phantoms.CASES.items()} == {"train": 16, "validate": 2, "test": 2}
 
 
@@ -475,10 +462,15 @@ def test_help_names_every_option_with_its_default(tmp_path):
     text = run_program("train.py", "--help", cwd=tmp_path).stdout
     for option, default in (
         ("--epochs", "12;"),
-        ("--dcgan-lr", r"0.0002\)"),
+        ("--batch-size", r"32\)"),
+        ("--lr", r"0.001\)"),
+        ("--n-embeddings", r"512\)"),
+        ("--embeddings-dim", r"64\)"),
         ("--beta", r"0.25\)"),
+        ("--dcgan-epochs", "25;"),
+        ("--dcgan-batch-size", r"32\)"),
+        ("--dcgan-lr", r"0.0002\)"),
+        ("--dcgan-betas B1", r"\(0.5, 0.999\)\)"),
         ("--out", "gen_imgs"),
     ):
         assert re.search(rf"{option} \S+\s[^-]*\(default:\s+{default}", text)
-    for name in (*FIELDS, "resume", "dry_run"):
-        assert f"  {flag(name)}" in text
