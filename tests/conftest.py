@@ -194,40 +194,51 @@ def after_a_pause(function, *words):
     return function(*words)
 
 
-def train_printing(words: list[str]) -> None:
-    """The first word is the file for standard output. Figures are not rendered."""
-    printed, *words = words
-    sys.stdout = open(printed, "w", buffering=1)
+def train_in_a_child(words: list[str]) -> None:
+    """train.py, whose output goes to files with this ending, the first word. Figures are not rendered."""
+    ending, *words = words
+    sys.stdout, sys.stderr = (open(f"{name}_{ending}", "w", buffering=1) for name in ("printed", "errors"))
+    sys.__stderr__ = sys.stderr
     Figures._save = close
-    train.main(words)
-
-
-def train_as_one_of_two(words: list[str]) -> None:
-    """The first words are the rank, the port where the processes meet, and the file for standard error."""
-    rank, port, errors, *words = words
-    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
-    os.environ |= two | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    sys.stderr = sys.__stderr__ = open(errors, "w", buffering=1)
     console.run_program(partial(train.main, words), "train.py")
 
 
-def start_two(start: Callable, folder: Path, *words) -> list[multiprocessing.Process]:
-    """Two processes of one run, as torchrun starts them. Their errors are in the files `errors_0` and `errors_1`."""
+def train_as_one_of_two(words: list[str]) -> None:
+    """The first words are the rank and the port where the processes meet."""
+    rank, port, *words = words
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= two | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    train_in_a_child([rank, *words])
+
+
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return [start(folder, train_as_one_of_two, rank, port, folder / f"errors_{rank}", *words) for rank in range(2)]
+        return server.getsockname()[1]
 
 
-def kill_after(start: Callable, folder: Path, words, line: str) -> None:
-    """Begin `train.py words` in another process and kill it, as a power cut would, when it has printed a line."""
-    printed = folder / "printed.txt"
-    process = start(folder, train_printing, printed, *words)
+def start_two(start: Callable, folder: Path, *words) -> list[multiprocessing.Process]:
+    """Two processes of one run, as torchrun starts them. What they say is in `printed_0`, `errors_0` and so on."""
+    port = free_port()
+    return [start(folder, train_as_one_of_two, rank, port, *words) for rank in range(2)]
+
+
+def kill_after(start: Callable, folder: Path, words, line: str, number: int = signal.SIGKILL) -> tuple[int, str]:
+    """Begin `train.py words` in another process and send it a signal when it has printed a line.
+
+    By default it is killed, as by a power cut. Returns its exit status and what it wrote to standard error.
+    """
+    printed, errors = folder / "printed_txt", folder / "errors_txt"
+    process = start(folder, train_in_a_child, "txt", *words)
     while process.is_alive() and not (printed.exists() and f"\n{line}" in printed.read_text()):
         time.sleep(0.001)
-    process.kill()
+    os.kill(process.pid, number)
     process.join()
+    said = errors.read_text()
     printed.unlink()
-    assert process.exitcode == -signal.SIGKILL
+    errors.unlink()
+    if number == signal.SIGKILL:
+        assert process.exitcode == -number
+    return process.exitcode, said
 
 
 def refused(done: Done, *words: str) -> None:

@@ -82,13 +82,13 @@ def test_a_run_goes_on_after_each_file_that_could_not_be_written(trained, data, 
 
 def test_figures_and_pages_that_cannot_be_written_cost_a_warning_each(data, tmp_path, failing):
     failing(r".*\.png|index\.html")
-    words = ("--data", data, *SMALL, "--epochs", 1, "--dcgan-epochs", 1, "--out", tmp_path / "out")
+    words = ("--data", data, *SMALL[:2], *SMALL[4:], "--epochs", 1, "--only", "vqvae", "--out", tmp_path / "out")
     done = run_program("train.py", *words, cwd=tmp_path)
     run = new_run(done, tmp_path / "out")
     assert {path.suffix for path in run.iterdir()} == {".pth", ".json", ".csv"}
     assert_all_load(run)
     lines = done.stderr.splitlines()
-    assert len(lines) > 10 and all(
+    assert len(lines) > 5 and all(
         re.match(r"warning: \S+: could not be written and is left out \(", line) for line in lines
     )
 

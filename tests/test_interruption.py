@@ -13,8 +13,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,10 +20,11 @@ from pathlib import Path
 import pytest
 from conftest import (
     CONVERSION,
-    PROJECT,
     assert_nothing_is_torn,
     assert_same_history,
     assert_same_weights,
+    close,
+    kill_after,
     new_run,
     resume_file,
     rows,
@@ -36,6 +35,7 @@ from conftest import (
 import predict
 import train
 from preparation import images, oasis, phantoms
+from report.plots import Figures
 
 KILLS = int(os.environ.get("KILLS", 1))  # of a prior's training
 WORDS = ("--batch-size", "4", "--n-embeddings", "16", "--embeddings-dim", "4", "--device", "cpu", "--seed", "2")
@@ -48,12 +48,17 @@ if KILLS > 1:  # tests/test_train.py kills one once
     PRIORS["autoregressive"] = (CODES, ("vqvae.pth", "autoregressive.pth"))
 
 
+def train_without_figures(words: list[str]) -> None:
+    Figures._save = close
+    train.main(words)
+
+
 def train_without_locks(words: list[str]) -> None:
     def refuse(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     fcntl.flock = refuse
-    train.main(words)
+    train_without_figures(words)
 
 
 def write_phantoms(words: list[str]) -> None:
@@ -77,15 +82,17 @@ def is_being_written(folder: Path) -> bool:
 def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, stage):
     """The end is bit for bit that of a run which was never interrupted."""
     words, weights = PRIORS[stage]
+    main = train.main
     if KILLS == 1:
-        words = (*words, "--epochs", "1", "--dcgan-epochs", "1")
+        main, words = train_without_figures, (*words, "--epochs", "1", "--dcgan-epochs", "1")
+    start(tmp_path, len).join()  # starts the server, whose imports are not to count
     begun = time.monotonic()
-    whole = start(tmp_path, train.main, "--data", data, *words, "--out", "whole")
+    whole = start(tmp_path, main, "--data", data, *words, "--out", "whole")
     whole.join()
     assert whole.exitcode == 0
     seconds = time.monotonic() - begun
     (whole,) = (tmp_path / "whole").iterdir()
-    rng, kills, number = random.Random(0), 0, 0
+    rng, kills, number = random.Random(5), 0, 0
     while kills < KILLS:
         number += 1
         out, done = tmp_path / f"killed_{number}", False
@@ -93,7 +100,7 @@ def test_killed_at_random_moments_and_resumed_until_done(start, data, tmp_path, 
             run = next(out.iterdir(), None) if out.is_dir() else None
             resumable = run is not None and (run / "resume.pth").exists()
             more = ("--resume", run) if resumable else ("--data", data, *words, "--out", out)
-            process = start(tmp_path, train.main, *more)
+            process = start(tmp_path, main, *more)
             if run is not None and not resumable:
                 shutil.rmtree(run)  # killed before anything was saved: a new run is begun
             if kills < KILLS:
@@ -197,39 +204,21 @@ def test_a_killed_program_leaves_nothing_torn_and_works_when_called_again(start,
         assert_nothing_is_torn(tmp_path)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_and_says_how_to_resume(data, tmp_path, number, code):
-    command = [sys.executable, "-u", PROJECT / "train.py", "--data", data, *VQVAE_WORDS, "--only", "vqvae"]
-    command += ["--out", "out dir"]
-    with subprocess.Popen(
-        [*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line == "Epoch: 1\n":
-                process.send_signal(number)
-                break
-        process.stdout.read()
-        last = process.stderr.read().splitlines()[-1]
-    assert process.returncode == code
+def test_a_signal_ends_the_step_and_says_how_to_resume(start, data, tmp_path):
+    words = ("--data", data, *VQVAE_WORDS, "--only", "vqvae", "--out", "out dir")
+    code, said = kill_after(start, tmp_path, words, "Epoch: 1", signal.SIGINT)
+    assert code == 130 and "Traceback" not in said
+    last = said.splitlines()[-1]
     found = re.fullmatch(r"Stopped\. To resume at VQ-VAE epoch 2: python train\.py --resume '(out dir/\S+)'", last)
     assert found, last
     assert resume_file(tmp_path / found[1])["state"]["vqvae"]["epoch"] == 1
     assert not list((tmp_path / found[1]).glob(".*"))
-    if number == signal.SIGTERM:  # what the other one left is the same
-        done = run_program("train.py", "--resume", found[1], cwd=tmp_path)
-        assert done.returncode == 0 and "Done." in done.stdout, done.stderr
+    done = run_program("train.py", "--resume", found[1], cwd=tmp_path)
+    assert done.returncode == 0 and "Done." in done.stdout, done.stderr
 
 
-def test_a_signal_before_the_first_epoch_is_complete(data, tmp_path):
-    command = [sys.executable, "-u", PROJECT / "train.py", "--data", data, *WORDS, "--epochs", "999"]
-    with subprocess.Popen(
-        [*map(str, command)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stdout:
-            if line.startswith("Fast path"):
-                process.send_signal(signal.SIGTERM)
-                break
-        process.stdout.read()
-        said = process.stderr.read()
-    assert process.returncode == 143 and "Traceback" not in said
+def test_a_signal_before_the_first_epoch_is_complete(start, data, tmp_path):
+    words = ("--data", data, *WORDS, "--epochs", "999")
+    code, said = kill_after(start, tmp_path, words, "Fast path", signal.SIGTERM)
+    assert code == 143 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("Stopped. To resume at VQ-VAE epoch 1: python train.py --resume ")
