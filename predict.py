@@ -278,7 +278,7 @@ def open_split(o: argparse.Namespace, vqvae: VQVAE) -> OasisDataset:
     Raises DataError if there is no such folder.
     """
     # what train.py wrote beside the checkpoint
-    recorded = None if o.data else read_record(o.path.parent).get("data", {}).get("folder")
+    recorded = None if o.data is not None else read_record(o.path.parent).get("data", {}).get("folder")
     data = Path(recorded) if recorded else find_data(o.data)
     if data is None:
         raise DataError("no data: name its folder with --data; python -m preparation.phantoms DIR makes one")

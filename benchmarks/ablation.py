@@ -3,8 +3,8 @@
     python benchmarks/ablation.py vqvae --data DIR --out OUT                        # trains what OUT lacks, then prints
     python benchmarks/ablation.py dcgan --data DIR --out OUT --vqvae PATH/vqvae.pth --rows balanced "no R1" --seeds 0
 
-A row is a recipe of training/recipes.py, or an option, beside the default's. Runs go one after the other; one that was
-stopped is resumed. Nothing is of the test split.
+A row is a recipe of the DCGAN (training/recipes.py), or an option, beside the default's. Runs go one after the other;
+one that was stopped is resumed. Nothing is of the test split.
 """
 
 import argparse
@@ -91,6 +91,7 @@ def train(o: argparse.Namespace, name: str, seed: int) -> None:
     table = TABLES[o.stage]
     out = folder_of(o, name, seed)
     recipe, changed = table.rows[name]
+    assert o.vqvae or recipe is VQVAE  # its stage has no other
     runs = [path.parent for path in sorted(out.glob(f"*/{RESUME_FILE}"))]
     if runs:
         record = read_record(runs[-1])

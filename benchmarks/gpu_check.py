@@ -19,9 +19,10 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
+import torch
+
 from preparation import phantoms
 from support.console import UserError, run_program
-from support.device import choose_device
 from support.run import environment
 
 # By how much the GPU's values after an epoch of 32 steps may differ from the CPU's. On a CPU, bfloat16 and --plain
@@ -92,19 +93,19 @@ def speed(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="(default: the GPU)")
-    device = choose_device(parser.parse_args().device)
-    if device.type == "cpu":
+    parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else ""
+    if not device:
         raise UserError("no GPU here; make test shows what a machine without one can show")
     results = []
     for part in (tests, epochs, speed):
         name = part.__name__
         try:
-            results.append(f"{name}: good\n{part(str(device))}")
+            results.append(f"{name}: good\n{part(device)}")
         except Exception as error:  # the other parts are worth having
             results.append(f"{name}: FAILED\n{error if isinstance(error, Failed) else repr(error)}")
     print("\n----- paste from here into an issue -----")
-    print(json.dumps(environment(device), indent=2), *results, sep="\n\n")
+    print(json.dumps(environment(torch.device(device)), indent=2), *results, sep="\n\n")
     print("----- to here -----")
     if any(": FAILED\n" in result for result in results):
         sys.exit(1)

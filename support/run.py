@@ -1,4 +1,4 @@
-"""The folder of a run: its record, its lock, saving what is complete, and resuming."""
+"""The folder of a run: its record, saving what is complete, and resuming."""
 
 import contextlib
 import dataclasses

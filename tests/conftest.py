@@ -231,6 +231,7 @@ def kill_after(start: Callable, folder: Path, words, line: str, number: int = si
     process = start(folder, train_in_a_child, "txt", *words)
     while process.is_alive() and not (printed.exists() and f"\n{line}" in printed.read_text()):
         time.sleep(0.001)
+    assert process.is_alive(), errors.read_text()
     os.kill(process.pid, number)
     process.join()
     said = errors.read_text()

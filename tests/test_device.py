@@ -196,7 +196,7 @@ def test_products_of_matrices_stay_float32_whatever_the_environment_says():
         assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_mps_has_the_standard_layout():
+def test_the_layout_is_channels_last_but_for_plain_and_mps():
     assert FastPath("cpu").layout == torch.channels_last and PLAIN.layout == torch.contiguous_format
     assert FastPath("mps").layout == torch.contiguous_format and str(FastPath("mps")).startswith("standard layout, ")
     assert FastPath("cuda").layout == torch.channels_last and str(FastPath("cuda")).startswith("channels_last, ")

@@ -24,7 +24,7 @@ from support.run import Run, new_folder
 from training.options import Options
 
 SPLITS = ["train", "validate", "test"]
-ROW = {"stage": "vqvae", "epoch": 1, "updates": 4, "seconds": 1.0, "ssim_mean": 0.5}
+ROW = {"stage": "vqvae", "epoch": 1, "updates": 4, "seconds": 1.0, "ssim_mean": 0.5, "ssim_black": 0.4}
 
 
 @contextlib.contextmanager
@@ -58,6 +58,8 @@ def run_folder(data, tmp_path_factory) -> Path:
     run = Run(Options(data=str(data), out=str(out)), new_folder(out), {}, [ROW], FastPath("cpu"))
     run.begin(IMAGES | {"folder": str(data), "phantoms": True}, {})
     run.save()
+    page.write_run(run.folder)
+    assert (run.folder / "index.html").is_file()
     return run.folder
 
 

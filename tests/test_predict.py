@@ -183,7 +183,8 @@ def test_what_cannot_be_scored_is_refused_in_one_line(trained, data, folder, tmp
     for name in ("text.pth", "nowhere.pth"):
         refused(run_program("predict.py", tmp_path / name, "--data", data, cwd=folder), name)
     refused(run_program("predict.py", run / "generator.pth", "--data", data, cwd=folder), "generator.pth", "no VQ-VAE")
-    refused(run_program("predict.py", run / "vqvae.pth", "--data", "nowhere", cwd=folder), "nowhere", "--data")
+    for data in ("nowhere", ""):
+        refused(run_program("predict.py", run / "vqvae.pth", "--data", data, cwd=folder), data, "--data")
     shutil.copy(run / "vqvae.pth", tmp_path / "alone.pth")
     refused(run_program("predict.py", tmp_path / "alone.pth", cwd=tmp_path), "--data")  # no phantoms unasked
     assert not (tmp_path / "phantoms").exists()

@@ -446,19 +446,23 @@ def test_without_data_and_options_the_demo_starts_and_says_so(tmp_path, monkeypa
     def few(folder, write=phantoms.write):
         write(folder, {"train": [1, 2], "validate": [3], "test": [4]}, 8)
 
-    def stop(*words):
+    def stop(run, *words):
+        with pytest.raises(UserError, match="another process is at work there"), files.locked(run.folder):
+            pass
         raise UserError("it has started")
 
     monkeypatch.setattr(phantoms, "write", few)
     monkeypatch.setattr(train, "train_vqvae", stop)
     done = run_program("train.py", cwd=tmp_path)
     refused(done, "it has started")
+    with files.locked(next((tmp_path / "gen_imgs").iterdir())):  # by the run no longer
+        pass
     assert "DEMO" in done.stdout and "16 training, 8 validation images): phantoms, 24 slices of 3" in done.stdout
     assert len(list((tmp_path / "phantoms").rglob("case_*.png"))) == 32
     assert {split: len(cases) for split, cases in phantoms.CASES.items()} == {"train": 16, "validate": 2, "test": 2}
 
 
-def test_help_names_every_option_with_its_default(tmp_path):
+def test_help_has_the_defaults_of_the_report(tmp_path):
     text = run_program("train.py", "--help", cwd=tmp_path).stdout
     for option, default in (
         ("--epochs", "12;"),
