@@ -38,14 +38,12 @@ class Table(NamedTuple):
         columns: of metrics.csv, with the format of each.
     """
 
-    stage: type
     rows: dict[str, tuple[Any, dict]]
     columns: dict[str, str]
 
 
 TABLES = {
     "vqvae": Table(
-        VQVAEStage,
         {
             "kmeans": (VQVAE, {}),
             "paper": (VQVAE, {"codebook": "paper"}),
@@ -60,7 +58,6 @@ TABLES = {
         },
     ),
     "dcgan": Table(
-        DCGANStage,
         {
             "report": (REPORT, {}),
             "balanced": (BALANCED, {}),
@@ -116,17 +113,16 @@ def folder_of(o: argparse.Namespace, name: str, seed: int) -> Path:
 
 
 def print_table(o: argparse.Namespace) -> None:
-    """Markdown; the seeds of a row side by side, each at the epoch that its weights are of."""
+    """Markdown; the seeds of a row side by side, after the last epoch."""
     table = TABLES[o.stage]
     print(f"Validation split, seeds {' and '.join(map(str, o.seeds))}, {o.epochs} epochs.\n")
     print("| | " + " | ".join(table.columns) + " |\n|---|" + "---:|" * len(table.columns))
     for name in o.rows:
-        kept = []
+        last = []
         for seed in o.seeds:
             path = next(folder_of(o, name, seed).glob(f"*/{RESUME_FILE}")).parent
-            rows = open_run(path, Options).rows_of(o.stage)
-            kept.append(table.stage.kept_row(rows))
-        cells = [" ".join(format(row[key], form) for row in kept) for key, form in table.columns.items()]
+            last.append(open_run(path, Options).rows_of(o.stage)[-1])
+        cells = [" ".join(format(row[key], form) for row in last) for key, form in table.columns.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
