@@ -33,8 +33,8 @@ def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
 def ssim_map(x: Tensor, x_hat: Tensor) -> Tensor:
     """SSIM of the 7x7 window around each pixel, by scikit-image, of images as `ssim` takes them: (B, H, W) float64.
 
-    Windows lie inside the image at INSIDE. Variances are differences of nearly equal moments: in float32
-    flat regions would lose all their digits.
+    Windows lie inside the image at INSIDE. Variances are differences of nearly equal moments: in float32 flat regions
+    would lose all their digits.
     """
     pairs = zip(x[:, 0].cpu().double().numpy(), x_hat[:, 0].cpu().double().numpy(), strict=True)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

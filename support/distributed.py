@@ -31,11 +31,11 @@ def start() -> None:
     values = {name: os.environ.get(name, "") for name in names}
     if not all(value.isdecimal() or name == "MASTER_ADDR" and value for name, value in values.items()):
         sys.exit(f"error: WORLD_SIZE is set, but not all of {', '.join(names[1:])}; start with torchrun, or unset it")
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(values["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    line = f"Waiting for all {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) to meet at {where} (MASTER_ADDR) …"
+    where = f"{values['MASTER_ADDR']}:{values['MASTER_PORT']}"
+    line = f"Waiting for all {values['WORLD_SIZE']} processes (WORLD_SIZE) to meet at {where} (MASTER_ADDR) …"
     waiting = threading.Timer(GRACE, print, (line,), {"file": sys.stderr, "flush": True})
     waiting.daemon = True
     waiting.start()

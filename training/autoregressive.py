@@ -60,12 +60,11 @@ class AutoregressiveStage(Stage):
         self.average_decay = recipe.average_decay
         self.epochs, self.batch_size = options.autoregressive_epochs, options.autoregressive_batch_size
         self.lr = options.autoregressive_lr
-        self.samples = Samples(run, PRIORS[self.name].prefix, vqvae, train_set, validate_set, self.epochs)
+        self.samples = Samples(run, self.name, vqvae, train_set, validate_set, self.epochs)
         frame = None
         if self.name in run.state:
             with restoring(run.folder):
                 saved = run.state[self.name]["extra"]
-                self.samples.load_state_dict(saved, self.title)
                 frame = Frame(**saved["frame"])
         self.data, self.validate_codes = CodeCache(vqvae, train_set), CodeCache(vqvae, validate_set)
         self.frame = frame or distributed.from_first(lambda: fit_frame(self.data.codes))

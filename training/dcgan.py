@@ -54,12 +54,11 @@ class DCGANStage(Stage):
         self.epochs, self.batch_size = options.dcgan_epochs, options.dcgan_batch_size
         self.autocast = fast_path.autocast
         self.average_decay = self.recipe.average_decay
-        self.samples = Samples(run, PRIORS[self.name].prefix, vqvae, train_set, validate_set, self.epochs)
+        self.samples = Samples(run, self.name, vqvae, train_set, validate_set, self.epochs)
         embeddings_dim = vqvae.vector_quantizer.embedding.embedding_dim
         if self.name in run.state:
             with restoring(run.folder):
                 saved = run.state[self.name]["extra"]
-                self.samples.load_state_dict(saved, self.title)
                 space = LatentSpace(**saved["space"])
                 gain = saved["gain"]
                 gain = None if gain is None else gain.to(run.device)

@@ -8,10 +8,11 @@ from torch import Tensor
 from dataset import OasisDataset
 from evaluation.generation import MEASURES, MOST_MEASURED, Reference, of_arrays, reconstructed, to_bytes
 from modules import VQVAE
+from priors.checkpoints import PRIORS
 from report.plots import Figures
 from support import distributed, files, seeds
 from support.console import UserError
-from support.run import Run
+from support.run import Run, restoring
 
 N_SHOWN = 64  # as the report's figures have them
 N_MEASURES = 10  # at most, in a run: each takes some 20 seconds
@@ -24,30 +25,40 @@ class Samples:
 
     Args:
         run, vqvae, train_set, validate_set: on the run's device.
-        prefix: of the names of figures.
+        name: of the prior and its stage, a key of PRIORS.
         epochs: of the stage.
 
     Attributes:
         reconstructions: measures of reconstructed training images by name, on rank 0; `begin` takes them.
+
+    Raises UserError if the stage of a resumed run began with another VQ-VAE.
     """
 
     def __init__(
         self,
         run: Run,
-        prefix: str,
+        name: str,
         vqvae: VQVAE,
         train_set: OasisDataset,
         validate_set: OasisDataset,
         epochs: int,
     ):
         self.run = run
-        self.prefix = prefix
+        self.prefix = PRIORS[name].prefix
         self.epochs = epochs
         self.vqvae = vqvae
         self.train_set = train_set
         self.validate_set = validate_set
         self.figures = Figures(run.folder, run.phantoms)
+        self.codebook = files.digest(vqvae.vector_quantizer.embedding.weight)
         self.reconstructions = {}
+        if name in run.state:
+            with restoring(run.folder):
+                saved = run.state[name]["extra"]
+                if saved["codebook"] != self.codebook:
+                    path, title = run.folder / "vqvae.pth", PRIORS[name].title
+                    raise UserError(f"{path}: has changed since the {title} began; start a new run with it")
+                self.reconstructions = saved["reconstructions"]
 
     @cached_property
     def reference(self) -> Reference:
@@ -74,15 +85,7 @@ class Samples:
 
     def state_dict(self) -> dict:
         """What resuming needs."""
-        weight = self.vqvae.vector_quantizer.embedding.weight
-        return {"reconstructions": self.reconstructions, "codebook": files.digest(weight)}
-
-    def load_state_dict(self, state: dict, title: str) -> None:
-        """Restore what `state_dict` returned. Raises UserError if the stage, `title`, began with another VQ-VAE."""
-        if state["codebook"] != files.digest(self.vqvae.vector_quantizer.embedding.weight):
-            path = self.run.folder / "vqvae.pth"
-            raise UserError(f"{path}: has changed since the {title} began; start a new run with it")
-        self.reconstructions = state["reconstructions"]
+        return {"reconstructions": self.reconstructions, "codebook": self.codebook}
 
     def are_measured(self, epoch: int) -> bool:
         """Whether samples are measured after an epoch: N_MEASURES times in a run, or after each if they are fewer."""
